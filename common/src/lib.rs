@@ -1,0 +1,1 @@
+//! What every Pageport daemon shares: configuration, tracing, TLS identities, the durable store.

@@ -1,0 +1,1 @@
+//! The replicated brain of Pageport.

@@ -1,0 +1,13 @@
+//! The Pageport API: types and services generated from `proto/`, and typed ids.
+//!
+//! This crate holds no behaviour beyond parsing: what a message means is decided by who receives it.
+
+pub mod ids;
+
+/// Generated from `proto/pageport/v1/*.proto`; the comments there are the documentation.
+#[allow(missing_docs, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("pageport.v1");
+}
+
+pub use ids::{MigrationId, RequestId, SiteName, VmId, WorkerName};

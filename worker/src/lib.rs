@@ -1,0 +1,1 @@
+//! The Pageport daemon on each hypervisor host.
