@@ -1,1 +1,15 @@
-//! What every Pageport daemon shares: configuration, tracing, TLS identities, the durable store.
+//! What every Pageport daemon and tool shares, so that it is written once:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`] | TOML file to typed struct, errors that name the file and the key |
+//! | [`telemetry`] | structured logs, OTLP export, trace context in and out of gRPC metadata |
+//! | [`tls`] | one identity per process; mutual TLS settings for gRPC and QUIC |
+//! | [`store`] | the durable key-value store: sled with a real `fsync` |
+//!
+//! Nothing here knows what a VM is.
+
+pub mod config;
+pub mod store;
+pub mod telemetry;
+pub mod tls;
