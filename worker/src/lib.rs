@@ -1,1 +1,13 @@
-//! The Pageport daemon on each hypervisor host.
+//! The Pageport daemon on each hypervisor host: owns the host's VMs, disks and replicas.
+//!
+//! ```text
+//!   controller ◀──gRPC── agent ──▶ vms ──▶ hypervisor (QEMU over QMP)
+//!                          │                    ▲ │ stream, NBD
+//!                          ▼                    │ ▼
+//!                 migration {source, destination} · replica {seed, session, store}
+//!                          ▲                    │
+//!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
+//! ```
+
+pub mod hypervisor;
+pub mod nbd;
