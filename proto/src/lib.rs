@@ -3,6 +3,7 @@
 //! This crate holds no behaviour beyond parsing: what a message means is decided by who receives it.
 
 pub mod ids;
+pub mod ownership;
 
 /// Generated from `proto/pageport/v1/*.proto`; the comments there are the documentation.
 #[allow(missing_docs, clippy::all)]

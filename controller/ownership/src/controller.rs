@@ -1,0 +1,167 @@
+//! [`Ownership`]: what the controllers have committed about who may run one VM.
+//!
+//! | state | fact | next |
+//! |---|---|---|
+//! | `Owned` | order | `Migrating` with the next epoch: the authorisation |
+//! | `Migrating` | `Revoked` by the source | `Owned` by the source, same epoch as before |
+//! | `Migrating` | `Acquired` by the destination | `Owned` by the destination, at the move's epoch |
+//! | `Migrating` | `Released` by the source **and** `Refused` by the destination | `Owned` by the source, a newer epoch |
+//!
+//! Guarantees: `last` never falls and no epoch is given twice; nothing but a worker's durable record changes an owner.
+//! Cancelling does not appear: it is a request to the source, whose record decides. Failover by lease or override is
+//! not here yet.
+
+use serde::{Deserialize, Serialize};
+
+use crate::epoch::Epoch;
+use crate::message::{Message, said_by};
+use crate::record::Record;
+
+/// Who may run one VM. `W` names a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Ownership<W> {
+    /// One worker may run the VM.
+    Owned {
+        /// The worker.
+        owner: W,
+        /// Its epoch.
+        own: Epoch,
+        /// The newest epoch that was ever given for this VM.
+        last: Epoch,
+    },
+    /// A move was authorised: until one of the two has spoken, either may hold the VM.
+    Migrating {
+        /// The source.
+        from: W,
+        /// The destination.
+        to: W,
+        /// The epoch under which the source runs it.
+        own: Epoch,
+        /// The epoch of the move, the newest ever given for this VM.
+        epoch: Epoch,
+        /// The source has passed the commit point.
+        released: bool,
+        /// The destination will never acquire the epoch.
+        refused: bool,
+    },
+}
+
+/// What a durable record proves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Fact {
+    /// The source will never release this epoch or an older one.
+    Revoked(Epoch),
+    /// The source has released this epoch.
+    Released(Epoch),
+    /// The destination will never acquire this epoch.
+    Refused(Epoch),
+    /// The worker holds this epoch.
+    Acquired(Epoch),
+}
+
+/// A fact, and whose record proves it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Evidence<W> {
+    /// The worker whose record it is.
+    pub worker: W,
+    /// What it proves.
+    pub fact: Fact,
+}
+
+/// What a worker's record proves.
+pub fn facts(record: &Record) -> Vec<Fact> {
+    let fact = |message| match message {
+        Message::Ready(_) => None,
+        Message::Release(epoch) => Some(Fact::Released(epoch)),
+        Message::Revoked(epoch) => Some(Fact::Revoked(epoch)),
+        Message::Refused(epoch) => Some(Fact::Refused(epoch)),
+        Message::Acquired(epoch) => Some(Fact::Acquired(epoch)),
+    };
+    said_by(record).into_iter().filter_map(fact).collect()
+}
+
+impl<W: Clone + Eq> Ownership<W> {
+    /// A VM that was just defined: its first owner, at the first epoch.
+    pub fn first(owner: W) -> Self {
+        let own = Epoch::ZERO.next();
+        Self::Owned { owner, own, last: own }
+    }
+
+    /// The newest owner that is certain, and its epoch.
+    pub fn owner(&self) -> (&W, Epoch) {
+        match self {
+            Self::Owned { owner, own, .. } => (owner, *own),
+            Self::Migrating { from, own, .. } => (from, *own),
+        }
+    }
+
+    /// The newest epoch that was ever given.
+    pub fn last(&self) -> Epoch {
+        match self {
+            Self::Owned { last, .. } => *last,
+            Self::Migrating { epoch, .. } => *epoch,
+        }
+    }
+
+    /// Authorises a move; [`None`] while another one is in doubt or when the VM is already there.
+    pub fn order(&self, to: W) -> Option<Self> {
+        match self {
+            Self::Owned { owner, own, last } if *owner != to => Some(Self::Migrating {
+                from: owner.clone(),
+                to,
+                own: *own,
+                epoch: last.next(),
+                released: false,
+                refused: false,
+            }),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
+    /// The owner that may be told to run the VM: none while a move is in doubt.
+    pub fn grantable(&self, worker: &W) -> Option<Epoch> {
+        match self {
+            Self::Owned { owner, own, .. } if owner == worker => Some(*own),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
+    /// The move that this worker may load the image of.
+    pub fn authorised(&self, worker: &W) -> Option<Epoch> {
+        match self {
+            Self::Migrating { to, epoch, refused: false, .. } if to == worker => Some(*epoch),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
+    /// What a piece of evidence changes; [`None`]: nothing (it is known, stale or about something else).
+    pub fn step(&self, evidence: &Evidence<W>) -> Option<Self> {
+        let Self::Migrating { from, to, own, epoch, released, refused } = self else { return None };
+        let by_source = evidence.worker == *from;
+        let by_destination = evidence.worker == *to;
+        let next = match evidence.fact {
+            Fact::Revoked(revoked) if by_source && revoked >= *epoch && !released => {
+                Self::Owned { owner: from.clone(), own: *own, last: *epoch }
+            }
+            Fact::Acquired(acquired) if by_destination && acquired == *epoch => {
+                Self::Owned { owner: to.clone(), own: *epoch, last: *epoch }
+            }
+            Fact::Released(e) if by_source && e == *epoch => self.doubt(true, *refused),
+            Fact::Refused(e) if by_destination && e == *epoch => self.doubt(*released, true),
+            Fact::Revoked(_) | Fact::Acquired(_) | Fact::Released(_) | Fact::Refused(_) => return None,
+        };
+        (next != *self).then_some(next)
+    }
+
+    fn doubt(&self, released: bool, refused: bool) -> Self {
+        match self {
+            Self::Migrating { from, epoch, .. } if released && refused => {
+                Self::Owned { owner: from.clone(), own: epoch.next(), last: epoch.next() }
+            }
+            Self::Migrating { from, to, own, epoch, .. } => {
+                Self::Migrating { from: from.clone(), to: to.clone(), own: *own, epoch: *epoch, released, refused }
+            }
+            Self::Owned { .. } => self.clone(),
+        }
+    }
+}
