@@ -1,0 +1,15 @@
+//! What runs inside the lab's guest: loads with content that can be checked, checksums, and a server that counts.
+//!
+//! | file | what |
+//! |---|---|
+//! | `protocol` | the commands and replies; the lab's client uses the same types |
+//! | `memory`, `records`, `files` | memory that stays and memory that changes, the writing load, the static files |
+//! | `server` | the TCP servers |
+//!
+//! Trusts the segment that it is attached to: it is a test fixture. Does not mount or configure anything: the initramfs does.
+
+pub mod files;
+pub mod memory;
+pub mod protocol;
+pub mod records;
+pub mod server;

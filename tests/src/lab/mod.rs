@@ -1,0 +1,3 @@
+//! The lab: sites on one machine.
+
+pub mod network;

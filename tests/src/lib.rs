@@ -1,0 +1,5 @@
+//! The lab: sites on one machine, a WAN emulator, real guests, QEMU's own migration as the baseline, the demo.
+
+pub mod lab;
+pub mod netns;
+pub mod wan;
