@@ -1,0 +1,166 @@
+//! The batch under way in the encoder: items in, operations, content and digest out.
+//!
+//! ```text
+//! verbatim ──────────────────────▶ content (joined until a record follows)
+//! record ─ zero? ─ next block? ─ in the index? ─ else literal ─▶ operation, transcript, content unless zero
+//! ```
+//! Guarantees: a page is hashed once, and copied once. The content holds every byte that operations do not imply, also
+//! of pages that lie in the replica, since a fallback needs them. Never exceeds the limits of a batch.
+
+use crate::counts::PageCounts;
+use crate::digest::{BatchDigest, Transcript};
+use crate::index::{BlockLookup, BlockRef};
+use crate::page::{PAGE_SIZE, Page, PageHash, ZERO_PAGE_HASH, is_zero};
+use crate::qemu::{Item, PageContent, PageRecord};
+use crate::wire::OpsError;
+use crate::wire::limits::{BATCH_LITERAL_TARGET, BATCH_OPS_TARGET, BATCH_RAW_TARGET};
+use crate::wire::ops::{Class, OpsReader, OpsWriter, Segment};
+
+/// What a batch came to.
+#[derive(Debug)]
+pub(crate) struct Closed {
+    pub(crate) raw_length: u32,
+    pub(crate) digest: BatchDigest,
+    pub(crate) counts: PageCounts,
+    pub(crate) ops: Vec<u8>,
+    pub(crate) content: Vec<u8>,
+}
+
+impl Closed {
+    /// The stretches of the content that are to be sent, in order.
+    pub(crate) fn literals(&self) -> impl Iterator<Item = Result<&[u8], OpsError>> {
+        let mut reader = OpsReader::new(&self.ops, self.raw_length);
+        let mut rest = &self.content[..];
+        std::iter::from_fn(move || {
+            loop {
+                let (length, literal) = match reader.segment() {
+                    Err(error) => return Some(Err(error)),
+                    Ok(None) => return None,
+                    Ok(Some(Segment::Verbatim { length })) => (length, true),
+                    Ok(Some(Segment::Run(run))) => match run.class {
+                        Class::Fill(_) | Class::Zero => (0, false),
+                        Class::Literal => (run.count * PAGE_SIZE, true),
+                        Class::Extent(_) => (run.count * PAGE_SIZE, false),
+                    },
+                };
+                let (front, back) = rest.split_at(length);
+                rest = back;
+                if literal {
+                    return Some(Ok(front));
+                }
+            }
+        })
+    }
+}
+
+/// The batch under way.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    ops: OpsWriter,
+    content: Vec<u8>,
+    transcript: Transcript,
+    counts: PageCounts,
+    raw_length: usize,
+    literal_length: usize,
+    /// Bytes at the end of the content that no operation covers yet.
+    verbatim: usize,
+    /// Where the next page lies if it follows on the last one that was found; kept from batch to batch.
+    expected: Option<BlockRef>,
+}
+
+impl Batch {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.raw_length == 0
+    }
+
+    /// Whether it should be closed before anything is added.
+    pub(crate) fn is_full(&self) -> bool {
+        self.raw_length >= BATCH_RAW_TARGET
+            || self.literal_length >= BATCH_LITERAL_TARGET
+            || self.ops.len() >= BATCH_OPS_TARGET
+    }
+
+    /// Takes in an item. Gives back what did not fit: close the batch, then add that.
+    pub(crate) fn add<'a>(&mut self, item: Item<'a>, index: &dyn BlockLookup) -> Option<Item<'a>> {
+        match item {
+            Item::Page(record) => {
+                self.record(&record, index);
+                None
+            }
+            Item::Verbatim(bytes) => {
+                let room = (BATCH_RAW_TARGET.saturating_sub(self.raw_length))
+                    .min(BATCH_LITERAL_TARGET.saturating_sub(self.literal_length));
+                let (front, back) = bytes.split_at(bytes.len().min(room));
+                self.content.extend_from_slice(front);
+                self.verbatim += front.len();
+                self.raw_length += front.len();
+                self.literal_length += front.len();
+                (!back.is_empty()).then_some(Item::Verbatim(back))
+            }
+        }
+    }
+
+    fn record(&mut self, record: &PageRecord<'_>, index: &dyn BlockLookup) {
+        self.close_verbatim();
+        self.raw_length += record.length();
+        let header = record.header;
+        let class = match record.content {
+            PageContent::Fill(fill) => {
+                self.counts.zero += 1;
+                self.transcript.fill(header, fill);
+                Class::Fill(fill)
+            }
+            PageContent::Bytes(page) if is_zero(page) => {
+                self.counts.zero += 1;
+                self.transcript.page(header, &ZERO_PAGE_HASH);
+                Class::Zero
+            }
+            PageContent::Bytes(page) => {
+                let hash = PageHash::of(page);
+                self.transcript.page(header, &hash);
+                self.page(page, &hash, index)
+            }
+        };
+        self.ops.record(header, class);
+    }
+
+    fn page(&mut self, page: &Page, hash: &PageHash, index: &dyn BlockLookup) -> Class {
+        self.content.extend_from_slice(page);
+        let digest = hash.digest();
+        let found = self.expected.filter(|at| index.holds(*at, &digest)).or_else(|| index.find(&digest));
+        match found {
+            Some(at) => {
+                self.expected = Some(at.next());
+                self.counts.teleported += 1;
+                Class::Extent(at)
+            }
+            None => {
+                self.counts.literal += 1;
+                self.literal_length += PAGE_SIZE;
+                Class::Literal
+            }
+        }
+    }
+
+    fn close_verbatim(&mut self) {
+        if self.verbatim > 0 {
+            self.ops.verbatim(self.verbatim);
+            self.transcript.verbatim(&self.content[self.content.len() - self.verbatim..]);
+            self.verbatim = 0;
+        }
+    }
+
+    /// What it came to; an empty batch is under way again.
+    pub(crate) fn close(&mut self) -> Closed {
+        self.close_verbatim();
+        let raw_length = std::mem::take(&mut self.raw_length) as u32;
+        self.literal_length = 0;
+        Closed {
+            raw_length,
+            digest: self.transcript.finish(),
+            counts: std::mem::take(&mut self.counts),
+            ops: std::mem::take(&mut self.ops).finish(),
+            content: std::mem::take(&mut self.content),
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! The block index of a VM's replicas, in memory.
+//!
+//! ```text
+//! disk ─▶ part of 1024 blocks: unknown │ zero │ slab ─▶ 1024 digests of 16 bytes     by place
+//! digest ─▶ hash table of u32: slab * 1024 + offset                                  by content
+//! ```
+//! Costs 16 bytes a block and 5 bytes a slot of the table, which is between 44 and 87.5 % full; parts that are all zero
+//! or unknown cost nothing. Guarantees: what [`find`](BlockLookup::find) gives holds that digest now. When content lies
+//! in several places the table knows one of them; once that one is overwritten the others are found no more. Zero blocks
+//! are known by place and never found by content. Does not lock: share it behind a lock of your own.
+
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
+
+use super::{BlockLookup, BlockRef};
+use crate::page::BlockDigest;
+use crate::wire::limits::DISK_BLOCKS_MAX;
+
+/// Blocks whose digests are kept together.
+const PART_BLOCKS: usize = 1024;
+/// What stands for a block of which nothing is known.
+const UNKNOWN: BlockDigest = BlockDigest([0; BlockDigest::LENGTH]);
+/// Most parts that positions of 32 bits can address: 16 TiB of blocks.
+const SLABS_MAX: usize = 1 << 22;
+
+/// Why the index cannot do as asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum IndexError {
+    /// The disk was never added.
+    #[error("index: no disk {disk}")]
+    NoDisk {
+        /// Its number.
+        disk: u16,
+    },
+    /// A block beyond the disk's end.
+    #[error("index: block {block} is beyond the {blocks} blocks of disk {disk}")]
+    BeyondEnd {
+        /// The disk.
+        disk: u16,
+        /// The block.
+        block: u64,
+        /// The disk's size.
+        blocks: u64,
+    },
+    /// A disk larger than can be referred to.
+    #[error("index: disk {disk} of {blocks} blocks is too large")]
+    TooLarge {
+        /// The disk.
+        disk: u16,
+        /// Its size.
+        blocks: u64,
+    },
+    /// All disks together hold more than positions can address.
+    #[error("index: more than {} blocks are held", SLABS_MAX * PART_BLOCKS)]
+    Full,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    Unknown,
+    Zero,
+    Slab(u32),
+}
+
+#[derive(Debug)]
+struct Disk {
+    blocks: u64,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+struct Slab {
+    disk: u16,
+    part: u32,
+    digests: Box<[BlockDigest; PART_BLOCKS]>,
+}
+
+/// The index over all disks of one VM at one destination.
+#[derive(Debug, Default)]
+pub struct BlockIndex {
+    /// By number of the disk.
+    disks: Vec<Option<Disk>>,
+    slabs: Vec<Option<Slab>>,
+    free: Vec<u32>,
+    table: HashTable<u32>,
+}
+
+impl BlockIndex {
+    /// An index without disks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a disk of which nothing is known yet, or forgets all of a disk that there was, whatever its size.
+    pub fn add_disk(&mut self, disk: u16, blocks: u64) -> Result<(), IndexError> {
+        if blocks > DISK_BLOCKS_MAX {
+            return Err(IndexError::TooLarge { disk, blocks });
+        }
+        if let Some(old) = self.blocks(disk) {
+            self.clear(BlockRef { disk, block: 0 }, old)?;
+        }
+        let place = usize::from(disk);
+        if self.disks.len() <= place {
+            self.disks.resize_with(place + 1, || None);
+        }
+        let parts = vec![Part::Unknown; blocks.div_ceil(PART_BLOCKS as u64) as usize];
+        self.disks[place] = Some(Disk { blocks, parts });
+        Ok(())
+    }
+
+    /// The size of a disk, if it was added.
+    pub fn blocks(&self, disk: u16) -> Option<u64> {
+        self.disks.get(usize::from(disk))?.as_ref().map(|disk| disk.blocks)
+    }
+
+    /// Different contents that can be found.
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Whether nothing can be found.
+    pub fn is_empty(&self) -> bool {
+        self.table.is_empty()
+    }
+
+    /// Bytes of memory that the index takes.
+    pub fn memory_bytes(&self) -> usize {
+        let slabs = self.slabs.iter().flatten().count() * size_of::<[BlockDigest; PART_BLOCKS]>();
+        let parts: usize = self.disks.iter().flatten().map(|disk| disk.parts.capacity() * size_of::<Part>()).sum();
+        slabs + parts + self.slabs.capacity() * size_of::<Option<Slab>>() + self.table.allocation_size()
+    }
+
+    /// What is known of a block: nothing, or its digest, which is [`BlockDigest::ZERO`] for zeros.
+    pub fn get(&self, at: BlockRef) -> Option<BlockDigest> {
+        let (part, offset) = split(at.block);
+        let disk = self.disks.get(usize::from(at.disk))?.as_ref()?;
+        match disk.parts.get(part)? {
+            Part::Unknown => None,
+            Part::Zero => (at.block < disk.blocks).then_some(BlockDigest::ZERO),
+            Part::Slab(slab) => {
+                let slab = self.slabs.get(*slab as usize)?.as_ref()?;
+                Some(slab.digests[offset]).filter(|digest| *digest != UNKNOWN)
+            }
+        }
+    }
+
+    /// The block now has this content.
+    pub fn set(&mut self, at: BlockRef, digest: BlockDigest) -> Result<(), IndexError> {
+        self.check(at, 1)?;
+        self.put(at, digest)
+    }
+
+    /// Nothing is known of these blocks any more.
+    pub fn clear(&mut self, from: BlockRef, count: u64) -> Result<(), IndexError> {
+        self.fill(from, count, UNKNOWN, Part::Unknown)
+    }
+
+    /// These blocks are zeros now.
+    pub fn zero(&mut self, from: BlockRef, count: u64) -> Result<(), IndexError> {
+        self.fill(from, count, BlockDigest::ZERO, Part::Zero)
+    }
+
+    fn fill(&mut self, from: BlockRef, count: u64, digest: BlockDigest, whole: Part) -> Result<(), IndexError> {
+        let blocks = self.check(from, count)?;
+        let end = from.block + count;
+        let mut block = from.block;
+        while block < end {
+            let (part, offset) = split(block);
+            let part_end = ((part as u64 + 1) * PART_BLOCKS as u64).min(blocks);
+            if offset == 0 && end >= part_end {
+                self.replace_part(from.disk, part, whole);
+                block = part_end;
+            } else {
+                let stop = end.min(part_end);
+                if self.part(from.disk, part) != Some(whole) {
+                    for block in block..stop {
+                        self.put(BlockRef { block, ..from }, digest)?;
+                    }
+                }
+                block = stop;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, from: BlockRef, count: u64) -> Result<u64, IndexError> {
+        let BlockRef { disk, block } = from;
+        let blocks = self.blocks(disk).ok_or(IndexError::NoDisk { disk })?;
+        match block.checked_add(count) {
+            Some(end) if end <= blocks => Ok(blocks),
+            _ => Err(IndexError::BeyondEnd { disk, block: block.saturating_add(count.saturating_sub(1)), blocks }),
+        }
+    }
+
+    fn part(&self, disk: u16, part: usize) -> Option<Part> {
+        self.disks.get(usize::from(disk))?.as_ref()?.parts.get(part).copied()
+    }
+
+    fn set_part(&mut self, disk: u16, part: usize, to: Part) {
+        if let Some(place) =
+            self.disks.get_mut(usize::from(disk)).and_then(Option::as_mut).and_then(|disk| disk.parts.get_mut(part))
+        {
+            *place = to;
+        }
+    }
+
+    /// Drops what is known of a whole part.
+    fn replace_part(&mut self, disk: u16, part: usize, to: Part) {
+        if let Some(Part::Slab(slab)) = self.part(disk, part) {
+            for offset in 0..PART_BLOCKS {
+                self.forget(position(slab, offset));
+            }
+            self.slabs[slab as usize] = None;
+            self.free.push(slab);
+        }
+        self.set_part(disk, part, to);
+    }
+
+    /// Writes the digest of a block that is on the disk.
+    fn put(&mut self, at: BlockRef, digest: BlockDigest) -> Result<(), IndexError> {
+        let (part, offset) = split(at.block);
+        let slab = self.slab_of(at.disk, part)?;
+        let position = position(slab, offset);
+        if self.digest_at(position) == digest {
+            return Ok(());
+        }
+        self.forget(position);
+        if let Some(slab) = &mut self.slabs[slab as usize] {
+            slab.digests[offset] = digest;
+        }
+        if digest != UNKNOWN && digest != BlockDigest::ZERO {
+            let slabs = &self.slabs;
+            let entry = self.table.entry(
+                hash(&digest),
+                |known| digest_in(slabs, *known) == digest,
+                |known| hash(&digest_in(slabs, *known)),
+            );
+            if let Entry::Vacant(place) = entry {
+                place.insert(position);
+            }
+        }
+        Ok(())
+    }
+
+    /// The slab of a part, made if there is none.
+    fn slab_of(&mut self, disk: u16, part: usize) -> Result<u32, IndexError> {
+        let content = match self.part(disk, part) {
+            Some(Part::Slab(slab)) => return Ok(slab),
+            Some(Part::Zero) => BlockDigest::ZERO,
+            Some(Part::Unknown) => UNKNOWN,
+            None => return Err(IndexError::NoDisk { disk }),
+        };
+        let slab = Slab { disk, part: part as u32, digests: Box::new([content; PART_BLOCKS]) };
+        let number = match self.free.pop() {
+            Some(number) => {
+                self.slabs[number as usize] = Some(slab);
+                number
+            }
+            None if self.slabs.len() == SLABS_MAX => return Err(IndexError::Full),
+            None => {
+                self.slabs.push(Some(slab));
+                self.slabs.len() as u32 - 1
+            }
+        };
+        self.set_part(disk, part, Part::Slab(number));
+        Ok(number)
+    }
+
+    /// Takes a place out of the table, if it is the one that the table knows for its content.
+    fn forget(&mut self, position: u32) {
+        let digest = self.digest_at(position);
+        if digest == UNKNOWN || digest == BlockDigest::ZERO {
+            return;
+        }
+        if let Ok(entry) = self.table.find_entry(hash(&digest), |known| *known == position) {
+            entry.remove();
+        }
+    }
+
+    fn digest_at(&self, position: u32) -> BlockDigest {
+        digest_in(&self.slabs, position)
+    }
+}
+
+impl BlockLookup for BlockIndex {
+    fn find(&self, digest: &BlockDigest) -> Option<BlockRef> {
+        let position = *self.table.find(hash(digest), |known| self.digest_at(*known) == *digest)?;
+        let slab = self.slabs.get(position as usize / PART_BLOCKS)?.as_ref()?;
+        let offset = position as usize % PART_BLOCKS;
+        Some(BlockRef { disk: slab.disk, block: u64::from(slab.part) * PART_BLOCKS as u64 + offset as u64 })
+    }
+
+    fn holds(&self, at: BlockRef, digest: &BlockDigest) -> bool {
+        self.get(at).is_some_and(|known| known == *digest)
+    }
+}
+
+fn split(block: u64) -> (usize, usize) {
+    ((block / PART_BLOCKS as u64) as usize, (block % PART_BLOCKS as u64) as usize)
+}
+
+fn position(slab: u32, offset: usize) -> u32 {
+    slab * PART_BLOCKS as u32 + offset as u32
+}
+
+fn digest_in(slabs: &[Option<Slab>], position: u32) -> BlockDigest {
+    match slabs.get(position as usize / PART_BLOCKS) {
+        Some(Some(slab)) => slab.digests[position as usize % PART_BLOCKS],
+        _ => UNKNOWN,
+    }
+}
+
+/// A digest is evenly spread: its first bytes are its hash.
+fn hash(digest: &BlockDigest) -> u64 {
+    digest.0.first_chunk().map_or(0, |word| u64::from_le_bytes(*word))
+}

@@ -1,0 +1,149 @@
+//! Rebuilds a batch's stretch of QEMU's stream from its operations.
+//!
+//! [`Plan::of`] goes through the operations once and says what they take, before anything is allocated or read; then
+//! [`rebuild`] goes through them again. Guarantees: the bytes are given only if their digest is the one announced. A
+//! replica that cannot be read is a replica that differs.
+
+use std::io;
+
+use crate::counts::PageCounts;
+use crate::decoder::ReplicaRead;
+use crate::digest::{BatchSummary, Transcript};
+use crate::index::BlockRef;
+use crate::page::{PAGE_SIZE, Page, PageHash, ZERO_PAGE, ZERO_PAGE_HASH};
+use crate::wire::OpsError;
+use crate::wire::ops::{Class, OpsReader, Run, Segment};
+
+/// Blocks read from the replica at a time.
+const READ_BLOCKS: usize = 256;
+
+/// What a batch takes; its operations are sound.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Plan {
+    pub(crate) literal_length: usize,
+    pub(crate) counts: PageCounts,
+}
+
+impl Plan {
+    pub(crate) fn of(ops: &[u8], raw_length: u32) -> Result<Self, OpsError> {
+        let mut reader = OpsReader::new(ops, raw_length);
+        let mut plan = Self::default();
+        while let Some(segment) = reader.segment()? {
+            match segment {
+                Segment::Verbatim { length } => plan.literal_length += length,
+                Segment::Run(Run { class, count, .. }) => {
+                    let pages = count as u64;
+                    match class {
+                        Class::Fill(_) | Class::Zero => plan.counts.zero += pages,
+                        Class::Extent(_) => plan.counts.teleported += pages,
+                        Class::Literal => {
+                            plan.counts.literal += pages;
+                            plan.literal_length += count * PAGE_SIZE;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(plan)
+    }
+}
+
+/// What a rebuilt batch came to.
+#[derive(Debug)]
+pub(crate) enum Rebuilt {
+    /// The bytes that the source digested.
+    Verified(Vec<u8>),
+    /// Something else, or a replica that could not be read.
+    Differs,
+}
+
+/// Stands for the replica where none may be read.
+#[derive(Debug)]
+pub(crate) struct NoReplica;
+
+impl ReplicaRead for NoReplica {
+    fn read(&mut self, _: BlockRef, _: u32, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Rebuilds a batch whose operations were planned and whose literals are as long as they take.
+pub(crate) fn rebuild(
+    ops: &[u8],
+    summary: &BatchSummary,
+    mut literals: &[u8],
+    replica: &mut dyn ReplicaRead,
+    transcript: &mut Transcript,
+    scratch: &mut Vec<u8>,
+) -> Result<Rebuilt, OpsError> {
+    let mut reader = OpsReader::new(ops, summary.raw_length);
+    let mut bytes = Vec::with_capacity(summary.raw_length as usize);
+    while let Some(segment) = reader.segment()? {
+        match segment {
+            Segment::Verbatim { length } => {
+                let (front, back) = literals.split_at(length);
+                literals = back;
+                transcript.verbatim(front);
+                bytes.extend_from_slice(front);
+            }
+            Segment::Run(run) => match run.class {
+                Class::Fill(fill) => run.headers().for_each(|header| {
+                    transcript.fill(header, fill);
+                    header.write_fill(fill, &mut bytes);
+                }),
+                Class::Zero => run.headers().for_each(|header| {
+                    transcript.page(header, &ZERO_PAGE_HASH);
+                    header.write_page(&mut bytes);
+                    bytes.extend_from_slice(&ZERO_PAGE);
+                }),
+                Class::Literal => {
+                    let (front, back) = literals.split_at(run.count * PAGE_SIZE);
+                    literals = back;
+                    write_pages(&run, 0, front, transcript, &mut bytes);
+                }
+                Class::Extent(at) => {
+                    if !extent(&run, at, replica, transcript, scratch, &mut bytes) {
+                        transcript.finish();
+                        return Ok(Rebuilt::Differs);
+                    }
+                }
+            },
+        }
+    }
+    let agrees = transcript.finish() == summary.digest;
+    Ok(if agrees { Rebuilt::Verified(bytes) } else { Rebuilt::Differs })
+}
+
+/// Writes pages of a run, from the one at `skip` on, whose contents stand one behind the other.
+fn write_pages(run: &Run<'_>, skip: usize, content: &[u8], transcript: &mut Transcript, bytes: &mut Vec<u8>) {
+    let (pages, _): (&[Page], _) = content.as_chunks::<PAGE_SIZE>();
+    for (header, page) in run.headers().skip(skip).zip(pages) {
+        transcript.page(header, &PageHash::of(page));
+        header.write_page(bytes);
+        bytes.extend_from_slice(page);
+    }
+}
+
+/// Writes a run of pages from the replica; false if it cannot be read.
+fn extent(
+    run: &Run<'_>,
+    at: BlockRef,
+    replica: &mut dyn ReplicaRead,
+    transcript: &mut Transcript,
+    scratch: &mut Vec<u8>,
+    bytes: &mut Vec<u8>,
+) -> bool {
+    scratch.resize(READ_BLOCKS * PAGE_SIZE, 0);
+    let mut done = 0;
+    while done < run.count {
+        let count = READ_BLOCKS.min(run.count - done);
+        let into = &mut scratch[..count * PAGE_SIZE];
+        let from = BlockRef { block: at.block + done as u64, ..at };
+        if replica.read(from, count as u32, into).is_err() {
+            return false;
+        }
+        write_pages(run, done, into, transcript, bytes);
+        done += count;
+    }
+    true
+}
