@@ -1,0 +1,26 @@
+//! `site list`, `worker list`, `cluster status`.
+
+use pageport_proto::v1;
+use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
+use pageport_proto::v1::fleet_service_client::FleetServiceClient;
+use tonic::transport::Channel;
+
+use super::{Context, ask, now_unix_ms};
+use crate::error::CtlError;
+use crate::render::lists;
+
+pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
+    let response = ask!(context, FleetServiceClient<Channel>, list_sites, v1::ListSitesRequest {}).await?;
+    context.output.message(&response, lists::sites)
+}
+
+pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
+    let response = ask!(context, FleetServiceClient<Channel>, list_workers, v1::ListWorkersRequest {}).await?;
+    context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
+}
+
+pub async fn cluster(context: &mut Context) -> Result<(), CtlError> {
+    let request = v1::GetClusterStatusRequest {};
+    let response = ask!(context, ClusterServiceClient<Channel>, get_cluster_status, request).await?;
+    context.output.message(&response, lists::cluster)
+}

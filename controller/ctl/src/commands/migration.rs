@@ -1,0 +1,132 @@
+//! `migrate` and `migration get | list | watch | cancel`.
+
+use pageport_proto::v1;
+use pageport_proto::v1::MigrationState;
+use pageport_proto::v1::migration_service_client::MigrationServiceClient;
+use tokio::signal;
+use tonic::transport::Channel;
+
+use super::{Context, ask, now_unix_ms, request_id, required};
+use crate::cli::MigrationCommand;
+use crate::error::CtlError;
+use crate::render::screen::Screen;
+use crate::render::{lists, progress, record};
+use crate::watch::{Event, Watch};
+
+type Migrations = MigrationServiceClient<Channel>;
+
+pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(), CtlError> {
+    match command {
+        MigrationCommand::Get { id } => {
+            let response = ask!(context, Migrations, get_migration, v1::GetMigrationRequest { id }).await?;
+            let migration = required(response.migration, "GetMigration", "migration")?;
+            context.output.message(&migration, describe)
+        }
+        MigrationCommand::List { vm } => {
+            let request = v1::ListMigrationsRequest { vm: vm.unwrap_or_default() };
+            let response = ask!(context, Migrations, list_migrations, request).await?;
+            context.output.message(&response, |response| lists::migrations(response, now_unix_ms()))
+        }
+        MigrationCommand::Watch { id } => watch(context, id).await,
+        MigrationCommand::Cancel { id } => {
+            let request = v1::CancelMigrationRequest { request_id: request_id(), id };
+            let response = ask!(context, Migrations, cancel_migration, request).await?;
+            let migration = required(response.migration, "CancelMigration", "migration")?;
+            context.output.message(&migration, lists::migration_line)
+        }
+    }
+}
+
+pub async fn migrate(context: &mut Context, vm: String, to_site: String, follow: bool) -> Result<(), CtlError> {
+    let request = v1::CreateMigrationRequest { request_id: request_id(), vm, to_site };
+    let response = ask!(context, Migrations, create_migration, request).await?;
+    let migration = required(response.migration, "CreateMigration", "migration")?;
+    if follow {
+        watch(context, migration.id).await
+    } else {
+        let line = |migration: &v1::Migration| {
+            format!("{}\nfollow it: pageportctl migration watch {}", lists::migration_line(migration), migration.id)
+        };
+        context.output.message(&migration, line)
+    }
+}
+
+fn describe(migration: &v1::Migration) -> String {
+    match end_of(migration) {
+        Some(_) => record::summary(migration),
+        None => format!("{}\n{}\n", lists::migration_line(migration), progress::migration(migration)),
+    }
+}
+
+/// Follows a migration to its end; anything but completion is an error.
+async fn watch(context: &mut Context, id: String) -> Result<(), CtlError> {
+    let migration = follow(context, &id).await?;
+    if let Some(End::Otherwise(outcome)) = end_of(&migration) {
+        let v1::Migration { id, vm_name: vm, reason, .. } = migration;
+        return Err(CtlError::Migration { id, vm, outcome, reason });
+    }
+    if context.output.is_json() {
+        // The last line of the stream has said it.
+        return Ok(());
+    }
+    context.output.text(&record::summary(&migration))
+}
+
+async fn follow(context: &mut Context, id: &str) -> Result<v1::Migration, CtlError> {
+    let Context { controllers, output } = context;
+    let mut screen = Screen::open();
+    let open = |channel: Channel| {
+        let request = v1::WatchMigrationRequest { id: id.to_owned() };
+        async move { Migrations::new(channel).watch_migration(request).await }
+    };
+    let mut updates = Watch::new(controllers, open);
+    loop {
+        let event = tokio::select! {
+            event = updates.next() => event?,
+            _ = signal::ctrl_c() => {
+                let hint = format!(
+                    "the migration goes on; follow it: pageportctl migration watch {id}; stop it: pageportctl migration cancel {id}"
+                );
+                return Err(CtlError::Interrupted { hint });
+            }
+        };
+        let response = match event {
+            Event::Message(response) => response,
+            Event::Lost { reason } => {
+                screen.remark(&format!("lost the controller ({reason}); watching again"));
+                continue;
+            }
+        };
+        let migration = required(response.migration, "WatchMigration", "migration")?;
+        if output.is_json() {
+            output.message(&migration, |_| String::new())?;
+        } else {
+            screen.show(progress::phase(&migration), &progress::migration(&migration));
+        }
+        if end_of(&migration).is_some() {
+            return Ok(migration);
+        }
+    }
+}
+
+/// How a migration ended.
+enum End {
+    Completed,
+    Otherwise(&'static str),
+}
+
+fn end_of(migration: &v1::Migration) -> Option<End> {
+    match MigrationState::try_from(migration.state) {
+        Ok(MigrationState::Completed) => Some(End::Completed),
+        Ok(MigrationState::Failed) => Some(End::Otherwise("failed")),
+        Ok(MigrationState::Cancelled) => Some(End::Otherwise("was cancelled")),
+        Ok(
+            MigrationState::Unspecified
+            | MigrationState::Requested
+            | MigrationState::Running
+            | MigrationState::Cancelling
+            | MigrationState::Committed,
+        )
+        | Err(_) => None,
+    }
+}

@@ -1,0 +1,64 @@
+//! One function per command: ask, then show.
+//!
+//! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
+
+mod fleet;
+mod migration;
+mod replica;
+mod vm;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::cli::{ClusterCommand, Command, SiteCommand, WorkerCommand};
+use crate::client::Controllers;
+use crate::error::CtlError;
+use crate::render::Output;
+
+/// Where commands ask and where they show.
+struct Context {
+    controllers: Controllers,
+    output: Output,
+}
+
+/// Runs a command to its end.
+///
+/// # Errors
+/// Whatever keeps it from doing what it was asked to.
+pub async fn run(command: Command, controllers: Controllers, output: Output) -> Result<(), CtlError> {
+    let mut context = Context { controllers, output };
+    match command {
+        Command::Site(SiteCommand::List) => fleet::sites(&mut context).await,
+        Command::Worker(WorkerCommand::List) => fleet::workers(&mut context).await,
+        Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
+        Command::Vm(command) => vm::run(&mut context, command).await,
+        Command::Replica(command) => replica::run(&mut context, command).await,
+        Command::Migrate { vm, to, watch } => migration::migrate(&mut context, vm, to, watch).await,
+        Command::Migration(command) => migration::run(&mut context, command).await,
+    }
+}
+
+/// Asks a controller; the request is cloned for each attempt.
+macro_rules! ask {
+    ($context:expr, $client:ty, $method:ident, $request:expr) => {{
+        let request = $request;
+        $context.controllers.call(move |channel| {
+            let request = request.clone();
+            async move { <$client>::new(channel).$method(request).await }
+        })
+    }};
+}
+use ask;
+
+fn request_id() -> String {
+    pageport_proto::RequestId::generate().to_string()
+}
+
+fn now_unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// What an answer must hold.
+fn required<T>(value: Option<T>, operation: &'static str, field: &'static str) -> Result<T, CtlError> {
+    value.ok_or(CtlError::Incomplete { operation, field })
+}

@@ -1,0 +1,115 @@
+//! `replica seed | list | delete`.
+//!
+//! A seed is followed in the fleet's stream, where the VM carries its replicas.
+
+use pageport_proto::v1;
+use pageport_proto::v1::ReplicaState;
+use pageport_proto::v1::fleet_service_client::FleetServiceClient;
+use pageport_proto::v1::replication_service_client::ReplicationServiceClient;
+use tokio::signal;
+use tonic::transport::Channel;
+
+use super::{Context, ask, request_id, required};
+use crate::cli::ReplicaCommand;
+use crate::error::CtlError;
+use crate::render::screen::Screen;
+use crate::render::{lists, progress, units, words};
+use crate::watch::{Event, Watch};
+
+type Replication = ReplicationServiceClient<Channel>;
+
+pub async fn run(context: &mut Context, command: ReplicaCommand) -> Result<(), CtlError> {
+    match command {
+        ReplicaCommand::Seed { vm, to, watch } => seed(context, vm, to, watch).await,
+        ReplicaCommand::List { vm } => {
+            let response = ask!(context, Replication, list_replicas, v1::ListReplicasRequest { vm }).await?;
+            context.output.message(&response, lists::replicas)
+        }
+        ReplicaCommand::Delete { vm, site } => {
+            let request = v1::DeleteReplicaRequest { request_id: request_id(), vm: vm.clone(), site: site.clone() };
+            let response = ask!(context, Replication, delete_replica, request).await?;
+            context.output.message(&response, |_| format!("the replica of {vm} at {site}: deleted"))
+        }
+    }
+}
+
+async fn seed(context: &mut Context, vm: String, site: String, watch: bool) -> Result<(), CtlError> {
+    let request = v1::SeedReplicaRequest { request_id: request_id(), vm: vm.clone(), to_site: site.clone() };
+    let response = ask!(context, Replication, seed_replica, request).await?;
+    let replica = required(response.replica, "SeedReplica", "replica")?;
+    if !watch {
+        let line =
+            |replica: &v1::Replica| format!("the replica of {vm} at {site}: {}", words::replica_state(replica.state));
+        return context.output.message(&replica, line);
+    }
+    let replica = follow(context, &vm, &site, replica).await?;
+    if ReplicaState::try_from(replica.state) == Ok(ReplicaState::Failed) {
+        return Err(CtlError::Seed { vm, site, reason: replica.problem });
+    }
+    if context.output.is_json() {
+        // The last line of the stream has said it.
+        return Ok(());
+    }
+    let (looked_at, sent) = (units::bytes(replica.total_bytes), units::bytes(replica.wan_bytes));
+    context.output.text(&format!("the replica of {vm} at {site} is seeded: {looked_at} looked at, {sent} sent"))
+}
+
+/// Follows a seed until it has ended, and returns the replica as it then is.
+async fn follow(context: &mut Context, vm: &str, site: &str, first: v1::Replica) -> Result<v1::Replica, CtlError> {
+    let Context { controllers, output } = context;
+    let output = *output;
+    let mut screen = Screen::open();
+    let mut shown = None;
+    let mut show = |screen: &mut Screen, replica: &v1::Replica| {
+        if !output.is_json() {
+            screen.show(words::replica_state(replica.state), &progress::seed(replica));
+        } else if shown.as_ref() != Some(replica) {
+            // The fleet changes for other reasons too.
+            output.message(replica, |_| String::new())?;
+            shown = Some(replica.clone());
+        }
+        Ok::<_, CtlError>(())
+    };
+    show(&mut screen, &first)?;
+    if has_ended(&first) {
+        return Ok(first);
+    }
+    let open =
+        |channel: Channel| async move { FleetServiceClient::new(channel).watch_fleet(v1::WatchFleetRequest {}).await };
+    let mut fleet = Watch::new(controllers, open);
+    loop {
+        let event = tokio::select! {
+            event = fleet.next() => event?,
+            _ = signal::ctrl_c() => {
+                let hint = format!("the copy goes on; `pageportctl replica list {vm}` shows it");
+                return Err(CtlError::Interrupted { hint });
+            }
+        };
+        let response = match event {
+            Event::Message(response) => response,
+            Event::Lost { reason } => {
+                screen.remark(&format!("lost the controller ({reason}); watching again"));
+                continue;
+            }
+        };
+        let replica = find(&response, vm, site);
+        let subject = || format!("the replica of {vm} at {site}");
+        let replica = replica.ok_or_else(|| CtlError::Gone { subject: subject() })?;
+        show(&mut screen, replica)?;
+        if has_ended(replica) {
+            return Ok(replica.clone());
+        }
+    }
+}
+
+fn has_ended(replica: &v1::Replica) -> bool {
+    match ReplicaState::try_from(replica.state) {
+        Ok(ReplicaState::Seeded | ReplicaState::Failed) => true,
+        Ok(ReplicaState::Seeding | ReplicaState::Unspecified) | Err(_) => false,
+    }
+}
+
+fn find<'a>(fleet: &'a v1::WatchFleetResponse, vm: &str, site: &str) -> Option<&'a v1::Replica> {
+    let is_it = |found: &&v1::Vm| found.id == vm || found.spec.as_ref().is_some_and(|spec| spec.name == vm);
+    fleet.vms.iter().find(is_it)?.replicas.iter().find(|replica| replica.site == site)
+}

@@ -1,0 +1,75 @@
+//! `vm define | list | get | start | stop | delete | console`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use pageport_proto::v1;
+use pageport_proto::v1::fleet_service_client::FleetServiceClient;
+use tonic::transport::Channel;
+
+use super::{Context, ask, request_id, required};
+use crate::cli::VmCommand;
+use crate::console::{self, ConsoleError};
+use crate::error::CtlError;
+use crate::render::{lists, note};
+use crate::vmfile;
+
+type Fleet = FleetServiceClient<Channel>;
+
+pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlError> {
+    match command {
+        VmCommand::Define { file, site } => define(context, &file, site).await,
+        VmCommand::List => {
+            let response = ask!(context, Fleet, list_vms, v1::ListVmsRequest {}).await?;
+            context.output.message(&response, lists::vms)
+        }
+        VmCommand::Get { vm } => {
+            let vm = get(context, vm).await?;
+            context.output.message(&vm, lists::vm)
+        }
+        VmCommand::Start { vm } => {
+            let request = v1::StartVmRequest { request_id: request_id(), vm };
+            let response = ask!(context, Fleet, start_vm, request).await?;
+            changed(context, required(response.vm, "StartVm", "vm")?)
+        }
+        VmCommand::Stop { vm, force } => {
+            let request = v1::StopVmRequest { request_id: request_id(), vm, force };
+            let response = ask!(context, Fleet, stop_vm, request).await?;
+            changed(context, required(response.vm, "StopVm", "vm")?)
+        }
+        VmCommand::Delete { vm } => {
+            let request = v1::DeleteVmRequest { request_id: request_id(), vm: vm.clone() };
+            let response = ask!(context, Fleet, delete_vm, request).await?;
+            context.output.message(&response, |_| format!("{vm}: deleted; its disk image stays where it is"))
+        }
+        VmCommand::Console { vm, linger } => attach(context, vm, Duration::from_secs(linger.into())).await,
+    }
+}
+
+async fn define(context: &mut Context, file: &Path, site: String) -> Result<(), CtlError> {
+    let spec = vmfile::load(file)?;
+    let request = v1::DefineVmRequest { request_id: request_id(), spec: Some(spec), site };
+    let response = ask!(context, Fleet, define_vm, request).await?;
+    changed(context, required(response.vm, "DefineVm", "vm")?)
+}
+
+async fn get(context: &mut Context, vm: String) -> Result<v1::Vm, CtlError> {
+    let response = ask!(context, Fleet, get_vm, v1::GetVmRequest { vm }).await?;
+    required(response.vm, "GetVm", "vm")
+}
+
+fn changed(context: &Context, vm: v1::Vm) -> Result<(), CtlError> {
+    context.output.message(&vm, lists::vm_line)
+}
+
+async fn attach(context: &mut Context, name: String, linger: Duration) -> Result<(), CtlError> {
+    let vm = get(context, name.clone()).await?;
+    let workers = ask!(context, Fleet, list_workers, v1::ListWorkersRequest {}).await?.workers;
+    let worker = workers.into_iter().find(|worker| worker.name == vm.owner_worker);
+    let Some(worker) = worker.filter(|worker| !worker.grpc_address.is_empty()) else {
+        return Err(ConsoleError::NoWorker { vm: name, worker: vm.owner_worker }.into());
+    };
+    let end = console::attach(context.controllers.identity(), &worker, vm.id, linger).await?;
+    note(&format!("console of {name}: {end}"));
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! What can go wrong in a command, each with the fix where there is one.
+//!
+//! The messages of the modules below are passed through; what a controller said is shown as it said it.
+
+use std::error::Error;
+use std::io;
+
+use crate::client::ClientError;
+use crate::config::ConfigError;
+use crate::console::ConsoleError;
+use crate::vmfile::VmFileError;
+
+/// Why a command did not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum CtlError {
+    /// The asynchronous runtime did not start.
+    #[error("start the runtime")]
+    Runtime {
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Settings are missing or wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No controller took the command, or one refused it.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The VM's description is wrong.
+    #[error(transparent)]
+    VmFile(#[from] VmFileError),
+    /// The console failed.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// A controller left out what its answer must hold.
+    #[error("the controller's answer to {operation} lacks its {field}: is it of another version?")]
+    Incomplete {
+        /// What was asked.
+        operation: &'static str,
+        /// What is absent.
+        field: &'static str,
+    },
+    /// A migration that was watched did not complete.
+    #[error("migration {id} of {vm} {outcome}{}", because(reason))]
+    Migration {
+        /// The migration.
+        id: String,
+        /// The VM's name.
+        vm: String,
+        /// `failed` or `was cancelled`.
+        outcome: &'static str,
+        /// The controller's reason.
+        reason: String,
+    },
+    /// A seed that was watched did not complete.
+    #[error("the replica of {vm} at {site} failed{}", because(reason))]
+    Seed {
+        /// The VM.
+        vm: String,
+        /// The replica's site.
+        site: String,
+        /// The controller's reason.
+        reason: String,
+    },
+    /// What was watched is gone.
+    #[error("{subject} is no longer there")]
+    Gone {
+        /// What.
+        subject: String,
+    },
+    /// The user interrupted a watch.
+    #[error("interrupted: {hint}")]
+    Interrupted {
+        /// What goes on without us.
+        hint: String,
+    },
+    /// Types and description of the API do not fit together: this binary was built wrongly.
+    #[error("render the message {message} as JSON")]
+    Json {
+        /// Its name in the API.
+        message: &'static str,
+    },
+    /// Standard output failed.
+    #[error("write the output")]
+    Output {
+        /// The system's reason.
+        #[from]
+        source: io::Error,
+    },
+}
+
+impl CtlError {
+    /// The reader of our output went away.
+    pub fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Output { source } if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+}
+
+/// An error and its sources in one line.
+pub fn one_line(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some libraries repeat their source in their own message.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_with_sources_is_one_line() {
+        let source = io::Error::other("first line\n  second line");
+        assert_eq!(one_line(&CtlError::Runtime { source }), "start the runtime: first line second line");
+    }
+
+    #[test]
+    fn a_reason_is_shown_only_when_there_is_one() {
+        let error = |reason: &str| CtlError::Migration {
+            id: "m1".into(),
+            vm: "web".into(),
+            outcome: "failed",
+            reason: reason.into(),
+        };
+        assert_eq!(one_line(&error("")), "migration m1 of web failed");
+        assert_eq!(one_line(&error("no space at b")), "migration m1 of web failed: no space at b");
+    }
+}

@@ -1,0 +1,326 @@
+//! What `list`, `get` and `status` show. Pure: messages and the present time in, text out.
+
+use pageport_proto::v1::{
+    GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse, ListVmsResponse,
+    ListWorkersResponse, Migration, Replica, Vm, VmSpec,
+};
+
+use super::table::Align::{Left, Right};
+use super::table::Table;
+use super::words::{or_dash, yes_no};
+use super::{progress, units, words};
+
+const LABEL_CELLS: usize = 10;
+
+/// `site list`
+pub fn sites(response: &ListSitesResponse) -> String {
+    let mut table = Table::new([("SITE", Left), ("REACHABLE", Left), ("VMS RUNNING", Right), ("WORKERS", Left)]);
+    for site in &response.sites {
+        let running = units::count(site.vms_running.into());
+        table.row([site.name.clone(), yes_no(site.reachable).to_owned(), running, site.workers.join(", ")]);
+    }
+    table.render("no sites: no worker has ever connected")
+}
+
+/// `worker list`
+pub fn workers(response: &ListWorkersResponse, now_unix_ms: i64) -> String {
+    let mut table = Table::new([
+        ("WORKER", Left),
+        ("SITE", Left),
+        ("CONNECTED", Left),
+        ("LAST SEEN", Left),
+        ("MEMORY", Right),
+        ("ACCEL", Left),
+        ("QEMU", Left),
+        ("VERSION", Left),
+        ("GRPC", Left),
+        ("PEER", Left),
+    ]);
+    for worker in &response.workers {
+        table.row([
+            worker.name.clone(),
+            worker.site.clone(),
+            yes_no(worker.connected).to_owned(),
+            units::ago(worker.last_seen_unix_ms, now_unix_ms),
+            units::bytes(worker.memory_total_bytes),
+            or_dash(&worker.accelerator).to_owned(),
+            or_dash(&worker.qemu_version).to_owned(),
+            or_dash(&worker.version).to_owned(),
+            or_dash(&worker.grpc_address).to_owned(),
+            or_dash(&worker.peer_address).to_owned(),
+        ]);
+    }
+    table.render("no workers: none has ever connected")
+}
+
+/// `vm list`
+pub fn vms(response: &ListVmsResponse) -> String {
+    let mut table = Table::new([
+        ("VM", Left),
+        ("STATE", Left),
+        ("SITE", Left),
+        ("WORKER", Left),
+        ("MEMORY", Right),
+        ("VCPUS", Right),
+        ("REPLICAS", Left),
+        ("PROBLEM", Left),
+    ]);
+    let none = VmSpec::default();
+    for vm in &response.vms {
+        let spec = vm.spec.as_ref().unwrap_or(&none);
+        let replica = |r: &Replica| format!("{} {}", r.site, words::replica_state(r.state));
+        table.row([
+            spec.name.clone(),
+            words::vm_state(vm.state).to_owned(),
+            or_dash(&vm.owner_site).to_owned(),
+            or_dash(&vm.owner_worker).to_owned(),
+            units::bytes(spec.memory_bytes),
+            spec.vcpus.to_string(),
+            or_dash(&vm.replicas.iter().map(replica).collect::<Vec<_>>().join(", ")).to_owned(),
+            vm.problem.clone(),
+        ]);
+    }
+    table.render("no VMs: define one with `pageportctl vm define -f vm.yaml --site SITE`")
+}
+
+/// One line after a command that changes a VM.
+pub fn vm_line(vm: &Vm) -> String {
+    let name = vm.spec.as_ref().map_or("", |spec| &spec.name);
+    let wish = if vm.desired_running { "should run" } else { "should be stopped" };
+    let state = words::vm_state(vm.state);
+    format!("{name} ({}): {state} at {}, {wish}", vm.id, or_dash(&vm.owner_site))
+}
+
+/// `vm get`
+pub fn vm(vm: &Vm) -> String {
+    let none = VmSpec::default();
+    let spec = vm.spec.as_ref().unwrap_or(&none);
+    let mut lines = vec![
+        ("name", spec.name.clone()),
+        ("id", vm.id.clone()),
+        ("state", words::vm_state(vm.state).to_owned()),
+        ("should run", yes_no(vm.desired_running).to_owned()),
+        ("owner", format!("{} at {}, epoch {}", or_dash(&vm.owner_worker), or_dash(&vm.owner_site), vm.owner_epoch)),
+        ("memory", units::bytes(spec.memory_bytes)),
+        ("vcpus", spec.vcpus.to_string()),
+    ];
+    let mut optional = |label, value: &str| {
+        if !value.is_empty() {
+            lines.push((label, value.to_owned()));
+        }
+    };
+    optional("machine", &spec.machine);
+    optional("cpu", &spec.cpu);
+    for disk in &spec.disks {
+        optional("disk", &format!("{} {} ({})", disk.name, disk.path, disk.format));
+    }
+    for nic in &spec.nics {
+        optional("nic", &format!("{} on {}", nic.mac, nic.bridge));
+    }
+    if let Some(boot) = &spec.direct_boot {
+        optional("kernel", &boot.kernel);
+        optional("initrd", &boot.initrd);
+        optional("cmdline", &boot.cmdline);
+    }
+    optional("migration", &vm.migration_id);
+    optional("problem", &vm.problem);
+    let mut text: String = lines.iter().map(|(label, value)| format!("{label:<LABEL_CELLS$}  {value}\n")).collect();
+    if !vm.replicas.is_empty() {
+        text.push('\n');
+        text.push_str(&replica_table(&vm.replicas));
+    }
+    text
+}
+
+/// `replica list`
+pub fn replicas(response: &ListReplicasResponse) -> String {
+    replica_table(&response.replicas)
+}
+
+fn replica_table(replicas: &[Replica]) -> String {
+    let mut table = Table::new([
+        ("REPLICA AT", Left),
+        ("STATE", Left),
+        ("DONE", Right),
+        ("OF", Right),
+        ("SENT", Right),
+        ("RATE", Right),
+        ("PROBLEM", Left),
+    ]);
+    for replica in replicas {
+        table.row([
+            replica.site.clone(),
+            words::replica_state(replica.state).to_owned(),
+            units::bytes(replica.done_bytes),
+            units::bytes(replica.total_bytes),
+            units::bytes(replica.wan_bytes),
+            units::rate(replica.rate_bps),
+            replica.problem.clone(),
+        ]);
+    }
+    table.render("no replicas: make one with `pageportctl replica seed VM --to SITE`")
+}
+
+/// `migration list`
+pub fn migrations(response: &ListMigrationsResponse, now_unix_ms: i64) -> String {
+    let mut table = Table::new([
+        ("MIGRATION", Left),
+        ("VM", Left),
+        ("FROM", Left),
+        ("TO", Left),
+        ("STATE", Left),
+        ("ORDERED", Left),
+        ("TOTAL", Right),
+        ("DOWNTIME", Right),
+        ("SENT", Right),
+        ("REASON", Left),
+    ]);
+    for migration in &response.migrations {
+        let of_record = |figure: fn(u64) -> String, value: fn(&pageport_proto::v1::MigrationRecord) -> u64| {
+            migration.record.as_ref().map_or_else(|| "-".to_owned(), |record| figure(value(record)))
+        };
+        table.row([
+            migration.id.clone(),
+            migration.vm_name.clone(),
+            migration.from_site.clone(),
+            migration.to_site.clone(),
+            progress::phase(migration).to_owned(),
+            units::ago(migration.created_unix_ms, now_unix_ms),
+            of_record(units::duration, |record| record.total_time_ms),
+            of_record(units::duration, |record| record.downtime_ms),
+            of_record(units::bytes, |record| record.wan_bytes),
+            migration.reason.clone(),
+        ]);
+    }
+    table.render("no migrations")
+}
+
+/// One line after a command about a migration.
+pub fn migration_line(migration: &Migration) -> String {
+    let Migration { id, vm_name, from_site, to_site, .. } = migration;
+    format!("migration {id}: {vm_name} from {from_site} to {to_site}, {}", words::migration_state(migration.state))
+}
+
+/// `cluster status`
+pub fn cluster(status: &GetClusterStatusResponse) -> String {
+    let mut table = Table::new([("MEMBER", Right), ("SITE", Left), ("ROLE", Left), ("ADDRESS", Left)]);
+    for member in &status.members {
+        let role = if member.leader { "leader" } else { "follower" };
+        table.row([member.id.to_string(), member.site.clone(), role.to_owned(), member.address.clone()]);
+    }
+    let leaderless = !status.members.is_empty() && !status.members.iter().any(|member| member.leader);
+    format!(
+        "{}\nterm {}, committed {}, applied {}; answered by member {}{}\n",
+        table.render("no members"),
+        status.term,
+        units::count(status.committed_index),
+        units::count(status.applied_index),
+        status.answered_by,
+        if leaderless { "\nno leader: commands wait until one is elected" } else { "" },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use pageport_proto::v1::{ClusterMember, DiskSpec, ReplicaState, Site, VmState, Worker};
+
+    use super::*;
+    use crate::render::record::tests::finished;
+
+    fn web() -> Vm {
+        Vm {
+            id: "v1".into(),
+            spec: Some(VmSpec {
+                name: "web".into(),
+                memory_bytes: 2 << 30,
+                vcpus: 2,
+                disks: vec![DiskSpec { name: "root".into(), path: "/srv/web.img".into(), format: "raw".into() }],
+                ..Default::default()
+            }),
+            owner_site: "a".into(),
+            owner_worker: "worker-a".into(),
+            owner_epoch: 3,
+            state: VmState::Running.into(),
+            desired_running: true,
+            replicas: vec![Replica {
+                site: "b".into(),
+                state: ReplicaState::Seeded.into(),
+                done_bytes: 4 << 30,
+                total_bytes: 4 << 30,
+                wan_bytes: 1 << 30,
+                ..Default::default()
+            }],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn lists_look_like_this() {
+        let site = Site { name: "a".into(), workers: vec!["worker-a".into()], vms_running: 1, reachable: true };
+        assert_eq!(
+            sites(&ListSitesResponse { sites: vec![site] }),
+            "SITE  REACHABLE  VMS RUNNING  WORKERS\na     yes                  1  worker-a\n"
+        );
+        assert_eq!(
+            vms(&ListVmsResponse { vms: vec![web()] }),
+            "VM   STATE    SITE  WORKER      MEMORY  VCPUS  REPLICAS  PROBLEM\n\
+             web  running  a     worker-a  2.00 GiB      2  b seeded\n"
+        );
+        let worker = Worker {
+            name: "worker-a".into(),
+            site: "a".into(),
+            connected: true,
+            last_seen_unix_ms: 1_000,
+            memory_total_bytes: 8 << 30,
+            accelerator: "tcg".into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            workers(&ListWorkersResponse { workers: vec![worker] }, 1_312),
+            "WORKER    SITE  CONNECTED  LAST SEEN     MEMORY  ACCEL  QEMU  VERSION  GRPC  PEER\n\
+             worker-a  a     yes        312 ms ago  8.00 GiB  tcg    -     -        -     -\n"
+        );
+        assert_eq!(
+            migrations(&ListMigrationsResponse { migrations: vec![finished()] }, 1_700_000_009_000),
+            "MIGRATION  VM   FROM  TO  STATE      ORDERED      TOTAL  DOWNTIME      SENT  REASON\n\
+             m1         web  a     b   completed  9.00 s ago  6.21 s    312 ms  70.2 MiB\n"
+        );
+    }
+
+    #[test]
+    fn one_vm_looks_like_this() {
+        assert_eq!(
+            vm(&web()),
+            "name        web\nid          v1\nstate       running\nshould run  yes\n\
+             owner       worker-a at a, epoch 3\nmemory      2.00 GiB\nvcpus       2\n\
+             disk        root /srv/web.img (raw)\n\n\
+             REPLICA AT  STATE       DONE        OF      SENT     RATE  PROBLEM\n\
+             b           seeded  4.00 GiB  4.00 GiB  1.00 GiB  0 bit/s\n"
+        );
+        assert_eq!(vm_line(&web()), "web (v1): running at a, should run");
+    }
+
+    #[test]
+    fn a_cluster_without_a_leader_says_so() {
+        let member = |id, leader| ClusterMember { id, site: "a".into(), address: "a:7400".into(), leader };
+        let status = |leader| GetClusterStatusResponse {
+            members: vec![member(1, leader), member(2, false)],
+            term: 4,
+            committed_index: 1200,
+            applied_index: 1199,
+            answered_by: 2,
+        };
+        assert_eq!(
+            cluster(&status(true)),
+            "MEMBER  SITE  ROLE      ADDRESS\n     1  a     leader    a:7400\n     2  a     follower  a:7400\n\n\
+             term 4, committed 1,200, applied 1,199; answered by member 2\n"
+        );
+        assert!(cluster(&status(false)).contains("no leader"));
+    }
+
+    #[test]
+    fn an_empty_fleet_says_what_to_do() {
+        assert!(vms(&ListVmsResponse::default()).contains("vm define"));
+        assert!(replicas(&ListReplicasResponse::default()).contains("replica seed"));
+    }
+}

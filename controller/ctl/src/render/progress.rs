@@ -1,0 +1,230 @@
+//! One line that says how far a migration or a seed is. Pure: a message in, a line out.
+//!
+//! ```text
+//! memory       [#######-----]  58 %  1.02 GiB of 1.96 GiB  zero 210 MiB, teleported 790 MiB, ...  35.2 MiB sent at 142 Mbit/s  ETA 3.40 s
+//! ```
+//! What matters most stands left, since a narrow terminal cuts the line at its right end.
+
+use pageport_proto::v1::{Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState};
+
+use super::units;
+use super::words;
+
+/// Bytes of a guest page.
+pub const PAGE_BYTES: u64 = 4096;
+const BAR_CELLS: usize = 20;
+const PHASE_CELLS: usize = 10;
+
+/// What a migration is doing: the worker's phase while it runs, the state's word otherwise.
+pub fn phase(migration: &Migration) -> &str {
+    let running = MigrationState::try_from(migration.state) == Ok(MigrationState::Running);
+    match &migration.progress {
+        Some(progress) if running && !progress.phase.is_empty() => &progress.phase,
+        _ => words::migration_state(migration.state),
+    }
+}
+
+/// The line of a migration that is under way.
+pub fn migration(migration: &Migration) -> String {
+    let phase = phase(migration);
+    let Some(progress) = &migration.progress else {
+        return with_reason(phase, &migration.reason);
+    };
+    let mut parts = vec![head(phase, fraction(progress))];
+    if progress.not_converging {
+        parts.push(format!(
+            "will not converge: the guest dirties {}, the link takes {}",
+            units::rate(progress.dirty_rate_bps),
+            units::rate(progress.rate_bps),
+        ));
+    }
+    match progress.phase.as_str() {
+        "disk-sync" => {
+            parts.push(of(progress.disk_done_bytes, progress.disk_total_bytes));
+            parts.push(sent(progress.disk_wan_bytes, progress.rate_bps));
+        }
+        "memory" | "switchover" => {
+            parts.push(of(progress.memory_bytes, progress.memory_bytes + progress.remaining_bytes));
+            parts.push(classes(progress.pages.as_ref()));
+            parts.push(sent(progress.wan_bytes, progress.rate_bps));
+        }
+        _ => parts.push(format!("{} so far", units::duration(progress.elapsed_ms))),
+    }
+    if let Some(eta) = progress.eta_ms {
+        parts.push(format!("ETA {}", units::duration(eta)));
+    }
+    if !migration.reason.is_empty() {
+        parts.push(migration.reason.clone());
+    }
+    parts.join("  ")
+}
+
+/// The line of a seed that is under way.
+pub fn seed(replica: &Replica) -> String {
+    let state = words::replica_state(replica.state);
+    if ReplicaState::try_from(replica.state) == Ok(ReplicaState::Failed) {
+        return with_reason(state, &replica.problem);
+    }
+    let done = (replica.total_bytes > 0).then(|| replica.done_bytes as f64 / replica.total_bytes as f64);
+    let mut parts = vec![head(state, done), of(replica.done_bytes, replica.total_bytes)];
+    parts.push(sent(replica.wan_bytes, replica.rate_bps));
+    if !replica.problem.is_empty() {
+        parts.push(replica.problem.clone());
+    }
+    parts.join("  ")
+}
+
+/// The line as far as `cells` characters show it.
+pub fn fit(line: &str, cells: usize) -> String {
+    if line.chars().count() <= cells {
+        return line.to_owned();
+    }
+    line.chars().take(cells.saturating_sub(1)).chain(std::iter::once('…')).collect()
+}
+
+fn with_reason(state: &str, reason: &str) -> String {
+    if reason.is_empty() { state.to_owned() } else { format!("{state:<PHASE_CELLS$}  {reason}") }
+}
+
+fn fraction(progress: &MigrationProgress) -> Option<f64> {
+    let (done, whole) = match progress.phase.as_str() {
+        "disk-sync" => (progress.disk_done_bytes, progress.disk_total_bytes),
+        "memory" | "switchover" => (progress.memory_bytes, progress.memory_bytes + progress.remaining_bytes),
+        _ => return None,
+    };
+    (whole > 0).then(|| done as f64 / whole as f64)
+}
+
+fn head(phase: &str, fraction: Option<f64>) -> String {
+    match fraction {
+        None => format!("{phase:<PHASE_CELLS$}"),
+        Some(fraction) => {
+            let fraction = fraction.clamp(0.0, 1.0);
+            let full = (fraction * BAR_CELLS as f64) as usize;
+            let bar = format!("{}{}", "#".repeat(full), "-".repeat(BAR_CELLS - full));
+            format!("{phase:<PHASE_CELLS$}  [{bar}] {:>3} %", (fraction * 100.0) as u32)
+        }
+    }
+}
+
+fn of(done: u64, whole: u64) -> String {
+    format!("{} of {}", units::bytes(done), units::bytes(whole))
+}
+
+fn sent(wan_bytes: u64, rate_bps: u64) -> String {
+    format!("{} sent at {}", units::bytes(wan_bytes), units::rate(rate_bps))
+}
+
+fn classes(pages: Option<&PageCounts>) -> String {
+    let PageCounts { zero, teleported, literal, fallback } = pages.copied().unwrap_or_default();
+    let mut classes = vec![("zero", zero), ("teleported", teleported), ("literal", literal)];
+    if fallback > 0 {
+        classes.push(("fallback", fallback));
+    }
+    let class = |(name, pages): &(&str, u64)| format!("{name} {}", units::bytes(pages * PAGE_BYTES));
+    classes.iter().map(class).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(progress: MigrationProgress) -> Migration {
+        Migration { state: MigrationState::Running.into(), progress: Some(progress), ..Default::default() }
+    }
+
+    fn memory() -> MigrationProgress {
+        MigrationProgress {
+            phase: "memory".into(),
+            pages: Some(PageCounts { zero: 53_760, teleported: 202_240, literal: 5_120, fallback: 0 }),
+            memory_bytes: 1_095_216_660,
+            remaining_bytes: 1_009_317_314,
+            wan_bytes: 36_909_875,
+            rate_bps: 142_000_000,
+            eta_ms: Some(3_400),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_memory_phase_shows_classes_rate_and_time_left() {
+        assert_eq!(
+            migration(&running(memory())),
+            "memory      [##########----------]  52 %  1.02 GiB of 1.96 GiB  \
+             zero 210 MiB, teleported 790 MiB, literal 20.0 MiB  35.2 MiB sent at 142 Mbit/s  ETA 3.40 s"
+        );
+    }
+
+    #[test]
+    fn a_migration_that_will_not_converge_says_so_first() {
+        let mut progress = MigrationProgress { not_converging: true, dirty_rate_bps: 300_000_000, ..memory() };
+        progress.pages = Some(PageCounts { fallback: 1, ..progress.pages.unwrap() });
+        progress.eta_ms = None;
+        assert_eq!(
+            migration(&running(progress)),
+            "memory      [##########----------]  52 %  \
+             will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s  1.02 GiB of 1.96 GiB  \
+             zero 210 MiB, teleported 790 MiB, literal 20.0 MiB, fallback 4.00 KiB  35.2 MiB sent at 142 Mbit/s"
+        );
+    }
+
+    #[test]
+    fn other_phases() {
+        let disk = MigrationProgress {
+            phase: "disk-sync".into(),
+            disk_done_bytes: 1 << 30,
+            disk_total_bytes: 4 << 30,
+            disk_wan_bytes: 3 << 20,
+            rate_bps: 200_000_000,
+            ..Default::default()
+        };
+        assert_eq!(
+            migration(&running(disk)),
+            "disk-sync   [#####---------------]  25 %  1.00 GiB of 4.00 GiB  3.00 MiB sent at 200 Mbit/s"
+        );
+        let connect = MigrationProgress { phase: "connect".into(), elapsed_ms: 52, ..Default::default() };
+        assert_eq!(migration(&running(connect)), "connect     52 ms so far");
+        let requested = Migration { state: MigrationState::Requested.into(), ..Default::default() };
+        assert_eq!(migration(&requested), "requested");
+        let waits = Migration { reason: "another VM is first".into(), ..requested };
+        assert_eq!(migration(&waits), "requested   another VM is first");
+    }
+
+    #[test]
+    fn a_state_beyond_running_hides_the_phase() {
+        let cancelling = Migration { state: MigrationState::Cancelling.into(), ..running(memory()) };
+        assert_eq!(phase(&cancelling), "cancelling");
+        assert_eq!(phase(&running(memory())), "memory");
+    }
+
+    #[test]
+    fn seeds() {
+        let seeding = Replica {
+            state: ReplicaState::Seeding.into(),
+            done_bytes: 3 << 30,
+            total_bytes: 4 << 30,
+            wan_bytes: 1 << 30,
+            rate_bps: 200_000_000,
+            ..Default::default()
+        };
+        assert_eq!(
+            seed(&seeding),
+            "seeding     [###############-----]  75 %  3.00 GiB of 4.00 GiB  1.00 GiB sent at 200 Mbit/s"
+        );
+        let failed = Replica { state: ReplicaState::Failed.into(), problem: "no space".into(), ..Default::default() };
+        assert_eq!(seed(&failed), "failed      no space");
+    }
+
+    #[test]
+    fn figures_that_cannot_be_do_not_break_the_bar() {
+        let odd = Replica { state: ReplicaState::Seeding.into(), done_bytes: 9, total_bytes: 3, ..Default::default() };
+        assert!(seed(&odd).contains("[####################] 100 %"), "{}", seed(&odd));
+    }
+
+    #[test]
+    fn a_line_is_cut_to_the_terminal() {
+        assert_eq!(fit("abcdef", 6), "abcdef");
+        assert_eq!(fit("abcdef", 4), "abc…");
+        assert_eq!(fit("äöüäöü", 4), "äöü…");
+    }
+}

@@ -1,0 +1,55 @@
+//! States as words. Exhaustive, so that a new state of the API is given its word here.
+
+use pageport_proto::v1::{MigrationState, ReplicaState, VmState};
+
+/// Of a newer API than ours.
+const UNKNOWN_TO_US: &str = "?";
+
+/// The state of a VM.
+pub fn vm_state(state: i32) -> &'static str {
+    match VmState::try_from(state) {
+        Ok(VmState::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(VmState::Unknown) => "unknown",
+        Ok(VmState::Stopped) => "stopped",
+        Ok(VmState::Starting) => "starting",
+        Ok(VmState::Running) => "running",
+        Ok(VmState::Paused) => "paused",
+        Ok(VmState::Migrating) => "migrating",
+        Ok(VmState::Crashed) => "crashed",
+        Ok(VmState::InDoubt) => "in doubt",
+    }
+}
+
+/// The state of a migration.
+pub fn migration_state(state: i32) -> &'static str {
+    match MigrationState::try_from(state) {
+        Ok(MigrationState::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(MigrationState::Requested) => "requested",
+        Ok(MigrationState::Running) => "running",
+        Ok(MigrationState::Cancelling) => "cancelling",
+        Ok(MigrationState::Committed) => "committed",
+        Ok(MigrationState::Completed) => "completed",
+        Ok(MigrationState::Failed) => "failed",
+        Ok(MigrationState::Cancelled) => "cancelled",
+    }
+}
+
+/// The state of a replica.
+pub fn replica_state(state: i32) -> &'static str {
+    match ReplicaState::try_from(state) {
+        Ok(ReplicaState::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(ReplicaState::Seeding) => "seeding",
+        Ok(ReplicaState::Seeded) => "seeded",
+        Ok(ReplicaState::Failed) => "failed",
+    }
+}
+
+/// `yes` or `no`.
+pub fn yes_no(value: bool) -> &'static str {
+    if value { "yes" } else { "no" }
+}
+
+/// The text, or a dash for none.
+pub fn or_dash(text: &str) -> &str {
+    if text.is_empty() { "-" } else { text }
+}
