@@ -9,5 +9,11 @@
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
 
+pub mod error;
 pub mod hypervisor;
 pub mod nbd;
+pub mod replica;
+pub mod transport;
+
+#[cfg(test)]
+mod test_support;

@@ -1,0 +1,203 @@
+//! The destination's end of a disk stream: opens the replica, says what it holds, and writes what comes.
+//!
+//! ```text
+//!   DiskHello ─▶ open ─▶ same state as the source remembers? ─yes─▶ Opened
+//!                                   └─no─▶ scan, Digests… ─▶ Opened
+//!   Write | Zero | Flush ─▶ done, in order ─▶ Done
+//! ```
+//! Requests take effect in the order in which they came. After an error the stream ends with `Failure`, and the
+//! replica keeps what was written so far.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use pageport_proto::v1::{
+    DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, disk_reply, disk_request,
+};
+use pageport_teleport::{BlockDigest, PAGE_SIZE, Page, is_zero};
+use tokio::sync::mpsc;
+
+use super::store::{BLOCK_BYTES, ReplicaDisk};
+use crate::transport::{MessageError, MessageReader, MessageWriter};
+
+/// Largest write, in bytes of the disk.
+pub const MAX_WRITE_BYTES: usize = 1 << 20;
+/// Blocks of one `Digests` message: 64 KiB of digests.
+const DIGEST_RUN_BLOCKS: usize = 4096;
+/// Messages of digests between the scan and the stream.
+const SCAN_QUEUE: usize = 4;
+/// How long a new session waits for the one before it to be noticed as dead.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why a disk stream ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The stream broke.
+    #[error("serve a disk stream")]
+    Stream(#[from] MessageError),
+    /// A request that no honest peer sends.
+    #[error("the peer worker asked for what cannot be: {what}")]
+    Hostile {
+        /// What it was.
+        what: &'static str,
+    },
+    /// The replica's file failed.
+    #[error("write the replica {disk}")]
+    Disk {
+        /// Its path.
+        disk: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Someone else writes it.
+    #[error("another copy of the same disk is under way; it has not ended within {} s", TAKE_OVER_LIMIT.as_secs())]
+    Busy,
+}
+
+/// Serves one disk until the peer closes the stream.
+///
+/// # Errors
+/// [`ServeError`]; the peer has been told, where it can be.
+pub async fn serve_disk(
+    hello: &DiskHello,
+    replica: Arc<ReplicaDisk>,
+    reader: &mut MessageReader,
+    writer: &mut MessageWriter,
+) -> Result<(), ServeError> {
+    let outcome = serve(hello, &replica, reader, writer).await;
+    if let Err(error) = &outcome {
+        let reason = crate::error::with_causes(error);
+        // The peer may be the reason why the stream ended; then there is nobody to tell.
+        let _ = send(writer, disk_reply::Kind::Failure(DiskFailure { reason })).await;
+    }
+    outcome
+}
+
+async fn serve(
+    hello: &DiskHello,
+    replica: &Arc<ReplicaDisk>,
+    reader: &mut MessageReader,
+    writer: &mut MessageWriter,
+) -> Result<(), ServeError> {
+    let turn = tokio::time::timeout(TAKE_OVER_LIMIT, replica.session_turn()).await;
+    let _turn = turn.map_err(|_| ServeError::Busy)?;
+    let same = hello.known_instance == replica.instance() && hello.known_version == replica.version();
+    if !same {
+        send_digests(replica, writer).await?;
+    }
+    let opened = DiskOpened { instance: replica.instance(), version: replica.version(), digests_sent: !same };
+    send(writer, disk_reply::Kind::Opened(opened)).await?;
+    loop {
+        let request: DiskRequest = match reader.receive().await {
+            Err(MessageError::Closed) => return Ok(()),
+            other => other?,
+        };
+        let kind = request.kind.ok_or(MessageError::Empty)?;
+        let target = replica.clone();
+        let version = tokio::task::spawn_blocking(move || carry_out(&target, kind))
+            .await
+            .map_err(|_| ServeError::Hostile { what: "a request that ended the thread that served it" })??;
+        send(writer, disk_reply::Kind::Done(DiskDone { version })).await?;
+    }
+}
+
+fn carry_out(replica: &ReplicaDisk, kind: disk_request::Kind) -> Result<u64, ServeError> {
+    let failed = |source| ServeError::Disk { disk: replica.to_string(), source };
+    match kind {
+        disk_request::Kind::Write(write) => {
+            let length = write.raw_length as usize;
+            if length > MAX_WRITE_BYTES {
+                return Err(ServeError::Hostile { what: "a write above the limit" });
+            }
+            let data = zstd::bulk::decompress(&write.zstd, length)
+                .ok()
+                .filter(|data| data.len() == length)
+                .ok_or(ServeError::Hostile { what: "a write that does not decompress to its length" })?;
+            replica.write(write.offset, &data).map_err(failed)
+        }
+        disk_request::Kind::Zero(zero) => replica.zero(zero.offset, zero.length).map_err(failed),
+        disk_request::Kind::Flush(_) => replica.flush().map_err(failed),
+    }
+}
+
+async fn send(writer: &mut MessageWriter, kind: disk_reply::Kind) -> Result<(), MessageError> {
+    writer.send(&DiskReply { kind: Some(kind) }).await
+}
+
+async fn send_digests(replica: &Arc<ReplicaDisk>, writer: &mut MessageWriter) -> Result<(), ServeError> {
+    let (sender, mut runs) = mpsc::channel(SCAN_QUEUE);
+    let disk = replica.clone();
+    let scan = tokio::task::spawn_blocking(move || scan(&disk, |run| sender.blocking_send(run).is_ok()));
+    while let Some(run) = runs.recv().await {
+        send(writer, disk_reply::Kind::Digests(run)).await?;
+    }
+    let scanned = scan.await.map_err(|error| io::Error::other(error.to_string())).and_then(|done| done);
+    scanned.map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+}
+
+/// Digests of all blocks that are not zero, in runs; stops when `emit` says that nobody listens.
+fn scan(replica: &ReplicaDisk, mut emit: impl FnMut(DiskDigests) -> bool) -> io::Result<()> {
+    let mut data = vec![0; DIGEST_RUN_BLOCKS * PAGE_SIZE];
+    let mut at = 0;
+    while let Some((start, end)) = replica.next_data(at)? {
+        let mut offset = start - start % BLOCK_BYTES;
+        while offset < end {
+            let length = (end - offset).min(data.len() as u64) as usize;
+            // A disk that ends inside a block is scanned as if it went on with zeros, as the source sees it.
+            let whole = length.next_multiple_of(PAGE_SIZE);
+            data[..whole].fill(0);
+            replica.read(offset, &mut data[..length])?;
+            for run in digest_runs(offset / BLOCK_BYTES, &data[..whole]) {
+                if !emit(run) {
+                    return Ok(());
+                }
+            }
+            offset += whole as u64;
+        }
+        at = offset;
+    }
+    Ok(())
+}
+
+/// Splits blocks at those that are zero.
+fn digest_runs(first_block: u64, data: &[u8]) -> Vec<DiskDigests> {
+    let mut runs = Vec::new();
+    let mut run = BytesMut::new();
+    let mut run_start = first_block;
+    let (blocks, _) = data.as_chunks::<PAGE_SIZE>();
+    let mut close = |run: &mut BytesMut, first_block| {
+        if !run.is_empty() {
+            runs.push(DiskDigests { first_block, digests: Bytes::from(run.split()) });
+        }
+    };
+    for (block, page) in (first_block..).zip(blocks) {
+        if is_zero(page as &Page) {
+            close(&mut run, run_start);
+            run_start = block + 1;
+        } else {
+            run.extend_from_slice(&BlockDigest::of(page).0);
+        }
+    }
+    close(&mut run, run_start);
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_skip_zero_blocks_and_name_their_first_block() {
+        let mut data = vec![0; 6 * PAGE_SIZE];
+        for block in [1, 2, 5] {
+            data[block * PAGE_SIZE] = block as u8;
+        }
+        let runs = digest_runs(100, &data);
+        let shape: Vec<_> = runs.iter().map(|run| (run.first_block, run.digests.len() / BlockDigest::LENGTH)).collect();
+        assert_eq!(shape, [(101, 2), (105, 1)]);
+        assert!(digest_runs(0, &[0; PAGE_SIZE]).is_empty());
+    }
+}

@@ -1,0 +1,415 @@
+//! Which file on this host holds a VM's disk, and the replica files themselves.
+//!
+//! | where | what |
+//! |---|---|
+//! | key `disk/<vm>/<disk>` of the worker's store | path and [`Origin`] of the image on this host |
+//! | `<data_dir>/replicas/<vm>/<disk>.raw` | a replica that this worker made |
+//!
+//! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
+//! replica for the way back.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek64};
+use pageport_common::store::{Batch, Store, StoreError};
+use pageport_proto::VmId;
+use serde::{Deserialize, Serialize};
+
+/// Unit of digests and of comparison, in bytes.
+pub const BLOCK_BYTES: u64 = 4096;
+/// Left free on the file system when a replica is made, in bytes.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// Who provided an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The operator: never deleted.
+    Given,
+    /// This worker, as a replica: deleted with the replica.
+    Made,
+}
+
+/// Where a disk lies on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLocation {
+    /// The image file.
+    pub path: PathBuf,
+    /// Who provided it.
+    pub origin: Origin,
+}
+
+/// Why a disk or replica cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The worker's store failed.
+    #[error("look up disk {disk:?} of vm {vm}")]
+    Store {
+        /// The VM.
+        vm: VmId,
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// The record in the worker's store is damaged.
+    #[error("the record of disk {disk:?} of vm {vm} is damaged")]
+    Record {
+        /// The VM.
+        vm: VmId,
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The image cannot be opened or made.
+    #[error("open the image {}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not enough room.
+    #[error(
+        "no space for the replica {}: it needs {needed_bytes} bytes and {free_bytes} are free; \
+         free some space or move the worker's data_dir", path.display()
+    )]
+    NoSpace {
+        /// The image.
+        path: PathBuf,
+        /// What the source's image occupies, less what the replica occupies already.
+        needed_bytes: u64,
+        /// What the file system has.
+        free_bytes: u64,
+    },
+    /// There is no replica of this disk here.
+    #[error("this site holds no replica of disk {disk:?} of vm {vm}: seed it first")]
+    Missing {
+        /// The VM.
+        vm: VmId,
+        /// The disk.
+        disk: String,
+    },
+}
+
+/// An open replica.
+#[derive(Debug)]
+pub struct ReplicaDisk {
+    file: File,
+    path: PathBuf,
+    size_bytes: u64,
+    instance: u64,
+    version: AtomicU64,
+    session: tokio::sync::Mutex<()>,
+}
+
+impl ReplicaDisk {
+    /// Waits for the one session that may write at a time; the turn ends with the guard.
+    pub async fn session_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.session.lock().await
+    }
+
+
+    /// Size of the disk, in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Together with [`Self::version`]: names the content. Differs after each opening by a worker.
+    pub fn instance(&self) -> u64 {
+        self.instance
+    }
+
+    /// Counts the changes since the replica was opened.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Reads exactly `into.len()` bytes.
+    ///
+    /// # Errors
+    /// The system's, or `UnexpectedEof` past the end.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, offset)
+    }
+
+    /// Writes; all of it must lie inside the disk.
+    ///
+    /// # Errors
+    /// The system's, or `InvalidInput` past the end.
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<u64> {
+        self.check_range(offset, data.len() as u64)?;
+        self.file.write_all_at(data, offset)?;
+        Ok(self.version.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
+    /// Makes a range read as zeros, leaving a hole.
+    ///
+    /// # Errors
+    /// The system's, or `InvalidInput` past the end.
+    pub fn zero(&self, offset: u64, length: u64) -> io::Result<u64> {
+        self.check_range(offset, length)?;
+        if length > 0 {
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(self.file.as_fd(), hole, offset as i64, length as i64)?;
+        }
+        Ok(self.version.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
+    /// Brings everything written so far to stable storage.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn flush(&self) -> io::Result<u64> {
+        self.file.sync_data()?;
+        Ok(self.version())
+    }
+
+    /// The next range at or after `from` that is not a hole; `None`: only holes follow.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn next_data(&self, from: u64) -> io::Result<Option<(u64, u64)>> {
+        let start = match lseek64(self.file.as_fd(), from as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(nix::errno::Errno::ENXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let end = lseek64(self.file.as_fd(), start as i64, Whence::SeekHole)? as u64;
+        Ok(Some((start, end.min(self.size_bytes))))
+    }
+
+    fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size_bytes => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "past the end of the disk")),
+        }
+    }
+}
+
+/// All disks and replicas of this host.
+#[derive(Debug)]
+pub struct ReplicaStore {
+    store: Arc<Store>,
+    folder: PathBuf,
+    open: Mutex<HashMap<(VmId, String), Arc<ReplicaDisk>>>,
+}
+
+impl ReplicaStore {
+    /// Keeps its records in `store` and its files below `data_dir`.
+    pub fn new(store: Arc<Store>, data_dir: &Path) -> Self {
+        Self { store, folder: data_dir.join("replicas"), open: Mutex::default() }
+    }
+
+    /// Where a disk lies on this host, if it does.
+    ///
+    /// # Errors
+    /// The worker's store failed or is damaged.
+    pub fn locate(&self, vm: VmId, disk: &str) -> Result<Option<DiskLocation>, ReplicaError> {
+        let failed = |source| ReplicaError::Store { vm, disk: disk.to_owned(), source };
+        let Some(text) = self.store.get(key(vm, disk)).map_err(failed)? else { return Ok(None) };
+        let location = serde_json::from_slice(&text);
+        location.map(Some).map_err(|source| ReplicaError::Record { vm, disk: disk.to_owned(), source })
+    }
+
+    /// Where the owner's disk lies: as recorded, or (the first time) where the VM's definition says.
+    ///
+    /// # Errors
+    /// The worker's store failed.
+    pub fn locate_or_adopt(&self, vm: VmId, disk: &str, given: &Path) -> Result<PathBuf, ReplicaError> {
+        if let Some(location) = self.locate(vm, disk)? {
+            return Ok(location.path);
+        }
+        self.record(vm, disk, &DiskLocation { path: given.to_owned(), origin: Origin::Given })?;
+        Ok(given.to_owned())
+    }
+
+    /// Opens a replica for writing, making it if there is none.
+    ///
+    /// # Errors
+    /// [`ReplicaError::NoSpace`] when the source's `allocated_bytes` do not fit; the system's.
+    pub fn open_for_writing(
+        &self,
+        vm: VmId,
+        disk: &str,
+        size_bytes: u64,
+        allocated_bytes: u64,
+    ) -> Result<Arc<ReplicaDisk>, ReplicaError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = open.get(&(vm, disk.to_owned()))
+            && found.size_bytes == size_bytes
+        {
+            return Ok(found.clone());
+        }
+        let location = match self.locate(vm, disk)? {
+            Some(location) => location,
+            None => {
+                let path = self.folder.join(vm.to_string()).join(format!("{disk}.raw"));
+                DiskLocation { path, origin: Origin::Made }
+            }
+        };
+        let replica = open_file(&location.path, size_bytes, allocated_bytes)?;
+        self.record(vm, disk, &location)?;
+        let replica = Arc::new(replica);
+        open.insert((vm, disk.to_owned()), replica.clone());
+        Ok(replica)
+    }
+
+    /// A replica that is open already: what a migration restores pages from.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Missing`].
+    pub fn opened(&self, vm: VmId, disk: &str) -> Result<Arc<ReplicaDisk>, ReplicaError> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = open.get(&(vm, disk.to_owned())).cloned();
+        found.ok_or_else(|| ReplicaError::Missing { vm, disk: disk.to_owned() })
+    }
+
+    /// Lets go of a VM's replicas: from now on the hypervisor changes these files, or they are deleted.
+    pub fn close(&self, vm: VmId) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| *of != vm);
+    }
+
+    /// Forgets a VM's disks, and deletes those that this worker made.
+    ///
+    /// # Errors
+    /// The worker's store failed, or a file cannot be deleted.
+    pub fn remove(&self, vm: VmId) -> Result<(), ReplicaError> {
+        self.close(vm);
+        let prefix = format!("disk/{vm}/");
+        let failed = |source| ReplicaError::Store { vm, disk: String::new(), source };
+        let mut batch = Batch::default();
+        for (name, text) in self.store.scan(&prefix).map_err(failed)? {
+            let location: Option<DiskLocation> = serde_json::from_slice(&text).ok();
+            if let Some(made) = location.filter(|location| location.origin == Origin::Made) {
+                remove_if_there(&made.path)?;
+            }
+            batch.remove(name);
+        }
+        let folder = self.folder.join(vm.to_string());
+        if folder.exists() {
+            std::fs::remove_dir(&folder).map_err(|source| ReplicaError::Open { path: folder, source })?;
+        }
+        self.store.commit(batch).map_err(failed)
+    }
+
+    fn record(&self, vm: VmId, disk: &str, location: &DiskLocation) -> Result<(), ReplicaError> {
+        let text = serde_json::to_vec(location)
+            .map_err(|source| ReplicaError::Record { vm, disk: disk.to_owned(), source })?;
+        let mut batch = Batch::default();
+        batch.put(key(vm, disk), text);
+        self.store.commit(batch).map_err(|source| ReplicaError::Store { vm, disk: disk.to_owned(), source })
+    }
+}
+
+/// Size of an image and how much of it is not holes, in bytes.
+///
+/// # Errors
+/// The system's.
+pub fn image_bytes(path: &Path) -> io::Result<(u64, u64)> {
+    let meta = std::fs::metadata(path)?;
+    Ok((meta.len(), meta.blocks() * 512))
+}
+
+fn key(vm: VmId, disk: &str) -> String {
+    format!("disk/{vm}/{disk}")
+}
+
+fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<ReplicaDisk, ReplicaError> {
+    let failed = |source| ReplicaError::Open { path: path.to_owned(), source };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(failed)?;
+        let held = image_bytes(path).map(|(_, allocated)| allocated).unwrap_or_default();
+        let needed_bytes = allocated_bytes.saturating_sub(held);
+        let free_bytes = free_bytes(folder).map_err(failed)?;
+        if needed_bytes.saturating_add(SPARE_BYTES) > free_bytes {
+            return Err(ReplicaError::NoSpace { path: path.to_owned(), needed_bytes, free_bytes });
+        }
+    }
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+    file.set_len(size_bytes).map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    let instance = rand::random::<u64>() | 1;
+    Ok(ReplicaDisk { file, path: path.to_owned(), size_bytes, instance, version: AtomicU64::new(0), session: tokio::sync::Mutex::default() })
+}
+
+fn free_bytes(folder: &Path) -> io::Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(folder)?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), ReplicaError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(ReplicaError::Open { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl std::fmt::Display for ReplicaDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.path.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn setup() -> (tempfile::TempDir, ReplicaStore) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
+        let replicas = ReplicaStore::new(store, folder.path());
+        (folder, replicas)
+    }
+
+    #[test]
+    fn holes_stay_holes_and_writes_past_the_end_are_refused() {
+        let (_folder, replicas) = setup();
+        let vm = VmId::generate();
+        let disk = replicas.open_for_writing(vm, "root", 1 << 20, 0).unwrap();
+        disk.write(65536, &[7; 4096]).unwrap();
+        assert_eq!(disk.next_data(0).unwrap(), Some((65536, 65536 + 4096)));
+        disk.zero(65536, 4096).unwrap();
+        assert_eq!(disk.next_data(0).unwrap(), None);
+        assert_eq!(disk.write((1 << 20) - 1, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(disk.zero(u64::MAX, 2).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(disk.version(), 2);
+    }
+
+    #[test]
+    fn a_replica_that_cannot_fit_is_refused_before_it_is_made() {
+        let (folder, replicas) = setup();
+        let vm = VmId::generate();
+        let refused = replicas.open_for_writing(vm, "root", 1 << 50, 1 << 50);
+        assert!(matches!(refused, Err(ReplicaError::NoSpace { .. })), "{refused:?}");
+        assert!(!folder.path().join("replicas").join(vm.to_string()).join("root.raw").exists());
+    }
+
+    #[test]
+    fn removal_deletes_what_the_worker_made_and_spares_what_was_given() {
+        let (folder, replicas) = setup();
+        let given = folder.path().join("given.raw");
+        std::fs::write(&given, [0; 4096]).unwrap();
+        let (owner, copied) = (VmId::generate(), VmId::generate());
+        assert_eq!(replicas.locate_or_adopt(owner, "root", &given).unwrap(), given);
+        let made = replicas.open_for_writing(copied, "root", 4096, 0).unwrap().path.clone();
+        replicas.remove(owner).unwrap();
+        replicas.remove(copied).unwrap();
+        assert!(given.exists() && !made.exists());
+        assert_eq!(replicas.locate(owner, "root").unwrap(), None);
+    }
+}

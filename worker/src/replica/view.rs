@@ -1,0 +1,164 @@
+//! What the source knows of a VM's replica at one peer: the digest of every block, and the state they belong to.
+//!
+//! It lives as long as the worker. A session that finds the replica still at the [`ReplicaState`] that the view
+//! remembers needs no digests from the peer; any other session starts from the digests that the peer sends.
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use pageport_teleport::index::{BlockIndex, BlockRef, IndexError};
+use pageport_teleport::BlockDigest;
+
+use super::store::BLOCK_BYTES;
+
+/// Names the content of a replica at its destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ReplicaState {
+    /// Differs after each opening; 0: nothing is known.
+    pub instance: u64,
+    /// Counts the changes since.
+    pub version: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    index: BlockIndex,
+    /// By number of the disk.
+    states: Vec<ReplicaState>,
+}
+
+/// Shared by the disk sessions, which keep it, and by the encoder, which asks it.
+#[derive(Debug, Default)]
+pub struct ReplicaView {
+    inner: RwLock<Inner>,
+}
+
+impl ReplicaView {
+    /// What the view last knew of a disk's replica.
+    pub fn state(&self, disk: u16) -> ReplicaState {
+        self.read().states.get(usize::from(disk)).copied().unwrap_or_default()
+    }
+
+    /// The peer has confirmed a change, after which the replica is at `state`.
+    pub fn confirm(&self, disk: u16, state: ReplicaState, change: Change<'_>) -> Result<(), IndexError> {
+        let mut inner = self.write();
+        match change {
+            Change::None => {}
+            Change::Zero { first_block, blocks } => {
+                inner.index.zero(BlockRef { disk, block: first_block }, blocks)?;
+            }
+            Change::Digests { first_block, digests } => {
+                for (block, digest) in (first_block..).zip(digests) {
+                    inner.index.set(BlockRef { disk, block }, *digest)?;
+                }
+            }
+        }
+        inner.set_state(disk, state);
+        Ok(())
+    }
+
+    /// Starts over with a disk that is all zeros, as far as the peer has not said otherwise yet.
+    pub fn start_over(&self, disk: u16, size_bytes: u64) -> Result<(), IndexError> {
+        let mut inner = self.write();
+        let blocks = size_bytes.div_ceil(BLOCK_BYTES);
+        inner.index.add_disk(disk, blocks)?;
+        inner.set_state(disk, ReplicaState::default());
+        inner.index.zero(BlockRef { disk, block: 0 }, blocks)
+    }
+
+    /// These blocks are about to change at the peer: until it confirms, nothing is known of them.
+    pub fn forget_blocks(&self, disk: u16, first_block: u64, blocks: u64) -> Result<(), IndexError> {
+        self.write().index.clear(BlockRef { disk, block: first_block }, blocks)
+    }
+
+    /// What a change left half-known makes of the view: the next session asks the peer for everything.
+    pub fn distrust(&self, disk: u16) {
+        self.write().set_state(disk, ReplicaState::default());
+    }
+
+    /// Whether the peer surely holds this digest at this block.
+    pub fn holds(&self, disk: u16, block: u64, digest: &BlockDigest) -> bool {
+        self.read().index.get(BlockRef { disk, block }).is_some_and(|known| known == *digest)
+    }
+
+    /// Whether the peer surely holds zeros in all these blocks.
+    pub fn holds_zeros(&self, disk: u16, first_block: u64, blocks: u64) -> bool {
+        let inner = self.read();
+        (first_block..first_block + blocks)
+            .all(|block| inner.index.get(BlockRef { disk, block }) == Some(BlockDigest::ZERO))
+    }
+
+    /// The index, for the encoder; hold it for one push at most.
+    pub fn index(&self) -> impl std::ops::Deref<Target = BlockIndex> + '_ {
+        IndexGuard(self.read())
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn set_state(&mut self, disk: u16, state: ReplicaState) {
+        let place = usize::from(disk);
+        if self.states.len() <= place {
+            self.states.resize(place + 1, ReplicaState::default());
+        }
+        self.states[place] = state;
+    }
+}
+
+struct IndexGuard<'a>(RwLockReadGuard<'a, Inner>);
+
+impl std::ops::Deref for IndexGuard<'_> {
+    type Target = BlockIndex;
+
+    fn deref(&self) -> &BlockIndex {
+        &self.0.index
+    }
+}
+
+/// What a confirmed request changed.
+#[derive(Debug, Clone, Copy)]
+pub enum Change<'a> {
+    /// Nothing that the view follows.
+    None,
+    /// Whole blocks became zeros.
+    Zero {
+        /// The first of them.
+        first_block: u64,
+        /// How many.
+        blocks: u64,
+    },
+    /// Whole blocks have this content.
+    Digests {
+        /// The first of them.
+        first_block: u64,
+        /// One each.
+        digests: &'a [BlockDigest],
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_in_flight_is_neither_held_nor_referred_to() {
+        use pageport_teleport::index::BlockLookup;
+        let view = ReplicaView::default();
+        view.start_over(0, 16 * BLOCK_BYTES).unwrap();
+        assert!(view.holds_zeros(0, 0, 16));
+        let digest = BlockDigest([7; 16]);
+        let state = ReplicaState { instance: 1, version: 1 };
+        view.confirm(0, state, Change::Digests { first_block: 3, digests: &[digest] }).unwrap();
+        assert!(view.holds(0, 3, &digest) && view.index().find(&digest).is_some());
+        view.forget_blocks(0, 3, 1).unwrap();
+        assert!(!view.holds(0, 3, &digest) && view.index().find(&digest).is_none());
+        assert!(!view.holds_zeros(0, 0, 16));
+        assert_eq!(view.state(0), state);
+    }
+}

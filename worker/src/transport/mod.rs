@@ -1,0 +1,30 @@
+//! Worker to worker over QUIC with mutual TLS.
+//!
+//! A migration uses two connections to the same peer, so that the bytes of each can be told apart:
+//!
+//! | connection | streams | priority |
+//! |---|---|---|
+//! | memory | control (bidirectional), fallback, memory | in that order, highest first |
+//! | disks | one bidirectional stream per disk | all alike |
+//!
+//! A seed uses the disks connection alone. Every stream the source opens begins with a
+//! [`StreamHello`](pageport_proto::v1::StreamHello). Nothing here knows what the messages mean.
+
+pub mod endpoint;
+pub mod message;
+
+pub use endpoint::{PeerConnection, PeerEndpoint, TransportError};
+pub use message::{MessageError, MessageReader, MessageWriter};
+
+/// Version of the messages between workers that this build speaks and accepts.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Stream priorities of the memory connection; quinn sends the highest first.
+pub mod priority {
+    /// Hand-over messages and acknowledgements.
+    pub const CONTROL: i32 = 20;
+    /// Batches asked for again: nothing may wait behind what waits for them.
+    pub const FALLBACK: i32 = 10;
+    /// The bulk of memory.
+    pub const MEMORY: i32 = 0;
+}
