@@ -1,1 +1,38 @@
-//! QEMU over QMP.
+//! QEMU, unmodified, over QMP: everything that the worker does with a hypervisor process.
+//!
+//! ```text
+//!   accel          which accelerator runs guests here, by trying
+//!   command_line   VmSpec ─▶ arguments (pure)
+//!   process        start, find again, watch, kill          tap   its network devices
+//!   qmp            commands, replies, events over a socket event what they mean (pure)
+//!   vm ─ watcher   the handle, and the task behind it
+//!   mirror         a disk copied to an NBD server          migrate   the two ends of a live migration
+//!   console        the serial port, for many viewers
+//! ```
+//!
+//! Guarantees: QEMU outlives the worker and is found again; its end is noticed whoever caused it; every command and every
+//! wait has a deadline. Does not decide whether a VM may run.
+
+pub mod accel;
+pub mod command_line;
+pub mod console;
+mod error;
+pub mod event;
+pub mod migrate;
+pub mod mirror;
+mod paths;
+mod process;
+mod qmp;
+mod tap;
+mod vm;
+mod watcher;
+
+pub use accel::{Accelerator, QemuVersion};
+pub use command_line::{Launch, SpecError, StartMode, check_spec};
+pub use console::Console;
+pub use error::HypervisorError;
+pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
+pub use mirror::MirrorHandle;
+pub use paths::VmPaths;
+pub use qmp::QmpError;
+pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running};

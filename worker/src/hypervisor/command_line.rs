@@ -1,0 +1,346 @@
+//! The command line of a VM's QEMU. Pure: (spec, paths, mode) in, arguments out.
+//!
+//! Source and destination must agree on everything that the guest or the migration stream can see, so both sides call
+//! this with the same spec; only host paths, tap names, `-S`, `-incoming` and `prealloc` differ.
+//!
+//! ```text
+//!   virtio-blk-pci (blk-NAME, slot 4+i) ─▶ top-NAME (raw) ─▶ disk-NAME (raw) ─▶ file-NAME ─▶ image
+//!                                          mirrors               backups
+//! ```
+//! The upper node is there so that a mirror and a backup of one disk do not contend for the same node.
+//!
+//! - Guest memory is one backend whose id is the name of its RAM block, preallocated where a migration will fill it:
+//!   page faults there would cost seconds of downtime.
+//! - The images are opened through the host's page cache: at the destination the worker has written the replica through
+//!   the same cache, and QEMU flushes and lets go of its image before the other side may run.
+//! - The balloon is there for its free-page hints; those need an iothread.
+//! - QEMU may not start programs or change its privileges (seccomp).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use pageport_proto::VmId;
+use pageport_proto::ids::is_name;
+use pageport_proto::v1::VmSpec;
+use serde_json::json;
+
+use super::accel::Accelerator;
+use super::paths::VmPaths;
+
+/// The machine type of a VM whose spec does not name one.
+pub const DEFAULT_MACHINE: &str = "pc-q35-9.0";
+/// Id of the memory backend, and thereby the name of the RAM block in the migration stream.
+pub const RAM_ID: &str = "pc.ram";
+/// Most disks of a VM: slots 4 to 15.
+pub const MAX_DISKS: usize = 12;
+/// Most network devices of a VM: slots 16 to 23.
+pub const MAX_NICS: usize = 8;
+/// Longest disk name.
+pub const MAX_DISK_NAME_BYTES: usize = 20;
+const BALLOON_SLOT: usize = 2;
+const FIRST_DISK_SLOT: usize = 4;
+const FIRST_NIC_SLOT: usize = 16;
+/// Virtio's limit for serial numbers.
+const SERIAL_BYTES: usize = 20;
+
+/// How QEMU is to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartMode {
+    /// Boots, and runs at once.
+    Running,
+    /// Boots, but waits for `cont` before the first instruction.
+    Paused,
+    /// Waits for a migration stream, and then for `cont`.
+    Incoming,
+}
+
+/// A VM to start.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// Which VM.
+    pub vm: VmId,
+    /// What it is.
+    pub spec: VmSpec,
+    /// Where its disks lie on this host, by name; a disk that is not named here lies where its spec says.
+    pub disk_paths: BTreeMap<String, PathBuf>,
+    /// How to begin.
+    pub mode: StartMode,
+}
+
+impl Launch {
+    fn disk_path(&self, name: &str, path: &str) -> PathBuf {
+        self.disk_paths.get(name).cloned().unwrap_or_else(|| PathBuf::from(path))
+    }
+}
+
+/// A spec that cannot be made a command line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// A number is out of its range.
+    #[error("{field} is {value}: {rule}")]
+    Range {
+        /// Which.
+        field: &'static str,
+        /// What it is.
+        value: u64,
+        /// What it may be.
+        rule: &'static str,
+    },
+    /// A text is not of its form.
+    #[error("{field} \"{value}\": {rule}")]
+    Text {
+        /// Which.
+        field: &'static str,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        rule: &'static str,
+    },
+}
+
+/// Checks everything that ends up in an argument, so that a spec cannot smuggle in options.
+pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
+    let range =
+        |field, value: u64, ok: bool, rule| if ok { Ok(()) } else { Err(SpecError::Range { field, value, rule }) };
+    let text = |field, value: &str, ok: bool, rule| {
+        if ok { Ok(()) } else { Err(SpecError::Text { field, value: value.to_owned(), rule }) }
+    };
+    let option_text = |value: &str| value.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+-".contains(&b));
+    let file = |value: &str| Path::new(value).is_absolute() && !value.contains('\0');
+
+    text("name", &spec.name, is_name(&spec.name), "use 1 to 40 of a-z, 0-9 and \"-\"")?;
+    let mib = 1 << 20;
+    let memory_fits = spec.memory_bytes >= 16 * mib && spec.memory_bytes.is_multiple_of(2 * mib);
+    range("memory_bytes", spec.memory_bytes, memory_fits, "use at least 16 MiB and a multiple of 2 MiB")?;
+    range("vcpus", spec.vcpus.into(), (1..=255).contains(&spec.vcpus), "use 1 to 255")?;
+    text("machine", &spec.machine, option_text(&spec.machine), "use a QEMU machine type such as pc-q35-9.0")?;
+    let cpu_form = option_text(&spec.cpu.replace([',', '='], ""));
+    text("cpu", &spec.cpu, cpu_form, "use a QEMU CPU model")?;
+    range("disks", spec.disks.len() as u64, spec.disks.len() <= MAX_DISKS, "at most 12")?;
+    range("nics", spec.nics.len() as u64, spec.nics.len() <= MAX_NICS, "at most 8")?;
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let fits = is_name(&disk.name) && disk.name.len() <= MAX_DISK_NAME_BYTES;
+        text("disk name", &disk.name, fits, "use 1 to 20 of a-z, 0-9 and \"-\"")?;
+        let unique = spec.disks[..index].iter().all(|other| other.name != disk.name);
+        text("disk name", &disk.name, unique, "another disk has it")?;
+        text("disk format", &disk.format, matches!(disk.format.as_str(), "" | "raw"), "only raw so far")?;
+        text("disk path", &disk.path, file(&disk.path), "use an absolute path")?;
+    }
+    for nic in &spec.nics {
+        let mac = nic.mac.split(':').filter(|part| part.len() == 2 && u8::from_str_radix(part, 16).is_ok()).count();
+        text("mac", &nic.mac, mac == 6 && nic.mac.len() == 17, "use six bytes such as 52:54:00:12:34:56")?;
+        let bridge = !nic.bridge.is_empty() && nic.bridge.len() <= 15 && option_text(&nic.bridge);
+        text("bridge", &nic.bridge, bridge, "use the name of a Linux bridge")?;
+    }
+    if let Some(boot) = &spec.direct_boot {
+        text("kernel", &boot.kernel, file(&boot.kernel), "use an absolute path")?;
+        text("initrd", &boot.initrd, boot.initrd.is_empty() || file(&boot.initrd), "use an absolute path")?;
+    }
+    Ok(())
+}
+
+/// Node that the device uses; mirrors attach to it.
+pub fn top_node(disk: &str) -> String {
+    format!("top-{disk}")
+}
+
+/// Node below it, which backups may use at the same time.
+pub fn disk_node(disk: &str) -> String {
+    format!("disk-{disk}")
+}
+
+/// The argument that gives QEMU its control socket; also what tells this VM's QEMU from other processes.
+pub fn qmp_argument(paths: &VmPaths) -> String {
+    format!("socket,id=qmp,path={},server=on,wait=off", escaped(&paths.qmp()))
+}
+
+// QEMU's option syntax doubles commas within values.
+fn escaped(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// The arguments of QEMU; `taps` are the names of the tap devices, one per NIC.
+pub fn arguments(
+    launch: &Launch,
+    paths: &VmPaths,
+    accelerator: Accelerator,
+    taps: &[String],
+) -> Result<Vec<String>, SpecError> {
+    let spec = &launch.spec;
+    check_spec(spec)?;
+    let mut args: Vec<String> = Vec::new();
+    let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
+
+    option("-name", format!("guest={}", spec.name));
+    option("-uuid", launch.vm.to_string());
+    option("-display", "none".into());
+    option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    let machine = if spec.machine.is_empty() { DEFAULT_MACHINE } else { &spec.machine };
+    option("-machine", format!("{machine},accel={accelerator},memory-backend={RAM_ID}"));
+    if !spec.cpu.is_empty() {
+        option("-cpu", spec.cpu.clone());
+    }
+    option("-smp", spec.vcpus.to_string());
+    option("-m", format!("{}k", spec.memory_bytes / 1024));
+    let prealloc = if launch.mode == StartMode::Incoming { "on" } else { "off" };
+    option("-object", format!("memory-backend-ram,id={RAM_ID},size={},prealloc={prealloc}", spec.memory_bytes));
+
+    option("-chardev", qmp_argument(paths));
+    option("-mon", "chardev=qmp,mode=control".into());
+    option("-chardev", format!("socket,id=console,path={},server=on,wait=off", escaped(&paths.console())));
+    option("-serial", "chardev:console".into());
+
+    option("-object", "iothread,id=balloon-io".into());
+    let balloon = format!("virtio-balloon-pci,id=balloon,free-page-hint=on,iothread=balloon-io,addr={BALLOON_SLOT:#x}");
+    option("-device", balloon);
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let name = &disk.name;
+        let image = launch.disk_path(name, &disk.path);
+        let file = json!({
+            "driver": "file", "node-name": format!("file-{name}"), "filename": image.to_string_lossy(),
+            "discard": "unmap", "cache": {"direct": false, "no-flush": false},
+        });
+        let disk_layer = json!({
+            "driver": "raw", "node-name": disk_node(name), "file": format!("file-{name}"),
+            "discard": "unmap", "detect-zeroes": "unmap", "cache": {"direct": false, "no-flush": false},
+        });
+        let top = json!({
+            "driver": "raw", "node-name": top_node(name), "file": disk_node(name),
+            "discard": "unmap", "cache": {"direct": false, "no-flush": false},
+        });
+        for node in [file, disk_layer, top] {
+            option("-blockdev", node.to_string());
+        }
+        let serial: String = name.chars().take(SERIAL_BYTES).collect();
+        let slot = FIRST_DISK_SLOT + index;
+        let boot = if spec.direct_boot.is_none() { format!(",bootindex={}", index + 1) } else { String::new() };
+        option(
+            "-device",
+            format!("virtio-blk-pci,id=blk-{name},drive={},serial={serial},addr={slot:#x}{boot}", top_node(name)),
+        );
+    }
+    for (index, (nic, tap)) in spec.nics.iter().zip(taps).enumerate() {
+        option("-netdev", format!("tap,id=net{index},ifname={tap},script=no,downscript=no,vhost=off"));
+        let slot = FIRST_NIC_SLOT + index;
+        // No option ROM: nothing boots from the network, and its size would be part of the migration stream.
+        option(
+            "-device",
+            format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=,addr={slot:#x}", nic.mac),
+        );
+    }
+    if let Some(boot) = &spec.direct_boot {
+        option("-kernel", boot.kernel.clone());
+        if !boot.initrd.is_empty() {
+            option("-initrd", boot.initrd.clone());
+        }
+        option("-append", boot.cmdline.clone());
+    }
+    option("-pidfile", paths.pid().to_string_lossy().into_owned());
+    args.extend(["-no-user-config", "-nodefaults"].map(str::to_owned));
+    match launch.mode {
+        StartMode::Running => {}
+        StartMode::Paused => args.push("-S".into()),
+        StartMode::Incoming => args.extend(["-S", "-incoming", "defer"].map(str::to_owned)),
+    }
+    Ok(args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageport_proto::v1::{DirectBoot, DiskSpec, NicSpec};
+
+    fn launch(mode: StartMode) -> Launch {
+        let spec = VmSpec {
+            name: "web-1".into(),
+            memory_bytes: 64 << 20,
+            vcpus: 2,
+            disks: vec![
+                DiskSpec { name: "root".into(), path: "/srv/a,b.raw".into(), format: "raw".into() },
+                DiskSpec { name: "data".into(), path: "/srv/data.raw".into(), format: String::new() },
+            ],
+            nics: vec![NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
+            ..VmSpec::default()
+        };
+        let vm = "018f4a3e-7c1b-7000-8000-000000000001".parse().unwrap();
+        Launch { vm, spec, disk_paths: BTreeMap::new(), mode }
+    }
+
+    fn argv(launch: &Launch) -> Vec<String> {
+        let paths = VmPaths::new(Path::new("/run/pageport"), launch.vm);
+        arguments(launch, &paths, Accelerator::Tcg, &["pp0".into()]).unwrap()
+    }
+
+    fn values<'a>(argv: &'a [String], name: &str) -> Vec<&'a str> {
+        argv.windows(2).filter(|pair| pair[0] == name).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn devices_have_stable_ids_and_addresses() {
+        let argv = argv(&launch(StartMode::Running));
+        assert_eq!(
+            values(&argv, "-device"),
+            [
+                "virtio-balloon-pci,id=balloon,free-page-hint=on,iothread=balloon-io,addr=0x2",
+                "virtio-blk-pci,id=blk-root,drive=top-root,serial=root,addr=0x4,bootindex=1",
+                "virtio-blk-pci,id=blk-data,drive=top-data,serial=data,addr=0x5,bootindex=2",
+                "virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:12:34:56,romfile=,addr=0x10",
+            ]
+        );
+    }
+
+    #[test]
+    fn both_sides_of_a_move_differ_only_in_paths_and_start() {
+        let source = argv(&launch(StartMode::Running));
+        let mut moved = launch(StartMode::Incoming);
+        moved.disk_paths.insert("root".into(), "/replicas/root".into());
+        let destination = argv(&moved);
+        let differing: Vec<&str> =
+            source.iter().zip(&destination).filter(|(a, b)| a != b).map(|(a, _)| a.as_str()).collect();
+        assert_eq!(differing.len(), 2, "{differing:?}");
+        assert!(differing[0].ends_with("prealloc=off") && differing[1].contains("/srv/a,b.raw"));
+        assert_eq!(destination[source.len()..], ["-S", "-incoming", "defer"]);
+    }
+
+    #[test]
+    fn a_disk_is_three_nodes_from_device_to_file() {
+        let argv = argv(&launch(StartMode::Paused));
+        let nodes: Vec<serde_json::Value> =
+            values(&argv, "-blockdev").into_iter().map(|node| serde_json::from_str(node).unwrap()).collect();
+        assert_eq!(nodes.len(), 6);
+        assert_eq!((&nodes[0]["filename"], &nodes[0]["node-name"]), (&json!("/srv/a,b.raw"), &json!("file-root")));
+        assert_eq!((&nodes[1]["node-name"], &nodes[1]["file"]), (&json!("disk-root"), &json!("file-root")));
+        assert_eq!((&nodes[2]["node-name"], &nodes[2]["file"]), (&json!("top-root"), &json!("disk-root")));
+        assert_eq!(argv.last().map(String::as_str), Some("-S"));
+    }
+
+    #[test]
+    fn a_directly_booted_vm_has_no_boot_order() {
+        let mut launch = launch(StartMode::Running);
+        let cmdline = "console=ttyS0 root=/dev/vda".to_owned();
+        launch.spec.direct_boot = Some(DirectBoot { kernel: "/boot/k".into(), initrd: String::new(), cmdline });
+        let argv = argv(&launch);
+        assert_eq!(values(&argv, "-append"), ["console=ttyS0 root=/dev/vda"]);
+        assert!(values(&argv, "-initrd").is_empty());
+        assert!(argv.iter().all(|arg| !arg.contains("bootindex")));
+    }
+
+    #[test]
+    fn a_spec_cannot_smuggle_in_options() {
+        let refused = |change: fn(&mut VmSpec)| {
+            let mut spec = launch(StartMode::Running).spec;
+            change(&mut spec);
+            check_spec(&spec).unwrap_err().to_string()
+        };
+        assert!(refused(|s| s.name = "a,process=x".into()).contains("name"));
+        assert!(refused(|s| s.machine = "q35,accel=kvm".into()).contains("machine"));
+        assert!(refused(|s| s.cpu = "max -device x".into()).contains("cpu"));
+        assert!(refused(|s| s.memory_bytes = 1).contains("memory_bytes"));
+        assert!(refused(|s| s.vcpus = 0).contains("vcpus"));
+        assert!(refused(|s| s.disks[1].name = "root".into()).contains("another disk"));
+        assert!(refused(|s| s.disks[0].format = "qcow2".into()).contains("raw"));
+        assert!(refused(|s| s.disks[0].path = "nbd://x".into()).contains("absolute"));
+        assert!(refused(|s| s.nics[0].mac = "52:54:00:12:34:5g".into()).contains("mac"));
+        assert!(refused(|s| s.nics[0].bridge = "br0,x=y".into()).contains("bridge"));
+    }
+}

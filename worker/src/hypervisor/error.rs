@@ -1,0 +1,102 @@
+//! Why something about a VM's QEMU did not work.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pageport_proto::VmId;
+
+use super::command_line::SpecError;
+use super::event::MigrationStatus;
+use super::qmp::QmpError;
+use super::tap::TapError;
+
+/// Why something about a VM's QEMU did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum HypervisorError {
+    /// The VM's definition is no good.
+    #[error("VM definition refused")]
+    Spec(#[from] SpecError),
+    /// A tap device could not be made.
+    #[error("prepare the network of VM {vm}")]
+    Tap {
+        /// Which VM.
+        vm: VmId,
+        /// Why.
+        #[source]
+        source: TapError,
+    },
+    /// QEMU of this VM runs already.
+    #[error("QEMU of VM {vm} runs already, as process {pid}")]
+    AlreadyRunning {
+        /// Which VM.
+        vm: VmId,
+        /// Its process.
+        pid: u32,
+    },
+    /// There is no QEMU of this VM.
+    #[error("no QEMU of VM {vm} runs here")]
+    NotRunning {
+        /// Which VM.
+        vm: VmId,
+    },
+    /// QEMU ended before it was ready.
+    #[error("QEMU of VM {vm} did not start ({status}): {log_tail}")]
+    StartFailed {
+        /// Which VM.
+        vm: VmId,
+        /// How it ended.
+        status: String,
+        /// What it said.
+        log_tail: String,
+    },
+    /// Something did not happen in time.
+    #[error("{operation} of VM {vm} not done within {:.0} s", deadline.as_secs_f64())]
+    Deadline {
+        /// Which VM.
+        vm: VmId,
+        /// What.
+        operation: &'static str,
+        /// The time it had.
+        deadline: Duration,
+    },
+    /// QEMU ended while something was awaited.
+    #[error("QEMU of VM {vm} ended during {operation}")]
+    Ended {
+        /// Which VM.
+        vm: VmId,
+        /// What was awaited.
+        operation: &'static str,
+    },
+    /// A mirror ended, or never began, for a reason.
+    #[error("mirror of disk {disk} failed: {reason}")]
+    Mirror {
+        /// Which disk.
+        disk: String,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// A migration ended in another state than was awaited.
+    #[error("migration of VM {vm} is {status:?}: {reason}")]
+    Migration {
+        /// Which VM.
+        vm: VmId,
+        /// The state.
+        status: MigrationStatus,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// A file or process of the VM could not be handled.
+    #[error("{operation} {}", path.display())]
+    File {
+        /// What was done.
+        operation: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A command to QEMU failed.
+    #[error("command to QEMU failed")]
+    Qmp(#[from] QmpError),
+}

@@ -1,0 +1,79 @@
+//! Where a VM's sockets and files lie: `<runtime_dir>/vm/<vm_id>/`.
+//!
+//! | file | made by | for |
+//! |---|---|---|
+//! | `qmp.sock` | QEMU | the worker's control connection; takes one client at a time |
+//! | `console.sock` | QEMU | the guest's serial port |
+//! | `incoming.sock` | QEMU | the migration stream at the destination |
+//! | `outgoing.sock` | the worker | the migration stream at the source |
+//! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
+//! | `pid` | QEMU | finding a running VM again |
+//! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
+//! | `qemu.log` | QEMU | its standard error |
+
+use std::path::{Path, PathBuf};
+
+use pageport_proto::VmId;
+
+/// The folder of one VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmPaths {
+    dir: PathBuf,
+}
+
+impl VmPaths {
+    /// The folder of `vm` below the worker's runtime folder.
+    pub fn new(runtime_dir: &Path, vm: VmId) -> Self {
+        Self { dir: Self::all(runtime_dir).join(vm.to_string()) }
+    }
+
+    /// The folder that holds all VMs' folders.
+    pub fn all(runtime_dir: &Path) -> PathBuf {
+        runtime_dir.join("vm")
+    }
+
+    /// The folder itself.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// QEMU's control socket.
+    pub fn qmp(&self) -> PathBuf {
+        self.dir.join("qmp.sock")
+    }
+
+    /// The serial port's socket.
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.sock")
+    }
+
+    /// Where a destination QEMU listens for the migration stream.
+    pub fn incoming(&self) -> PathBuf {
+        self.dir.join("incoming.sock")
+    }
+
+    /// Where the worker listens for a source QEMU's migration stream.
+    pub fn outgoing(&self) -> PathBuf {
+        self.dir.join("outgoing.sock")
+    }
+
+    /// Where the worker's NBD server for a disk listens.
+    pub fn nbd(&self, disk: &str) -> PathBuf {
+        self.dir.join(format!("nbd-{disk}.sock"))
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> PathBuf {
+        self.dir.join("pid")
+    }
+
+    /// Names of the VM's tap devices.
+    pub fn taps(&self) -> PathBuf {
+        self.dir.join("taps")
+    }
+
+    /// QEMU's standard error.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("qemu.log")
+    }
+}

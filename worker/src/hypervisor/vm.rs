@@ -1,0 +1,370 @@
+//! One VM's QEMU: started or found again, commanded, watched, ended.
+//!
+//! ```text
+//!   start ──▶ spawn ──▶ QMP ──┐                       ┌─▶ events (broadcast)
+//!   adopt ──▶ pid file, check,┴─▶ Vm ◀── watcher task ┼─▶ migration status, last stop, last resume (watch)
+//!             QMP                                     └─▶ exit report (watch); removes sockets and taps
+//! ```
+//!
+//! Guarantees: QEMU outlives the worker. Its end is noticed by its pidfd, whoever caused it, and reported once, with its
+//! cause and the end of its log; then its tap devices and its folder's sockets are gone. When every [`Vm`] of a QEMU
+//! has been dropped its control socket is free for the next [`Vm::adopt`].
+//!
+//! Does not decide whether the VM may run: [`Vm::start`] and [`Vm::cont`] are called by who holds its ownership record.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pageport_proto::VmId;
+use serde::Deserialize;
+use tokio::sync::{broadcast, watch};
+
+use super::accel::Accelerator;
+use super::command_line::{Launch, arguments};
+use super::error::HypervisorError;
+use super::event::{EventTime, ExitReport, MigrationStatus, VmEvent};
+use super::paths::VmPaths;
+use super::process::{self, Process};
+use super::qmp::{Command, Ignored, Qmp, QmpError, qmp_command};
+use super::tap;
+use super::watcher::Watcher;
+
+/// Time for QEMU to open its control socket; preallocating a large guest's memory is part of it.
+pub const START_DEADLINE: Duration = Duration::from_secs(60);
+/// Time for a running QEMU to answer a new connection.
+pub const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
+/// Time for the kernel to end a killed QEMU; freeing much memory takes a moment.
+pub const KILL_DEADLINE: Duration = Duration::from_secs(20);
+/// Between two looks for the control socket of a QEMU that is starting.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(10);
+/// Events that a slow subscriber may lag behind before it loses the oldest.
+const EVENT_BACKLOG: usize = 256;
+
+qmp_command!(/// Is the guest running?
+    QueryStatus = "query-status" -> StatusReply {});
+qmp_command!(/// Runs the guest.
+    Cont = "cont" -> Ignored {});
+qmp_command!(/// Pauses the guest.
+    Stop = "stop" -> Ignored {});
+qmp_command!(/// Presses the power button.
+    Powerdown = "system_powerdown" -> Ignored {});
+
+/// What `query-status` answers.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct StatusReply {
+    status: RunState,
+}
+
+/// What the guest is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// It runs.
+    Running,
+    /// It was paused.
+    Paused,
+    /// It has not run yet.
+    Prelaunch,
+    /// It waits for, or receives, a migration stream.
+    Inmigrate,
+    /// It is paused for the last part of a migration.
+    FinishMigrate,
+    /// It has been sent away. Running it again would be a second copy.
+    Postmigrate,
+    /// It has shut down.
+    Shutdown,
+    /// It stopped on a disk error.
+    IoError,
+    /// It cannot go on.
+    InternalError,
+    /// It panicked.
+    GuestPanicked,
+    /// Anything else.
+    #[serde(other)]
+    Other,
+}
+
+/// How this host runs QEMU.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// The binary.
+    pub qemu: String,
+    /// Found by [`super::accel::probe`] or forced by the configuration.
+    pub accelerator: Accelerator,
+    /// The worker's runtime folder.
+    pub runtime_dir: PathBuf,
+}
+
+/// A handle on one VM's QEMU; clones share it.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    id: VmId,
+    paths: VmPaths,
+    process: Arc<Process>,
+    qmp: Qmp,
+    end_ordered: Arc<AtomicBool>,
+    events: broadcast::Sender<VmEvent>,
+    marks: Arc<watch::Sender<Marks>>,
+    exit: watch::Receiver<Option<ExitReport>>,
+}
+
+/// The newest of each kind of event, for who comes late or lags.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Marks {
+    /// When the guest last stopped.
+    pub stopped: Option<EventTime>,
+    /// When the guest last resumed.
+    pub resumed: Option<EventTime>,
+    /// Where the migration is.
+    pub migration: Option<MigrationStatus>,
+    /// The pass over the guest's memory that the migration is in.
+    pub migration_pass: u64,
+    /// QEMU has ended.
+    pub ended: bool,
+}
+
+impl Vm {
+    /// Starts QEMU. If it fails nothing is left running and no device is left behind; the log stays.
+    pub async fn start(host: &Host, launch: &Launch) -> Result<Self, HypervisorError> {
+        let (vm, paths) = (launch.vm, VmPaths::new(&host.runtime_dir, launch.vm));
+        if let Some(running) = find(&paths)? {
+            return Err(HypervisorError::AlreadyRunning { vm, pid: running.pid() });
+        }
+        super::command_line::check_spec(&launch.spec)?;
+        remove_leftovers(&paths).await;
+        let file_error = |operation, path: PathBuf| move |source| HypervisorError::File { operation, path, source };
+        let dir = paths.dir().to_owned();
+        tokio::fs::create_dir_all(&dir).await.map_err(file_error("create", dir))?;
+        let taps = tap::create(vm, &launch.spec.nics).await.map_err(|source| HypervisorError::Tap { vm, source })?;
+        let started = async {
+            let argv = arguments(launch, &paths, host.accelerator, &taps)?;
+            tokio::fs::write(paths.taps(), taps.join("\n")).await.map_err(file_error("write", paths.taps()))?;
+            let (mut child, process) =
+                process::spawn(&host.qemu, &argv, &paths).map_err(file_error("start", host.qemu.clone().into()))?;
+            match first_connection(vm, &mut child, &paths).await {
+                Ok(connection) => Ok((child, process, connection)),
+                Err(error) => {
+                    // It may have ended by itself.
+                    let _ = child.kill().await;
+                    Err(error)
+                }
+            }
+        };
+        match started.await {
+            Ok((child, process, connection)) => {
+                tracing::info!(vm_id = %vm, pid = process.pid(), mode = ?launch.mode, "QEMU started");
+                Ok(Self::watched(vm, paths, process, connection, Some(child)))
+            }
+            Err(error) => {
+                tap::remove(&taps).await;
+                remove_leftovers(&paths).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes over a QEMU that an earlier worker started.
+    pub async fn adopt(runtime_dir: &Path, vm: VmId) -> Result<Self, HypervisorError> {
+        let paths = VmPaths::new(runtime_dir, vm);
+        let Some(process) = find(&paths)? else { return Err(HypervisorError::NotRunning { vm }) };
+        let connection = Qmp::connect(&paths.qmp(), ADOPT_DEADLINE).await?;
+        tracing::info!(vm_id = %vm, pid = process.pid(), "QEMU adopted");
+        Ok(Self::watched(vm, paths, process, connection, None))
+    }
+
+    fn watched(
+        id: VmId,
+        paths: VmPaths,
+        process: Process,
+        (qmp, notices): super::qmp::Connected,
+        child: Option<tokio::process::Child>,
+    ) -> Self {
+        let process = Arc::new(process);
+        let end_ordered = Arc::new(AtomicBool::new(false));
+        let (events, _) = broadcast::channel(EVENT_BACKLOG);
+        let marks = Arc::new(watch::Sender::new(Marks::default()));
+        let (exit_sender, exit) = watch::channel(None);
+        let watcher = Watcher {
+            vm: id,
+            paths: paths.clone(),
+            process: Arc::clone(&process),
+            child,
+            notices,
+            end_ordered: Arc::clone(&end_ordered),
+            events: events.clone(),
+            marks: Arc::clone(&marks),
+            exit: exit_sender,
+        };
+        tokio::spawn(watcher.run());
+        Self { inner: Arc::new(Inner { id, paths, process, qmp, end_ordered, events, marks, exit }) }
+    }
+
+    /// Which VM this is.
+    pub fn id(&self) -> VmId {
+        self.inner.id
+    }
+
+    /// Where its sockets lie.
+    pub fn paths(&self) -> &VmPaths {
+        &self.inner.paths
+    }
+
+    /// QEMU's process number.
+    pub fn pid(&self) -> u32 {
+        self.inner.process.pid()
+    }
+
+    /// Everything that happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<VmEvent> {
+        self.inner.events.subscribe()
+    }
+
+    /// The newest stop, resume and migration status.
+    pub fn marks(&self) -> watch::Receiver<Marks> {
+        self.inner.marks.subscribe()
+    }
+
+    /// Forgets the last migration, so that its end is not taken for the next one's.
+    pub(super) fn forget_migration(&self) {
+        self.inner.marks.send_modify(|marks| (marks.migration, marks.migration_pass) = (None, 0));
+    }
+
+    /// How QEMU ended, if it has.
+    pub fn exited(&self) -> Option<ExitReport> {
+        self.inner.exit.borrow().clone()
+    }
+
+    /// Waits for QEMU's end.
+    pub async fn wait_exit(&self, deadline: Duration) -> Result<ExitReport, HypervisorError> {
+        let mut exit = self.inner.exit.clone();
+        let ended = tokio::time::timeout(deadline, exit.wait_for(Option::is_some)).await;
+        let report = ended.ok().and_then(|report| report.ok().and_then(|report| report.clone()));
+        report.ok_or(HypervisorError::Deadline { vm: self.id(), operation: "end", deadline })
+    }
+
+    /// What the guest is doing.
+    pub async fn run_state(&self) -> Result<RunState, HypervisorError> {
+        Ok(self.execute(&QueryStatus {}).await?.status)
+    }
+
+    /// Runs the guest.
+    pub async fn cont(&self) -> Result<(), HypervisorError> {
+        self.execute(&Cont {}).await.map(drop)
+    }
+
+    /// Pauses the guest.
+    pub async fn stop(&self) -> Result<(), HypervisorError> {
+        self.execute(&Stop {}).await.map(drop)
+    }
+
+    /// Asks the guest through ACPI to shut down, and waits for QEMU's end. A guest that does not listen keeps running.
+    pub async fn powerdown(&self, deadline: Duration) -> Result<ExitReport, HypervisorError> {
+        self.execute(&Powerdown {}).await?;
+        self.wait_exit(deadline).await.map_err(|error| match error {
+            HypervisorError::Deadline { vm, deadline, .. } => {
+                HypervisorError::Deadline { vm, operation: "shutdown by the guest", deadline }
+            }
+            other => other,
+        })
+    }
+
+    /// Pulls the plug, and waits until QEMU and what it left are gone. A QEMU that has ended is no error.
+    pub async fn kill(&self) -> Result<ExitReport, HypervisorError> {
+        self.inner.end_ordered.store(true, Ordering::SeqCst);
+        self.inner.process.kill().map_err(|source| HypervisorError::File {
+            operation: "kill QEMU of",
+            path: self.inner.paths.dir().to_owned(),
+            source,
+        })?;
+        self.wait_exit(KILL_DEADLINE).await
+    }
+
+    pub(super) async fn execute<C: Command>(&self, command: &C) -> Result<C::Reply, HypervisorError> {
+        Ok(self.inner.qmp.execute(command).await?)
+    }
+}
+
+/// The VMs whose QEMU runs, as the runtime folder and `/proc` say.
+pub fn list_running(runtime_dir: &Path) -> Result<Vec<VmId>, HypervisorError> {
+    let all = VmPaths::all(runtime_dir);
+    let file_error = |source| HypervisorError::File { operation: "list", path: all.clone(), source };
+    let entries = match std::fs::read_dir(&all) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(file_error(error)),
+    };
+    let mut running = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(file_error)?.file_name();
+        let Some(vm) = name.to_str().and_then(|name| name.parse::<VmId>().ok()) else { continue };
+        if find(&VmPaths::new(runtime_dir, vm))?.is_some() {
+            running.push(vm);
+        }
+    }
+    running.sort();
+    Ok(running)
+}
+
+/// Removes what a VM's QEMU left behind when it ended together with its worker: tap devices and sockets. Does nothing
+/// while it runs.
+pub async fn clean_up(runtime_dir: &Path, vm: VmId) -> Result<(), HypervisorError> {
+    let paths = VmPaths::new(runtime_dir, vm);
+    if find(&paths)?.is_none() {
+        remove_leftovers(&paths).await;
+    }
+    Ok(())
+}
+
+fn find(paths: &VmPaths) -> Result<Option<Process>, HypervisorError> {
+    Process::find(paths).map_err(|source| HypervisorError::File { operation: "check", path: paths.pid(), source })
+}
+
+/// Removes taps and everything in the VM's folder but its log. Only for a QEMU that does not run.
+pub(super) async fn remove_leftovers(paths: &VmPaths) {
+    if let Ok(names) = tokio::fs::read_to_string(paths.taps()).await {
+        let taps: Vec<String> = names.lines().filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        tap::remove(&taps).await;
+    }
+    let Ok(mut entries) = tokio::fs::read_dir(paths.dir()).await else { return };
+    while let Ok(Some(entry)) = entries.next_entry().await {
+        if entry.path() != paths.log()
+            && let Err(error) = tokio::fs::remove_file(entry.path()).await
+        {
+            tracing::warn!(path = %entry.path().display(), error = %error, "file not removed");
+        }
+    }
+}
+
+/// Connects as soon as QEMU listens; ends when QEMU does.
+async fn first_connection(
+    vm: VmId,
+    child: &mut tokio::process::Child,
+    paths: &VmPaths,
+) -> Result<super::qmp::Connected, HypervisorError> {
+    let connect = async {
+        loop {
+            match Qmp::connect(&paths.qmp(), START_DEADLINE).await {
+                // QEMU is not there yet; it gives no other sign of when it will be.
+                Err(QmpError::Connect { .. }) => tokio::time::sleep(CONNECT_INTERVAL).await,
+                connected => return connected,
+            }
+        }
+    };
+    tokio::select! {
+        connected = tokio::time::timeout(START_DEADLINE, connect) => match connected {
+            Ok(connected) => Ok(connected?),
+            Err(_) => Err(HypervisorError::Deadline { vm, operation: "start", deadline: START_DEADLINE }),
+        },
+        status = child.wait() => {
+            let status = status.map(|status| status.to_string()).unwrap_or_default();
+            Err(HypervisorError::StartFailed { vm, status, log_tail: process::log_tail(paths) })
+        }
+    }
+}
