@@ -11,7 +11,10 @@
 use std::error::Error;
 use std::io;
 
-use rustls::{AlertDescription, CertificateError, Error as TlsError};
+use rustls::{CertificateError, Error as TlsError};
+
+/// How rustls words an alert.
+const ALERT: &str = "received fatal alert: ";
 
 /// Is it worth asking again soon?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +65,11 @@ pub fn explain(error: &(dyn Error + 'static)) -> Reason {
         deepest = error.to_string();
         next = error.source();
     }
-    Reason::transient(deepest)
+    // Once a connection is up, h2 keeps only the text of what ended it.
+    match deepest.split_once(ALERT) {
+        Some((_, description)) => alert(description),
+        None => Reason::transient(deepest),
+    }
 }
 
 fn system(error: &io::Error) -> Option<Reason> {
@@ -94,27 +101,28 @@ fn tls(error: &TlsError) -> Reason {
             }
             other => format!("its certificate is refused: {other}"),
         }),
-        TlsError::AlertReceived(alert) => Reason::permanent(match alert {
-            AlertDescription::CertificateRequired => {
-                "it demands a client certificate (check --cert and --key)".to_owned()
-            }
-            AlertDescription::UnknownCA
-            | AlertDescription::BadCertificate
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::DecryptError
-            | AlertDescription::CertificateExpired
-            | AlertDescription::AccessDenied => {
-                format!("it does not take our certificate: {alert:?} (check --cert and --key)")
-            }
-            other => format!("it refused the connection: {other:?}"),
-        }),
+        TlsError::AlertReceived(description) => alert(&format!("{description:?}")),
         TlsError::InvalidMessage(_) => Reason::permanent("it does not speak TLS (is this the right port?)"),
         other => Reason::permanent(format!("TLS failed: {other}")),
     }
 }
 
+/// What a peer's TLS alert means for us.
+fn alert(description: &str) -> Reason {
+    Reason::permanent(match description {
+        "CertificateRequired" => "it demands a client certificate (check --cert and --key)".to_owned(),
+        "UnknownCA" | "BadCertificate" | "CertificateUnknown" | "DecryptError" | "CertificateExpired"
+        | "AccessDenied" => {
+            format!("it does not take our certificate: {description} (check --cert and --key)")
+        }
+        other => format!("it refused the connection: {other}"),
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use rustls::AlertDescription;
+
     use super::*;
 
     fn wrapped(error: impl Into<Box<dyn Error + Send + Sync>>) -> io::Error {
@@ -123,7 +131,7 @@ mod tests {
 
     #[test]
     fn the_telling_error_is_found_below_its_wrappers() {
-        let cases: [(io::Error, &str, Class); 6] = [
+        let cases: [(io::Error, &str, Class); 7] = [
             (wrapped(io::Error::from(io::ErrorKind::ConnectionRefused)), "connection refused", Class::Transient),
             (
                 wrapped(TlsError::InvalidCertificate(CertificateError::UnknownIssuer)),
@@ -141,6 +149,11 @@ mod tests {
                 Class::Permanent,
             ),
             (wrapped(TlsError::AlertReceived(AlertDescription::UnknownCA)), "does not take our", Class::Permanent),
+            (
+                wrapped(TlsError::AlertReceived(AlertDescription::UnknownCA).to_string()),
+                "does not take our certificate: UnknownCA",
+                Class::Permanent,
+            ),
             (wrapped("strange"), "strange", Class::Transient),
         ];
         for (error, part, class) in cases {

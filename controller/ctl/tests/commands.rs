@@ -1,0 +1,88 @@
+//! Commands against a fake cluster: what is printed, with which exit code, and what the controllers were asked.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use serde_json::json;
+use support::{Authority, Fake, run, vm, write};
+use tonic::Status;
+
+#[tokio::test]
+async fn lists_come_as_tables_and_as_json() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().vms = vec![vm("web")];
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+
+    let sites = run(&authority, &at, &["site", "list"]).await.succeeded();
+    assert_eq!(sites.stdout, "SITE  REACHABLE  VMS RUNNING  WORKERS\na     yes                  1  worker-a\n");
+    let vms = run(&authority, &at, &["vm", "list", "--json"]).await.succeeded();
+    assert_eq!(vms.lines()[0]["vms"][0]["spec"]["name"], "web");
+    assert_eq!(vms.lines()[0]["vms"][0]["state"], "running");
+    let one = run(&authority, &at, &["--json", "vm", "get", "web"]).await.succeeded();
+    assert_eq!(one.lines()[0]["id"], "id-web");
+    let none = run(&authority, &at, &["replica", "list", "web", "--json"]).await.succeeded();
+    assert_eq!(none.lines(), [json!({"replicas": []})]);
+}
+
+#[tokio::test]
+async fn a_vm_is_defined_from_its_file() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let text = "name: db\nmemory: 1GiB\nvcpus: 1\ndisks: [{name: root, path: /srv/db.img}]\n";
+    let good = write(&authority.path(""), "vm.yaml", text);
+    let define = ["vm", "define", "-f", good.to_str().unwrap(), "--site", "a"];
+    let ended = run(&authority, &at, &define).await.succeeded();
+    assert!(ended.stdout.starts_with("db (id-new): stopped at a"), "{}", ended.stdout);
+    assert_eq!(fake.script().defined[0].memory_bytes, 1 << 30);
+
+    let bad = write(&authority.path(""), "bad.yaml", &format!("{text}memroy: 2GiB\n"));
+    let ended = run(&authority, &at, &["vm", "define", "-f", bad.to_str().unwrap(), "--site", "a"]).await;
+    assert!(ended.error().contains("unknown field `memroy`"), "{}", ended.stderr);
+    let ended = run(&authority, &at, &["vm", "define", "-f", "/nowhere.yaml", "--site", "a"]).await;
+    assert_eq!(ended.error(), "error: read the VM description /nowhere.yaml: No such file or directory (os error 2)");
+    assert_eq!(fake.script().defined.len(), 1);
+}
+
+#[tokio::test]
+async fn refusals_are_shown_as_the_controller_worded_them() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().vms = vec![vm("web")];
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    for (arguments, message) in [
+        (&["vm", "start", "ghost"][..], "error: there is no VM \"ghost\""),
+        (&["vm", "delete", "web"], "error: web is running: stop it first"),
+        (&["migrate", "web", "--to", "nowhere"], "error: there is no site \"nowhere\""),
+        (&["migration", "get", "m9"], "error: there is no migration \"m9\""),
+    ] {
+        assert_eq!(run(&authority, &at, arguments).await.error(), message);
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_command_keeps_its_request_id() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().vms = vec![vm("web")];
+    fake.script().failures = [Status::unavailable("no leader"), Status::unavailable("no leader")].into();
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    run(&authority, &at, &["vm", "stop", "web", "--force"]).await.succeeded();
+    run(&authority, &at, &["vm", "start", "web"]).await.succeeded();
+    let ids = fake.script().request_ids.clone();
+    assert_eq!(ids.len(), 4, "{ids:?}");
+    assert!(ids[0] == ids[1] && ids[1] == ids[2], "{ids:?}");
+    assert_ne!(ids[2], ids[3]);
+    assert!(ids.iter().all(|id| id.parse::<pageport_proto::RequestId>().is_ok()), "{ids:?}");
+}
+
+#[tokio::test]
+async fn a_wrong_command_line_exits_with_2() {
+    let authority = Authority::new();
+    for arguments in [&["migrate", "web"][..], &["vm", "frobnicate"], &["--no-such-option"]] {
+        let ended = run(&authority, "127.0.0.1:1", arguments).await;
+        assert_eq!(ended.code, 2, "{arguments:?}: {}", ended.stderr);
+    }
+}
