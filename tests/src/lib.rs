@@ -1,5 +1,7 @@
 //! The lab: sites on one machine, a WAN emulator, real guests, QEMU's own migration as the baseline, the demo.
 
+pub mod baseline;
 pub mod lab;
 pub mod netns;
+pub mod paths;
 pub mod wan;

@@ -1,3 +1,4 @@
 //! The lab: sites on one machine.
 
+pub mod guest;
 pub mod network;
