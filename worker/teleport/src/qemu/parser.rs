@@ -30,6 +30,9 @@ const SECTION_PART: u8 = 0x02;
 const SECTION_END: u8 = 0x03;
 const SUBSECTION: u8 = 0x05;
 const CONFIGURATION: u8 = 0x07;
+const COMMAND: u8 = 0x08;
+/// The one command that is followed by more than the length it gives.
+const COMMAND_PACKAGED: u16 = 7;
 const FOOTER: u8 = 0x7e;
 
 /// A piece of the stream.
@@ -72,6 +75,12 @@ pub enum PassThrough {
     /// A configuration section that changes the meaning of what follows, or is too long.
     #[error("the configuration section has a part that is not understood")]
     Configuration,
+    /// A command that is followed by a whole stream of another kind.
+    #[error("command {command} before the end of the ram section")]
+    Command {
+        /// The command.
+        command: u16,
+    },
     /// A section of a kind that has no length, before RAM's end.
     #[error("section kind {kind:#04x} before the end of the ram section")]
     SectionKind {
@@ -293,6 +302,7 @@ impl Grammar {
         match (bytes[0], self.ram) {
             (CONFIGURATION, None) if self.configurable => self.configuration(bytes),
             (SUBSECTION, None) if self.configurable => self.subsection(bytes),
+            (COMMAND, _) => command(bytes),
             (SECTION_START, _) => self.section_start(bytes),
             (kind @ (SECTION_PART | SECTION_END), Some(ram)) => {
                 let Some(id) = u32_at(bytes, 1) else { return Ok(Step::Need(5)) };
@@ -427,6 +437,16 @@ impl Grammar {
         self.state = if last { State::Devices } else { State::Sections };
         Ok(Step::Verbatim(5))
     }
+}
+
+/// A command between sections, such as the announcement of the switchover (QEMU >= 10): it gives its length.
+fn command(bytes: &[u8]) -> Result<Step, PassThrough> {
+    let Some(word) = u32_at(bytes, 1) else { return Ok(Step::Need(5)) };
+    let (command, length) = ((word >> 16) as u16, word as u16);
+    if command == COMMAND_PACKAGED {
+        return Err(PassThrough::Command { command });
+    }
+    Ok(whole(5 + usize::from(length), bytes))
 }
 
 fn whole(length: usize, bytes: &[u8]) -> Step {
