@@ -20,7 +20,9 @@ async fn the_guest_boots_fills_its_cache_and_checks_its_loads() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
+    let begin = Instant::now();
     let images = GuestImages::build(SMALL).unwrap();
+    eprintln!("images are there after {:?}", begin.elapsed());
     let folder = tempfile::tempdir().unwrap();
     let network = Network::create(folder.path(), SHAPE).unwrap();
     let disk = folder.path().join("disk.raw");
@@ -54,7 +56,9 @@ async fn the_guest_boots_fills_its_cache_and_checks_its_loads() {
     guest.call(&Request::StaticStart { bytes: 1 << 20, seed: 1 }, SOON).await.unwrap();
     guest.call(&Request::DirtyStart { bytes: 4 << 20, pages_per_second: 200, seed: 2 }, SOON).await.unwrap();
     guest.call(&Request::WriteStart { records_per_second: 20, seed: 3 }, SOON).await.unwrap();
+    let begin = Instant::now();
     let files = guest.checksum(&Request::ChecksumFiles { every: 1 }, SOON).await.unwrap();
+    eprintln!("files digested in {:?}", begin.elapsed());
     let static_region = guest.checksum(&Request::ChecksumMemory, SOON).await.unwrap();
     assert_eq!(guest.checksum(&Request::ChecksumFiles { every: 1 }, SOON).await.unwrap(), files);
     assert_eq!(guest.checksum(&Request::ChecksumMemory, SOON).await.unwrap(), static_region);

@@ -1,4 +1,354 @@
-//! The lab: sites on one machine.
+//! The lab: three sites on one machine, a controller and a worker at each, a WAN between them, real guests.
+//!
+//! ```text
+//!      site a                      site b                      site c             each a network namespace
+//!  controller 1, worker-a     controller 2, worker-b     controller 3, worker-c
+//!  10.77.1.1                  10.77.2.1                  10.77.3.1                hosts: TUN ─┐
+//!  br-guest 10.88.255.1       br-guest 10.88.255.2       br-guest 10.88.255.3     guests: TAP ┴─▶ wan emulator
+//! ```
+//! How a test uses it:
+//! ```no_run
+//! # async fn story() -> anyhow::Result<()> {
+//! use pageport_lab::lab::{Lab, LabConfig, VmFile, guest};
+//! let mut lab = Lab::start(LabConfig::default()).await?;         // returns when all workers are connected
+//! let images = guest::GuestImages::build(guest::SMALL)?;
+//! let vm = VmFile::new(&lab, "web", &images, guest::SMALL)?;     // copies the disk, writes vm.yaml
+//! lab.ctl(["vm", "define", "-f", vm.path(), "--site", "a"]).await?;
+//! lab.ctl(["vm", "start", "web"]).await?;
+//! let mut client = lab.guest("c", guest::GUEST_ADDRESS).await?;  // control connection from site c's segment
+//! lab.worker("a").kill()?;                                       // kill -9; also stop, freeze, thaw, restart
+//! lab.network().wan()?.counters()?;                              // bytes by service; cut, heal, set-link
+//! # client.uptime().await?; Ok(()) }
+//! ```
+//! | where | what |
+//! |---|---|
+//! | `target/lab/<run>/{tls,config,logs}` | kept after the run, the newest ten |
+//! | `target/lab/<run>/{data,disks}` | removed at the end |
+//! | `/tmp/<run>` | runtime folders (unix sockets need short paths), removed at the end |
+//!
+//! Guarantees: when a [`Lab`] is dropped (also by a panic) every process in its namespaces has been killed, guests included,
+//! and namespaces and large files are gone; what a killed run left is removed by the next. Needs root and `/dev/net/tun`:
+//! ask [`crate::netns::available`] first. Does not build the daemons: `cargo build --workspace` does.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::Instant;
+use tracing::info;
+
+use crate::paths;
+use crate::wan::link::Shape;
+
+mod ctl;
+mod vm_file;
+
+pub mod daemon;
 pub mod guest;
 pub mod network;
+pub mod settings;
+pub mod tls;
+
+pub use ctl::{CtlError, Output};
+pub use vm_file::VmFile;
+
+use daemon::{Daemon, DaemonError};
+use guest::client::{GuestClient, GuestError};
+use network::{Network, NetworkError, SITES};
+use settings::{SettingsError, Shared};
+use tls::{Authority, Identity, TlsError};
+
+/// How long a lab may take until all workers are connected.
+const READY_DEADLINE: Duration = Duration::from_secs(90);
+/// How long a guest may take to boot.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// The pause between looks at what is not ready yet.
+const POLL: Duration = Duration::from_millis(200);
+/// Folders of past runs that are kept for their logs.
+const KEPT_RUNS: usize = 10;
+
+/// What a lab is to be.
+#[derive(Clone, Debug)]
+pub struct LabConfig {
+    /// Every direction of every link.
+    pub link: Shape,
+    /// Where the daemons send spans.
+    pub otlp_endpoint: Option<String>,
+    /// What the daemons log.
+    pub log: String,
+    /// `auto`, `kvm` or `tcg`.
+    pub accelerator: String,
+}
+
+impl Default for LabConfig {
+    /// The link of the issue's figures: 200 Mbit/s, 25 ms each way, no loss.
+    fn default() -> Self {
+        Self {
+            link: Shape { rate_bps: 200_000_000, one_way_delay_ms: 25, loss: 0.0, queue_bytes: None },
+            otlp_endpoint: None,
+            log: "info".into(),
+            accelerator: "auto".into(),
+        }
+    }
+}
+
+/// Why there is no lab.
+#[derive(Debug, thiserror::Error)]
+pub enum LabError {
+    /// The sites cannot be connected.
+    #[error("start lab")]
+    Network(#[from] NetworkError),
+    /// No certificates.
+    #[error("start lab")]
+    Tls(#[from] TlsError),
+    /// No configurations.
+    #[error("start lab")]
+    Settings(#[from] SettingsError),
+    /// A daemon does not run.
+    #[error("start lab")]
+    Daemon(#[from] DaemonError),
+    /// A file or folder cannot be made.
+    #[error("{operation} {path}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The programs are not built.
+    #[error("find {program}: run `cargo build --workspace` first")]
+    NotBuilt {
+        /// Which is missing.
+        program: PathBuf,
+    },
+    /// The workers do not connect.
+    #[error("wait for the lab: not ready after {} s; logs are in {logs}; last seen: {seen}", READY_DEADLINE.as_secs())]
+    NotReady {
+        /// Where to look.
+        logs: PathBuf,
+        /// What the last look said.
+        seen: String,
+    },
+}
+
+/// A running lab.
+#[derive(Debug)]
+pub struct Lab {
+    // Dropped in this order: daemons, then everything else in the namespaces, then folders.
+    controllers: BTreeMap<String, Daemon>,
+    workers: BTreeMap<String, Daemon>,
+    network: Network,
+    folders: Folders,
+    operator: Identity,
+}
+
+#[derive(Debug)]
+struct Folders {
+    run: PathBuf,
+    runtime: PathBuf,
+}
+
+impl Drop for Folders {
+    fn drop(&mut self) {
+        for folder in [&self.runtime, &self.run.join("data"), &self.run.join("disks")] {
+            // It may never have been made.
+            fs::remove_dir_all(folder).ok();
+        }
+    }
+}
+
+impl Lab {
+    /// Starts everything and returns when all workers are connected to a leader.
+    ///
+    /// # Errors
+    /// When something cannot be started or is not ready in time; what was started is ended.
+    pub async fn start(config: LabConfig) -> Result<Self, LabError> {
+        let [controller, worker, _] = ["pageport-controller", "pageport-worker", "pageportctl"].map(paths::program);
+        for program in [&controller, &worker, &paths::program("pageportctl")] {
+            if !program.exists() {
+                return Err(LabError::NotBuilt { program: program.clone() });
+            }
+        }
+        remove_old_runs();
+        let run = network::run_id();
+        let folders = Folders { run: paths::lab().join(&run), runtime: Path::new("/tmp").join(&run) };
+        for folder in
+            [&folders.runtime, &folders.run.join("config"), &folders.run.join("logs"), &folders.run.join("disks")]
+        {
+            fs::create_dir_all(folder).map_err(|source| LabError::Io {
+                operation: "make",
+                path: folder.clone(),
+                source,
+            })?;
+        }
+        let network = Network::create_as(run, &folders.runtime, config.link)?;
+        let authority = Authority::create(&folders.run.join("tls"))?;
+        let operator = authority.issue("operator", "operator.pageport")?;
+        let mut lab = Self { controllers: BTreeMap::new(), workers: BTreeMap::new(), network, folders, operator };
+
+        let shared = Shared { otlp_endpoint: config.otlp_endpoint, log: config.log, accelerator: config.accelerator };
+        for site in SITES {
+            let name = format!("controller-{}", settings::member_id(site));
+            let identity = authority.issue(&name, "controller.pageport")?;
+            let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
+            let daemon = lab.start_daemon(&name, site, &controller, &text)?;
+            lab.controllers.insert(site.to_owned(), daemon);
+        }
+        for site in SITES {
+            let name = settings::worker_name(site);
+            let identity = authority.issue(&name, &format!("{name}.worker.pageport"))?;
+            let runtime = lab.folders.runtime.join(site);
+            let text = settings::worker(site, &lab.data_folder(&name)?, &runtime, &identity, &shared)?;
+            let daemon = lab.start_daemon(&name, site, &worker, &text)?;
+            lab.workers.insert(site.to_owned(), daemon);
+        }
+        lab.wait_until_ready().await?;
+        Ok(lab)
+    }
+
+    fn data_folder(&self, name: &str) -> Result<PathBuf, LabError> {
+        let path = self.folders.run.join("data").join(name);
+        fs::create_dir_all(&path).map_err(|source| LabError::Io { operation: "make", path: path.clone(), source })?;
+        Ok(path)
+    }
+
+    fn start_daemon(&self, name: &str, site: &str, program: &Path, config: &str) -> Result<Daemon, LabError> {
+        let path = self.folders.run.join("config").join(format!("{name}.toml"));
+        fs::write(&path, config).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
+        let log = self.logs().join(format!("{name}.log"));
+        Ok(Daemon::start(name, self.network.namespace(site), program, &path, &log)?)
+    }
+
+    /// Waits until every worker is connected.
+    ///
+    /// # Errors
+    /// When a daemon has ended or time is up.
+    pub async fn wait_until_ready(&mut self) -> Result<(), LabError> {
+        let end = Instant::now() + READY_DEADLINE;
+        loop {
+            for daemon in self.controllers.values_mut().chain(self.workers.values_mut()) {
+                daemon.check()?;
+            }
+            let seen = match self.ctl_json(["worker", "list"]).await {
+                Ok(answer) if connected_workers(&answer) == SITES.len() => break,
+                Ok(answer) => answer.to_string(),
+                Err(error) => error.to_string(),
+            };
+            if Instant::now() > end {
+                return Err(LabError::NotReady { logs: self.logs(), seen });
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        info!(run = self.network.run(), "all workers are connected");
+        Ok(())
+    }
+
+    /// The networks and the WAN.
+    #[must_use]
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// This run's folder: `tls`, `config`, `logs`, and while it runs `data` and `disks`.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folders.run
+    }
+
+    /// A folder with a short path, for unix sockets; removed at the end.
+    #[must_use]
+    pub fn runtime(&self) -> &Path {
+        &self.folders.runtime
+    }
+
+    /// Where the daemons' logs are.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.folders.run.join("logs")
+    }
+
+    /// The operator's identity.
+    #[must_use]
+    pub fn operator(&self) -> &Identity {
+        &self.operator
+    }
+
+    /// The controller at a site.
+    ///
+    /// # Panics
+    /// When there is no such site.
+    pub fn controller(&mut self, site: &str) -> &mut Daemon {
+        self.controllers.get_mut(site).unwrap_or_else(|| panic!("site {site} is not one of {SITES:?}"))
+    }
+
+    /// The worker at a site.
+    ///
+    /// # Panics
+    /// When there is no such site.
+    pub fn worker(&mut self, site: &str) -> &mut Daemon {
+        self.workers.get_mut(site).unwrap_or_else(|| panic!("site {site} is not one of {SITES:?}"))
+    }
+
+    /// Connects to a guest's control server from a site's segment, once it has booted.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn guest(&self, from: &str, address: Ipv4Addr) -> Result<GuestClient, GuestError> {
+        GuestClient::connect(self.network.namespace(from), address, BOOT_DEADLINE).await
+    }
+
+    /// The processes of a VM's QEMUs and the sites they are at.
+    #[must_use]
+    pub fn qemu_pids(&self, vm: &str) -> Vec<(&'static str, i32)> {
+        let guest = format!("guest={vm}");
+        let is_its_qemu = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            let program = words.next().unwrap_or_default();
+            program.windows(4).any(|part| part == b"qemu") && words.any(|word| word == guest.as_bytes())
+        };
+        SITES
+            .iter()
+            .flat_map(|site| {
+                network::processes_in(self.network.namespace(site)).into_iter().map(move |pid| (*site, pid))
+            })
+            .filter(|(_, pid)| is_its_qemu(pid))
+            .collect()
+    }
+}
+
+fn connected_workers(answer: &Value) -> usize {
+    let workers = answer["workers"].as_array();
+    workers.map_or(0, |workers| workers.iter().filter(|worker| worker["connected"] == true).count())
+}
+
+/// Removes what killed runs left in the file system, and the oldest logs.
+fn remove_old_runs() {
+    let dead = |name: &str| network::owner_of_run(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+    let listed = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        entries.filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(dead)).collect()
+    };
+    for runtime in listed(Path::new("/tmp")) {
+        fs::remove_dir_all(runtime).ok();
+    }
+    let mut runs = listed(&paths::lab());
+    runs.sort_by_key(|path| fs::metadata(path).and_then(|about| about.modified()).ok());
+    let keep_from = runs.len().saturating_sub(KEPT_RUNS);
+    for (n, run) in runs.into_iter().enumerate() {
+        if n < keep_from {
+            fs::remove_dir_all(run).ok();
+        } else {
+            for large in ["data", "disks"] {
+                fs::remove_dir_all(run.join(large)).ok();
+            }
+        }
+    }
+}

@@ -71,7 +71,7 @@ pub struct Network {
 }
 
 /// A name for a run that no living process uses.
-fn run_id() -> String {
+pub(super) fn run_id() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("pp{}n{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
@@ -82,11 +82,15 @@ impl Network {
     /// # Errors
     /// When something cannot be made; what was made so far is removed.
     pub fn create(folder: &Path, shape: Shape) -> Result<Self, NetworkError> {
+        Self::create_as(run_id(), folder, shape)
+    }
+
+    /// As [`Network::create`] for a run that has a name already.
+    pub(super) fn create_as(run: String, folder: &Path, shape: Shape) -> Result<Self, NetworkError> {
         if !netns::available() {
             return Err(NetworkError::NotAllowed);
         }
         remove_left_behind();
-        let run = run_id();
         let control = folder.join(format!("{run}.wan.sock"));
         let mut network = Self { run, namespaces: Vec::new(), control: control.clone(), emulator: None };
         let mut config = WanConfig::mesh(SITES, shape, control);
@@ -179,10 +183,7 @@ impl Drop for Network {
 fn kill_processes_in(namespace: &str) {
     let deadline = Instant::now() + KILL_DEADLINE;
     loop {
-        let listed = std::process::Command::new("ip").args(["netns", "pids", namespace]).output();
-        let text = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let pids: Vec<i32> = text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-        let alive: Vec<i32> = pids.into_iter().filter(|pid| !is_zombie(*pid)).collect();
+        let alive: Vec<i32> = processes_in(namespace).into_iter().filter(|pid| !is_zombie(*pid)).collect();
         if alive.is_empty() {
             return;
         }
@@ -221,10 +222,22 @@ fn remove_left_behind() {
 
 /// The process that made a namespace of this name; none when it is not a lab's.
 fn owner_of(namespace: &str) -> Option<u32> {
-    let (run, site) = namespace.strip_prefix("pp")?.split_once('-')?;
-    let (pid, count) = run.split_once('n')?;
+    let (run, site) = namespace.split_once('-')?;
+    SITES.contains(&site).then(|| owner_of_run(run))?
+}
+
+/// The process that gave itself this run's name; none when it is not one.
+pub(super) fn owner_of_run(run: &str) -> Option<u32> {
+    let (pid, count) = run.strip_prefix("pp")?.split_once('n')?;
     count.parse::<u32>().ok()?;
-    SITES.contains(&site).then(|| pid.parse().ok())?
+    pid.parse().ok()
+}
+
+/// The ids of all processes in a namespace.
+pub(super) fn processes_in(namespace: &str) -> Vec<i32> {
+    let listed = std::process::Command::new("ip").args(["netns", "pids", namespace]).output();
+    let text = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 #[cfg(test)]

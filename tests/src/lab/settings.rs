@@ -1,0 +1,199 @@
+//! The daemons' configuration files: the examples of `deploy/config`, with what the lab must set put over them.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use toml::{Table, Value};
+
+use super::network::{Network, SITES};
+use super::tls::Identity;
+use crate::paths;
+
+/// Port of the controllers' API.
+pub const API_PORT: u16 = 7400;
+/// Port of the controllers' web interface.
+pub const WEB_PORT: u16 = 7480;
+/// Port of the workers' gRPC.
+pub const WORKER_PORT: u16 = 7500;
+/// Port of the workers' QUIC, over which memory and disks travel.
+pub const PEER_PORT: u16 = 7501;
+
+/// Why a configuration cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// An example cannot be read.
+    #[error("read example configuration {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An example is no TOML.
+    #[error("parse example configuration {path}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: toml::de::Error,
+    },
+}
+
+/// What all daemons of a lab share.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// Where spans go.
+    pub otlp_endpoint: Option<String>,
+    /// What is logged.
+    pub log: String,
+    /// `auto`, `kvm` or `tcg`.
+    pub accelerator: String,
+}
+
+/// `host:port` of every controller.
+#[must_use]
+pub fn controllers() -> Vec<String> {
+    SITES.iter().map(|site| format!("{}:{API_PORT}", Network::host_address(site))).collect()
+}
+
+/// The configuration of the controller at a site.
+pub fn controller(site: &str, data: &Path, identity: &Identity, shared: &Shared) -> Result<String, SettingsError> {
+    let mut config = example("controller")?;
+    let address = Network::host_address(site);
+    set(&mut config, "id", member_id(site));
+    set(&mut config, "site", site);
+    set(&mut config, "data_dir", path(data));
+    let listen = [("api", API_PORT), ("web", WEB_PORT)];
+    set(&mut config, "listen", listeners(address, &listen));
+    let members = SITES.iter().zip(controllers()).map(|(site, address)| {
+        let mut member = Table::new();
+        set(&mut member, "id", member_id(site));
+        set(&mut member, "site", *site);
+        set(&mut member, "address", address);
+        Value::Table(member)
+    });
+    set(&mut config, "members", members.collect::<Vec<_>>());
+    set_common(&mut config, identity, shared);
+    Ok(config.to_string())
+}
+
+/// The configuration of the worker at a site.
+pub fn worker(
+    site: &str,
+    data: &Path,
+    runtime: &Path,
+    identity: &Identity,
+    shared: &Shared,
+) -> Result<String, SettingsError> {
+    let mut config = example("worker")?;
+    set(&mut config, "name", worker_name(site));
+    set(&mut config, "site", site);
+    set(&mut config, "data_dir", path(data));
+    set(&mut config, "runtime_dir", path(runtime));
+    set(&mut config, "controllers", controllers());
+    let listen = [("grpc", WORKER_PORT), ("peer", PEER_PORT)];
+    set(&mut config, "listen", listeners(Network::host_address(site), &listen));
+    let hypervisor = section(&mut config, "hypervisor");
+    set(hypervisor, "accelerator", shared.accelerator.as_str());
+    set_common(&mut config, identity, shared);
+    Ok(config.to_string())
+}
+
+/// The name of a site's worker.
+#[must_use]
+pub fn worker_name(site: &str) -> String {
+    format!("worker-{site}")
+}
+
+/// The id of a site's controller, from 1.
+#[must_use]
+pub fn member_id(site: &str) -> i64 {
+    SITES.iter().zip(1..).find_map(|(name, id)| (*name == site).then_some(id)).unwrap_or(0)
+}
+
+fn set_common(config: &mut Table, identity: &Identity, shared: &Shared) {
+    let mut tls = Table::new();
+    for (key, file) in [("ca", &identity.ca), ("cert", &identity.cert), ("key", &identity.key)] {
+        set(&mut tls, key, path(file));
+    }
+    set(config, "tls", tls);
+    let telemetry = section(config, "telemetry");
+    set(telemetry, "log", shared.log.as_str());
+    match &shared.otlp_endpoint {
+        Some(endpoint) => set(telemetry, "otlp_endpoint", endpoint.as_str()),
+        None => drop(telemetry.remove("otlp_endpoint")),
+    }
+}
+
+fn section<'a>(config: &'a mut Table, key: &str) -> &'a mut Table {
+    let entry = config.entry(key).or_insert_with(|| Value::Table(Table::new()));
+    if !entry.is_table() {
+        *entry = Value::Table(Table::new());
+    }
+    match entry {
+        Value::Table(table) => table,
+        _ => unreachable!("it was made a table just now"),
+    }
+}
+
+fn listeners(address: Ipv4Addr, ports: &[(&str, u16)]) -> Table {
+    ports.iter().map(|(key, port)| ((*key).to_owned(), Value::from(format!("{address}:{port}")))).collect()
+}
+
+fn set(table: &mut Table, key: &str, value: impl Into<Value>) {
+    table.insert(key.to_owned(), value.into());
+}
+
+fn path(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn example(daemon: &str) -> Result<Table, SettingsError> {
+    let path = paths::root().join(format!("deploy/config/{daemon}.toml"));
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        // Everything that a daemon needs is set by the lab.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Table::new()),
+        Err(source) => return Err(SettingsError::Read { path, source }),
+    };
+    text.parse().map_err(|source| SettingsError::Parse { path, source })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity { ca: "/t/ca.pem".into(), cert: "/t/x.pem".into(), key: "/t/x.key".into() }
+    }
+
+    #[test]
+    fn a_controller_knows_itself_and_all_members() {
+        let shared = Shared { log: "debug".into(), ..Shared::default() };
+        let config: Table = controller("b", Path::new("/d"), &identity(), &shared).unwrap().parse().unwrap();
+        assert_eq!(config["id"].as_integer(), Some(2));
+        assert_eq!(config["listen"]["api"].as_str(), Some("10.77.2.1:7400"));
+        let members = config["members"].as_array().unwrap();
+        assert_eq!(members.len(), 3);
+        assert_eq!(members[2]["address"].as_str(), Some("10.77.3.1:7400"));
+        assert_eq!(config["telemetry"]["log"].as_str(), Some("debug"));
+        assert!(config["telemetry"].get("otlp_endpoint").is_none());
+    }
+
+    #[test]
+    fn a_worker_knows_every_controller() {
+        let shared =
+            Shared { accelerator: "tcg".into(), otlp_endpoint: Some("http://x:1".into()), ..Shared::default() };
+        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared).unwrap();
+        let config: Table = text.parse().unwrap();
+        assert_eq!(config["name"].as_str(), Some("worker-c"));
+        assert_eq!(config["controllers"].as_array().unwrap().len(), 3);
+        assert_eq!(config["listen"]["peer"].as_str(), Some("10.77.3.1:7501"));
+        assert_eq!(config["hypervisor"]["accelerator"].as_str(), Some("tcg"));
+        assert_eq!(config["telemetry"]["otlp_endpoint"].as_str(), Some("http://x:1"));
+        assert_eq!(config["tls"]["key"].as_str(), Some("/t/x.key"));
+    }
+}

@@ -1,0 +1,79 @@
+//! The description of a lab's VM, as `pageportctl vm define -f` takes it, with a disk of its own.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use super::guest::{GUEST_ADDRESS, GuestImages, Variant, command_line};
+use super::network::GUEST_BRIDGE;
+use super::{Lab, LabError};
+
+/// A VM that is ready to be defined.
+#[derive(Clone, Debug)]
+pub struct VmFile {
+    path: PathBuf,
+    disk: PathBuf,
+}
+
+impl VmFile {
+    /// Copies the disk and writes the description of a VM with the usual address.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn new(lab: &Lab, name: &str, images: &GuestImages, variant: Variant) -> Result<Self, LabError> {
+        Self::with_address(lab, name, images, variant, GUEST_ADDRESS)
+    }
+
+    /// As [`VmFile::new`] with an address of the guests' segment, 10.88.0.0/16.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn with_address(
+        lab: &Lab,
+        name: &str,
+        images: &GuestImages,
+        variant: Variant,
+        address: Ipv4Addr,
+    ) -> Result<Self, LabError> {
+        let disk = lab.folder().join("disks").join(format!("{name}.raw"));
+        images.copy_disk(&disk).map_err(|error| LabError::Io {
+            operation: "copy the template to",
+            path: disk.clone(),
+            source: std::io::Error::other(error),
+        })?;
+        let path = lab.folder().join("config").join(format!("{name}.yaml"));
+        fs::write(&path, description(name, &disk, images, variant, address)).map_err(|source| LabError::Io {
+            operation: "write",
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self { path, disk })
+    }
+
+    /// The description.
+    ///
+    /// # Panics
+    /// Never for paths below a repository whose path is text.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.path.to_str().unwrap_or_else(|| panic!("{} is not text", self.path.display()))
+    }
+
+    /// The disk at the VM's first site.
+    #[must_use]
+    pub fn disk(&self) -> &Path {
+        &self.disk
+    }
+}
+
+fn description(name: &str, disk: &Path, images: &GuestImages, variant: Variant, address: Ipv4Addr) -> String {
+    let [.., c, d] = address.octets();
+    format!(
+        "name: {name}\nmemory: {}MiB\nvcpus: 1\ndisks:\n  - name: root\n    path: {}\nnics:\n  - mac: 52:54:00:70:{c:02x}:{d:02x}\n    bridge: {GUEST_BRIDGE}\ndirect_boot:\n  kernel: {}\n  initrd: {}\n  cmdline: {}\n",
+        variant.memory_bytes >> 20,
+        disk.display(),
+        images.kernel.display(),
+        images.initrd.display(),
+        command_line(address),
+    )
+}
