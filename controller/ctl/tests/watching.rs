@@ -62,7 +62,7 @@ async fn a_watched_migration_ends_with_its_summary() {
         update(MigrationState::Committed, ""),
         completed(),
     ];
-    let fake = scripted(vec![steps.map(Step::Update).to_vec()]);
+    let fake = scripted(vec![steps.map(Step::update).to_vec()]);
     let authority = Authority::new();
     let server = fake.serve(&authority, "controller.pageport").await;
     let ended =
@@ -78,7 +78,7 @@ async fn a_watched_migration_ends_with_its_summary() {
 
 #[tokio::test]
 async fn json_lines_end_with_the_whole_migration() {
-    let steps = vec![Step::Update(update(MigrationState::Running, "memory")), Step::Update(completed())];
+    let steps = vec![Step::update(update(MigrationState::Running, "memory")), Step::update(completed())];
     let fake = scripted(vec![steps]);
     let authority = Authority::new();
     let server = fake.serve(&authority, "controller.pageport").await;
@@ -95,7 +95,7 @@ async fn json_lines_end_with_the_whole_migration() {
 async fn a_migration_that_did_not_complete_is_an_error_with_its_reason() {
     for (state, outcome) in [(MigrationState::Failed, "failed"), (MigrationState::Cancelled, "was cancelled")] {
         let end = v1::Migration { reason: "no space at b".into(), ..update(state, "") };
-        let fake = scripted(vec![vec![Step::Update(end)]]);
+        let fake = scripted(vec![vec![Step::update(end)]]);
         let authority = Authority::new();
         let server = fake.serve(&authority, "controller.pageport").await;
         let ended = run(&authority, &server.address.to_string(), &["migration", "watch", "m1"]).await;
@@ -106,8 +106,8 @@ async fn a_migration_that_did_not_complete_is_an_error_with_its_reason() {
 #[tokio::test]
 async fn a_watch_goes_on_at_another_controller() {
     let authority = Authority::new();
-    let first = scripted(vec![vec![Step::Update(update(MigrationState::Running, "memory")), Step::Lose]]);
-    let second = scripted(vec![vec![Step::Update(completed())]]);
+    let first = scripted(vec![vec![Step::update(update(MigrationState::Running, "memory")), Step::Lose]]);
+    let second = scripted(vec![vec![Step::update(completed())]]);
     let (one, two) =
         (first.serve(&authority, "controller.pageport").await, second.serve(&authority, "controller.pageport").await);
     let controllers = format!("{},{}", one.address, two.address);
@@ -127,7 +127,7 @@ async fn a_watch_that_is_lost_again_and_again_gives_up() {
 
 #[tokio::test]
 async fn an_interrupted_watch_says_that_the_migration_goes_on() {
-    let fake = scripted(vec![vec![Step::Update(update(MigrationState::Running, "memory")), Step::Hang]]);
+    let fake = scripted(vec![vec![Step::update(update(MigrationState::Running, "memory")), Step::Hang]]);
     let authority = Authority::new();
     let server = fake.serve(&authority, "controller.pageport").await;
     let mut child =

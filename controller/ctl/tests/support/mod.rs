@@ -71,11 +71,17 @@ impl Authority {
 /// What the watch of a migration yields, update by update.
 #[derive(Clone)]
 pub enum Step {
-    Update(v1::Migration),
+    Update(Box<v1::Migration>),
     /// The controller goes away.
     Lose,
     /// Says nothing more.
     Hang,
+}
+
+impl Step {
+    pub fn update(migration: v1::Migration) -> Self {
+        Self::Update(Box::new(migration))
+    }
 }
 
 /// What the fakes answer, and what they were asked.
@@ -322,7 +328,7 @@ impl MigrationService for Fake {
         tokio::spawn(async move {
             for step in steps {
                 let item = match step {
-                    Step::Update(migration) => Ok(v1::WatchMigrationResponse { migration: Some(migration) }),
+                    Step::Update(migration) => Ok(v1::WatchMigrationResponse { migration: Some(*migration) }),
                     Step::Lose => Err(Status::unavailable("the leader went away")),
                     Step::Hang => {
                         sender.closed().await;

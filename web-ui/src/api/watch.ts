@@ -1,0 +1,78 @@
+// A server stream that is opened again whenever it breaks, until it is aborted or has no more to say.
+//
+//   connecting ─▶ live ─▶ (broken) lost, waiting ─▶ connecting ─▶ live ...
+//
+// Every watch of the API begins with the present state, so nothing has to be remembered over a loss.
+// The pause doubles from FIRST_PAUSE_MS to MAX_PAUSE_MS and falls back once a message has come.
+
+export const FIRST_PAUSE_MS = 500;
+export const MAX_PAUSE_MS = 8_000;
+
+export type Connection =
+  | { kind: "connecting" }
+  | { kind: "live" }
+  | { kind: "lost"; reason: string; pauseMs: number };
+
+export interface WatchOptions<T> {
+  open: (signal: AbortSignal) => AsyncIterable<T>;
+  onMessage: (message: T) => void;
+  onConnection?: (connection: Connection) => void;
+  /** Does this message end what is watched? Then the stream's end is no loss. */
+  isLast?: (message: T) => boolean;
+  /** Is this failure final, so that asking again is of no use? */
+  isFinal?: (error: unknown) => boolean;
+  signal: AbortSignal;
+  /** Waits, or returns early when aborted; tests bring their own. */
+  pause?: (ms: number, signal: AbortSignal) => Promise<void>;
+}
+
+export function pauseAfter(losses: number): number {
+  return Math.min(FIRST_PAUSE_MS * 2 ** Math.max(0, losses - 1), MAX_PAUSE_MS);
+}
+
+export async function watch<T>(options: WatchOptions<T>): Promise<void> {
+  const { open, onMessage, onConnection, isLast, isFinal, signal, pause = sleep } = options;
+  let losses = 0;
+  while (!signal.aborted) {
+    if (losses === 0) onConnection?.({ kind: "connecting" });
+    let reason = "the controller ended the stream";
+    try {
+      for await (const message of open(signal)) {
+        losses = 0;
+        onConnection?.({ kind: "live" });
+        onMessage(message);
+        if (isLast?.(message)) return;
+      }
+    } catch (error) {
+      if (signal.aborted || isFinal?.(error)) return;
+      reason = describe(error);
+    }
+    if (signal.aborted) return;
+    losses += 1;
+    const pauseMs = pauseAfter(losses);
+    onConnection?.({ kind: "lost", reason, pauseMs });
+    await pause(pauseMs, signal);
+  }
+}
+
+export function describe(error: unknown): string {
+  if (error instanceof Error) {
+    const raw = (error as { rawMessage?: unknown }).rawMessage;
+    const text = typeof raw === "string" && raw !== "" ? raw : error.message;
+    // What browsers say when a server is not there.
+    return /failed to fetch|networkerror|load failed|network error/i.test(text) ? "the controller cannot be reached" : text;
+  }
+  return String(error);
+}
+
+function sleep(ms: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const done = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", done);
+      resolve();
+    };
+    const timer = setTimeout(done, ms);
+    signal.addEventListener("abort", done);
+  });
+}

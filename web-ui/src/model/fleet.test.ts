@@ -1,0 +1,48 @@
+import { create } from "@bufbuild/protobuf";
+import { expect, test } from "vitest";
+
+import { SiteSchema, VmSchema, VmState, WorkerSchema } from "../gen/pageport/v1/fleet_pb.ts";
+import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
+import { ReplicaSchema, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
+import { migrationsUnderWay, seedFraction, siteViews, sortedVms, vmName } from "./fleet.ts";
+import { hasEnded, migrationLook, replicaLook, vmLook } from "./states.ts";
+
+test("sites carry their own workers and VMs, sorted as people sort", () => {
+  const views = siteViews(
+    [create(SiteSchema, { name: "dc-10" }), create(SiteSchema, { name: "dc-2" })],
+    [create(WorkerSchema, { name: "w2", site: "dc-2" }), create(WorkerSchema, { name: "w1", site: "dc-2" })],
+    [create(VmSchema, { ownerSite: "dc-2" }), create(VmSchema, { ownerSite: "dc-2" })],
+  );
+  expect(views.map(({ site }) => site.name)).toEqual(["dc-2", "dc-10"]);
+  expect(views[0]?.workers.map(({ name }) => name)).toEqual(["w1", "w2"]);
+  expect(views.map(({ vms }) => vms)).toEqual([2, 0]);
+});
+
+test("VMs are sorted by name, and one without a description by its id", () => {
+  const vms = [create(VmSchema, { spec: { name: "web-10" } }), create(VmSchema, { spec: { name: "web-9" } }), create(VmSchema, { id: "a" })];
+  expect(sortedVms(vms).map(vmName)).toEqual(["a", "web-9", "web-10"]);
+});
+
+test("a seed has a measure only while it runs", () => {
+  const replica = (state: ReplicaState, totalBytes: bigint) => create(ReplicaSchema, { state, doneBytes: 1n, totalBytes });
+  expect(seedFraction(replica(ReplicaState.SEEDING, 4n))).toBe(0.25);
+  expect(seedFraction(replica(ReplicaState.SEEDING, 0n))).toBeUndefined();
+  expect(seedFraction(replica(ReplicaState.SEEDED, 4n))).toBeUndefined();
+});
+
+test("each migration under way is watched once", () => {
+  const vm = (migrationId: string) => create(VmSchema, { migrationId });
+  expect(migrationsUnderWay([vm("m2"), vm(""), vm("m1"), vm("m2")])).toEqual(["m1", "m2"]);
+});
+
+test("a state of a newer API is shown as unknown instead of breaking the page", () => {
+  for (const look of [vmLook(99 as VmState), migrationLook(99 as MigrationState), replicaLook(99 as ReplicaState)]) {
+    expect(look).toEqual({ word: "?", tone: "warn" });
+  }
+  expect(hasEnded(99 as MigrationState)).toBe(false);
+});
+
+test("only the three last states end a migration", () => {
+  const all = Object.values(MigrationState).filter((state) => typeof state === "number");
+  expect(all.filter(hasEnded)).toEqual([MigrationState.COMPLETED, MigrationState.FAILED, MigrationState.CANCELLED]);
+});

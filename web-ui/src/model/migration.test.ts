@@ -1,0 +1,70 @@
+import { create } from "@bufbuild/protobuf";
+import { expect, test } from "vitest";
+
+import { MigrationProgressSchema, MigrationSchema, MigrationState, PageCountsSchema } from "../gen/pageport/v1/migration_pb.ts";
+import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures } from "./migration.ts";
+
+const memory = create(MigrationProgressSchema, {
+  phase: "memory",
+  memoryBytes: 1n << 30n,
+  remainingBytes: 3n << 30n,
+  wanBytes: 35n << 20n,
+  rateBps: 142_000_000n,
+  dirtyRateBps: 300_000_000n,
+  elapsedMs: 2_500n,
+});
+
+test("shares of page classes add up, and nothing is nothing", () => {
+  const shares = classShares(create(PageCountsSchema, { zero: 25n, teleported: 70n, literal: 5n }));
+  expect(shares.map(({ name, share }) => [name, share])).toEqual([
+    ["teleported", 0.7],
+    ["zero", 0.25],
+    ["literal", 0.05],
+    ["fallback", 0],
+  ]);
+  expect(shares[0]?.bytes).toBe(70n * 4096n);
+  expect(classShares(undefined).every(({ share }) => share === 0)).toBe(true);
+});
+
+test("the fraction follows the phase's own measure", () => {
+  expect(fractionOf(memory)).toBe(0.25);
+  const disk = create(MigrationProgressSchema, { phase: "disk-sync", diskDoneBytes: 1n, diskTotalBytes: 2n, memoryBytes: 9n });
+  expect(fractionOf(disk)).toBe(0.5);
+  expect(fractionOf(create(MigrationProgressSchema, { phase: "disk-sync", diskDoneBytes: 3n, diskTotalBytes: 2n }))).toBe(1);
+  expect(fractionOf(create(MigrationProgressSchema, { phase: "connect" }))).toBeUndefined();
+  expect(fractionOf(create(MigrationProgressSchema, { phase: "memory" }))).toBeUndefined();
+  expect(fractionOf(undefined)).toBeUndefined();
+});
+
+test("the phase shows while it runs, the state otherwise", () => {
+  expect(phaseOf(create(MigrationSchema, { state: MigrationState.RUNNING, progress: memory }))).toBe("memory");
+  expect(phaseOf(create(MigrationSchema, { state: MigrationState.CANCELLING, progress: memory }))).toBe("cancelling");
+  expect(phaseOf(create(MigrationSchema, { state: MigrationState.REQUESTED }))).toBe("requested");
+});
+
+test("time left is shown only when it is known", () => {
+  const labels = (progress: typeof memory) => liveFigures(progress).map(({ label }) => label);
+  expect(labels(memory)).not.toContain("time left");
+  expect(labels(create(MigrationProgressSchema, { ...memory, etaMs: 3_400n }))).toContain("time left");
+});
+
+test("a migration that will not converge says why", () => {
+  expect(convergenceWarning(memory)).toBeUndefined();
+  expect(convergenceWarning(create(MigrationProgressSchema, { ...memory, notConverging: true }))).toBe(
+    "Will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s.",
+  );
+});
+
+test("different digests cannot be overlooked", () => {
+  const figures = (match: boolean) =>
+    recordFigures(create(MigrationSchema, { record: { streamDigestMatch: match, memoryBytes: 280n, wanBytes: 10n } }));
+  expect(figures(true).at(-1)?.value).toBe("equal on both sides");
+  expect(figures(false).at(-1)?.value).toBe("DIFFERENT");
+  expect(figures(true)[4]?.value).toBe("10 B (1/28.0)");
+  expect(recordFigures(create(MigrationSchema))).toEqual([]);
+});
+
+test("the newest migration comes first", () => {
+  const at = (id: string, createdUnixMs: bigint) => create(MigrationSchema, { id, createdUnixMs });
+  expect(byAge([at("a", 1n), at("c", 3n), at("b", 3n)]).map(({ id }) => id)).toEqual(["c", "b", "a"]);
+});

@@ -1,0 +1,103 @@
+// What a migration shows: how far it is, what its pages were, what became of it. Pure.
+import { type Migration, type MigrationProgress, MigrationState, type PageCounts } from "../gen/pageport/v1/migration_pb.ts";
+import { bytes, duration, rate } from "./format.ts";
+import { migrationLook } from "./states.ts";
+
+export const PAGE_BYTES = 4096n;
+
+/** The classes of pages, in the order in which they are drawn. */
+export const PAGE_CLASSES = ["teleported", "zero", "literal", "fallback"] as const;
+export type PageClass = (typeof PAGE_CLASSES)[number];
+
+export interface ClassShare {
+  name: PageClass;
+  pages: bigint;
+  bytes: bigint;
+  /** Of all pages, 0 to 1. */
+  share: number;
+}
+
+export function classShares(pages: PageCounts | undefined): ClassShare[] {
+  const counted = PAGE_CLASSES.map((name) => ({ name, pages: pages?.[name] ?? 0n }));
+  const all = counted.reduce((sum, { pages }) => sum + pages, 0n);
+  return counted.map(({ name, pages }) => ({
+    name,
+    pages,
+    bytes: pages * PAGE_BYTES,
+    share: all === 0n ? 0 : Number(pages) / Number(all),
+  }));
+}
+
+/** The steps of every migration, as workers name them. */
+export const PHASES = ["connect", "disk-sync", "memory", "switchover", "hand-over"] as const;
+
+/** What it is doing: the worker's phase while it runs, the state's word otherwise. */
+export function phaseOf(migration: Migration): string {
+  const phase = migration.progress?.phase ?? "";
+  return migration.state === MigrationState.RUNNING && phase !== "" ? phase : migrationLook(migration.state).word;
+}
+
+/** How far the present phase is, 0 to 1; undefined when it has no measure. */
+export function fractionOf(progress: MigrationProgress | undefined): number | undefined {
+  if (progress === undefined) return undefined;
+  switch (progress.phase) {
+    case "disk-sync":
+      return ratio(progress.diskDoneBytes, progress.diskTotalBytes);
+    case "memory":
+    case "switchover":
+      return ratio(progress.memoryBytes, progress.memoryBytes + progress.remainingBytes);
+    default:
+      return undefined;
+  }
+}
+
+function ratio(done: bigint, whole: bigint): number | undefined {
+  return whole === 0n ? undefined : Math.min(1, Number(done) / Number(whole));
+}
+
+export interface Figure {
+  label: string;
+  value: string;
+}
+
+/** The figures beside the bar, most telling first. */
+export function liveFigures(progress: MigrationProgress): Figure[] {
+  const disk = progress.phase === "disk-sync";
+  const done = disk ? progress.diskDoneBytes : progress.memoryBytes;
+  const sent = disk ? progress.diskWanBytes : progress.wanBytes;
+  const figures = [
+    { label: disk ? "disk read" : "memory read", value: bytes(done) },
+    { label: "on the wire", value: bytes(sent) },
+    { label: "rate", value: rate(progress.rateBps) },
+    { label: "elapsed", value: duration(progress.elapsedMs) },
+  ];
+  if (progress.etaMs !== undefined) figures.push({ label: "time left", value: duration(progress.etaMs) });
+  return figures;
+}
+
+/** Why it will not converge, or undefined when it will. */
+export function convergenceWarning(progress: MigrationProgress | undefined): string | undefined {
+  if (!progress?.notConverging) return undefined;
+  return `Will not converge: the guest dirties ${rate(progress.dirtyRateBps)}, the link takes ${rate(progress.rateBps)}.`;
+}
+
+/** The figures of a migration that has ended; none without a record. */
+export function recordFigures(migration: Migration): Figure[] {
+  const record = migration.record;
+  if (record === undefined) return [];
+  const factor = record.wanBytes === 0n ? "" : ` (1/${(Number(record.memoryBytes) / Number(record.wanBytes)).toFixed(1)})`;
+  return [
+    { label: "total time", value: duration(record.totalTimeMs) },
+    { label: "memory time", value: duration(record.memoryTimeMs) },
+    { label: "downtime", value: duration(record.downtimeMs) },
+    { label: "memory moved", value: bytes(record.memoryBytes) },
+    { label: "memory on the wire", value: bytes(record.wanBytes) + factor },
+    { label: "disk on the wire", value: bytes(record.diskWanBytes) },
+    { label: "stream digest", value: record.streamDigestMatch ? "equal on both sides" : "DIFFERENT" },
+  ];
+}
+
+/** Newest first. */
+export function byAge(migrations: Iterable<Migration>): Migration[] {
+  return [...migrations].sort((a, b) => Number(b.createdUnixMs - a.createdUnixMs) || b.id.localeCompare(a.id));
+}

@@ -1,0 +1,61 @@
+// States as words and tones. Each map must name every state: the compiler refuses a new one without its entry.
+import { VmState } from "../gen/pageport/v1/fleet_pb.ts";
+import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
+import { ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
+
+/** What a state means for whoever looks: fine, under way, look here, broken, or nothing much. */
+export type Tone = "good" | "busy" | "warn" | "bad" | "quiet";
+
+export interface Look {
+  word: string;
+  tone: Tone;
+}
+
+const VM = {
+  [VmState.UNSPECIFIED]: { word: "?", tone: "warn" },
+  [VmState.UNKNOWN]: { word: "unknown", tone: "warn" },
+  [VmState.STOPPED]: { word: "stopped", tone: "quiet" },
+  [VmState.STARTING]: { word: "starting", tone: "busy" },
+  [VmState.RUNNING]: { word: "running", tone: "good" },
+  [VmState.PAUSED]: { word: "paused", tone: "warn" },
+  [VmState.MIGRATING]: { word: "migrating", tone: "busy" },
+  [VmState.CRASHED]: { word: "crashed", tone: "bad" },
+  [VmState.IN_DOUBT]: { word: "in doubt", tone: "bad" },
+} satisfies Record<VmState, Look>;
+
+const MIGRATION = {
+  [MigrationState.UNSPECIFIED]: { word: "?", tone: "warn" },
+  [MigrationState.REQUESTED]: { word: "requested", tone: "busy" },
+  [MigrationState.RUNNING]: { word: "running", tone: "busy" },
+  [MigrationState.CANCELLING]: { word: "cancelling", tone: "warn" },
+  [MigrationState.COMMITTED]: { word: "committed", tone: "busy" },
+  [MigrationState.COMPLETED]: { word: "completed", tone: "good" },
+  [MigrationState.FAILED]: { word: "failed", tone: "bad" },
+  [MigrationState.CANCELLED]: { word: "cancelled", tone: "quiet" },
+} satisfies Record<MigrationState, Look>;
+
+const REPLICA = {
+  [ReplicaState.UNSPECIFIED]: { word: "?", tone: "warn" },
+  [ReplicaState.SEEDING]: { word: "seeding", tone: "busy" },
+  [ReplicaState.SEEDED]: { word: "seeded", tone: "good" },
+  [ReplicaState.FAILED]: { word: "failed", tone: "bad" },
+} satisfies Record<ReplicaState, Look>;
+
+const ENDED = {
+  [MigrationState.UNSPECIFIED]: false,
+  [MigrationState.REQUESTED]: false,
+  [MigrationState.RUNNING]: false,
+  [MigrationState.CANCELLING]: false,
+  [MigrationState.COMMITTED]: false,
+  [MigrationState.COMPLETED]: true,
+  [MigrationState.FAILED]: true,
+  [MigrationState.CANCELLED]: true,
+} satisfies Record<MigrationState, boolean>;
+
+// A newer controller may send a number that this page does not know.
+const NEWER: Look = { word: "?", tone: "warn" };
+
+export const vmLook = (state: VmState): Look => VM[state] ?? NEWER;
+export const migrationLook = (state: MigrationState): Look => MIGRATION[state] ?? NEWER;
+export const replicaLook = (state: ReplicaState): Look => REPLICA[state] ?? NEWER;
+export const hasEnded = (state: MigrationState): boolean => ENDED[state] ?? false;
