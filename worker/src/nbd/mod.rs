@@ -1,1 +1,47 @@
-//! An NBD server.
+//! A disk offered to QEMU over NBD, on a unix socket of the worker.
+//!
+//! ```text
+//!   QEMU's mirror ──unix──▶ server (accept) ─▶ connection (one per client) ─▶ BlockTarget
+//!                              negotiate            ≤ 16 requests, ≤ 32 MiB in flight
+//! ```
+//!
+//! Guarantees: requests run concurrently within named bounds; FLUSH waits for everything that was sent before it; a FUA
+//! write is answered only after the target has flushed; bytes that are no NBD end the connection, and nothing else.
+//!
+//! Does not speak TLS, structured replies or TRIM: the one client is a local QEMU, and it needs none of them. A
+//! target's error reaches the client as that request's error, and QEMU then ends its job.
+//!
+//! Why not a crate: `nbd` (0.3) is synchronous and an early version; `tokio-nbd` (0.3) is GPL and answers one
+//! request at a time, so a mirror over a WAN would wait a round trip for each.
+
+mod connection;
+mod negotiation;
+mod protocol;
+mod server;
+
+use std::future::Future;
+use std::io;
+
+use bytes::Bytes;
+
+pub use protocol::{MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, block_size};
+pub use server::{ExportError, NbdServer};
+
+/// What an export reads and writes. Ranges lie within the size, are not empty, and are multiples of
+/// [`block_size`]`(size)`. Calls come concurrently; a client that wants an order waits for the answers.
+pub trait BlockTarget: Send + Sync + 'static {
+    /// Bytes in all; constant.
+    fn size(&self) -> u64;
+
+    /// Gives exactly `length` bytes.
+    fn read(&self, offset: u64, length: u32) -> impl Future<Output = io::Result<Bytes>> + Send;
+
+    /// Takes bytes; they need not be stable.
+    fn write(&self, offset: u64, data: Bytes) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Makes a range read as zeroes; holes are welcome.
+    fn zero(&self, offset: u64, length: u32) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Makes everything that was answered before stable.
+    fn flush(&self) -> impl Future<Output = io::Result<()>> + Send;
+}
