@@ -1,1 +1,25 @@
-//! The replicated brain of Pageport.
+//! The replicated brain of Pageport: what the fleet should be, agreed on by three or five nodes.
+//!
+//! ```text
+//!   clients ──▶ api ──▶ consensus ──▶ model::apply ──▶ state ──▶ link::assignment ──▶ workers
+//!                          ▲                             │
+//!                          └── link::reconcile ◀─────────┴── reports ◀── workers
+//! ```
+//! | module | what |
+//! |---|---|
+//! | [`model`] | the state and the one function that changes it: pure |
+//! | [`consensus`] | raft: log, snapshots, peers |
+//! | [`link`] | reports from workers, assignments to them |
+
+//! | [`api`] | what clients see |
+//! | [`web`] | the same for browsers, and the UI |
+//! | [`config`] | the configuration, validated |
+//! | [`server`] | all of it, put together |
+
+pub mod api;
+pub mod config;
+pub mod consensus;
+pub mod link;
+pub mod model;
+pub mod server;
+pub mod web;

@@ -1,3 +1,50 @@
-//! Entry point.
+//! `pageport-controller`: entry point. Everything else is the library's.
 
-fn main() {}
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use pageport_common::telemetry;
+use pageport_common::tls::Identity;
+use pageport_controller::config::Config;
+use pageport_controller::server::{Listeners, run};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The replicated brain of Pageport.
+#[derive(Debug, Parser)]
+#[command(name = "pageport-controller", version)]
+struct Args {
+    /// Configuration file (TOML); deploy/config/controller.toml explains each key.
+    #[arg(long, default_value = "/etc/pageport/controller.toml")]
+    config: PathBuf,
+    /// Check the configuration and the certificates, and exit.
+    #[arg(long)]
+    check_config: bool,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let config = Config::load(&args.config)?;
+    let identity = Identity::load(&config.tls)?;
+    if args.check_config {
+        return Ok(());
+    }
+    let _telemetry = telemetry::init("pageport-controller", &config.id.to_string(), &config.telemetry)?;
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stopping.cancel();
+    });
+    let listeners = Listeners::bind(&config).await?;
+    run(config, &identity, listeners, stop).await?;
+    Ok(())
+}

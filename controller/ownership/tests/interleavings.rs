@@ -27,9 +27,9 @@ struct Host {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Said {
-    ToPeer(usize, Message),
-    ToController(usize, controller::Fact),
-    ToWorker(usize, Event),
+    Peer(usize, Message),
+    Register(usize, controller::Fact),
+    Worker(usize, Event),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -78,25 +78,25 @@ impl World {
         for worker in 0..2 {
             let host = &self.hosts[worker];
             for message in emits(&host.record, &host.volatile) {
-                self.said.insert(Said::ToPeer(1 - worker, message));
+                self.said.insert(Said::Peer(1 - worker, message));
             }
             for fact in controller::facts(&host.record) {
-                self.said.insert(Said::ToController(worker, fact));
+                self.said.insert(Said::Register(worker, fact));
             }
             let (owner, own) = self.register.owner();
             let owner = if *owner == worker { Owner::Me } else { Owner::Other };
-            self.said.insert(Said::ToWorker(worker, Event::Owned { epoch: own, owner }));
+            self.said.insert(Said::Worker(worker, Event::Owned { epoch: own, owner }));
         }
         if let Ownership::Migrating { from, to, epoch, released, refused, .. } = self.register {
-            self.said.insert(Said::ToWorker(from, Event::Authorise(epoch)));
+            self.said.insert(Said::Worker(from, Event::Authorise(epoch)));
             if self.cancelled {
-                self.said.insert(Said::ToWorker(from, Event::Cancel(epoch)));
+                self.said.insert(Said::Worker(from, Event::Cancel(epoch)));
             }
             if released {
-                self.said.insert(Said::ToWorker(to, Event::Release(epoch)));
+                self.said.insert(Said::Worker(to, Event::Release(epoch)));
             }
             if refused {
-                self.said.insert(Said::ToWorker(from, Event::Refused(epoch)));
+                self.said.insert(Said::Worker(from, Event::Refused(epoch)));
             }
         }
     }
@@ -139,9 +139,9 @@ impl World {
         let mut next = vec![];
         for said in &self.said {
             match *said {
-                Said::ToPeer(to, message) => next.push(self.handle(to, event_of(message))),
-                Said::ToWorker(to, event) => next.push(self.handle(to, event)),
-                Said::ToController(worker, fact) => {
+                Said::Peer(to, message) => next.push(self.handle(to, event_of(message))),
+                Said::Worker(to, event) => next.push(self.handle(to, event)),
+                Said::Register(worker, fact) => {
                     if let Some(register) = self.register.step(&Evidence { worker, fact }) {
                         let mut world = Self { register, cancelled: false, ..self.clone() };
                         world.speak();
@@ -206,7 +206,7 @@ impl World {
         };
         let mut next = self.handle(worker, Event::Asked(nonce));
         next.hosts[worker].next_nonce += 1;
-        next.said.insert(Said::ToWorker(worker, reply));
+        next.said.insert(Said::Worker(worker, reply));
         Some(next)
     }
 

@@ -1,0 +1,125 @@
+//! [`ApiError`]: every failure of a client's request, its gRPC code and what the client may do, in one place.
+
+use pageport_proto::ids::ParseIdError;
+use pageport_proto::{SiteName, WorkerName};
+use tonic::{Code, Status};
+
+use crate::consensus::ConsensusError;
+use crate::model::Rejection;
+use crate::model::spec::SpecError;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The state does not allow it.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// The definition is not valid.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// No agreement.
+    #[error(transparent)]
+    Consensus(#[from] ConsensusError),
+    /// No such site.
+    #[error("site \"{site}\" is unknown; known sites: {known}")]
+    SiteUnknown {
+        /// What was asked for.
+        site: String,
+        /// What there is.
+        known: String,
+    },
+    /// Nobody there.
+    #[error("no worker of site \"{site}\" is connected: start pageport-worker there, or look at its log")]
+    NoWorker {
+        /// The site.
+        site: SiteName,
+    },
+    /// Somebody is needed who is away.
+    #[error("worker \"{worker}\" is not connected: start pageport-worker there, or look at its log")]
+    WorkerLost {
+        /// The worker.
+        worker: WorkerName,
+    },
+    /// Not an id.
+    #[error("{field}: {source}")]
+    BadId {
+        /// The field.
+        field: &'static str,
+        /// Why.
+        source: ParseIdError,
+    },
+    /// A field is missing.
+    #[error("{field} is missing: {fix}")]
+    Missing {
+        /// The field.
+        field: &'static str,
+        /// What to give.
+        fix: &'static str,
+    },
+    /// The leader went away during a stream.
+    #[error("the leader has changed: ask again")]
+    LeaderChanged,
+}
+
+/// What a client may do about a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// The same request again, with the same id.
+    Retry,
+    /// Another request.
+    Reject,
+}
+
+impl ApiError {
+    /// The gRPC code.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Rejected(rejection) => match rejection {
+                Rejection::VmUnknown { .. } | Rejection::MigrationUnknown { .. } | Rejection::WorkerUnknown { .. } => {
+                    Code::NotFound
+                }
+                Rejection::NameTaken { .. } => Code::AlreadyExists,
+                Rejection::RequestReused { .. } => Code::InvalidArgument,
+                Rejection::AlreadyThere { .. }
+                | Rejection::AlreadyMigrating { .. }
+                | Rejection::NotRunning { .. }
+                | Rejection::StillRunning { .. }
+                | Rejection::NoReplica { .. }
+                | Rejection::ReplicaNotSeeded { .. }
+                | Rejection::ReplicaLeaving { .. }
+                | Rejection::TooLate { .. }
+                | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
+            },
+            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } => Code::InvalidArgument,
+            Self::SiteUnknown { .. } => Code::NotFound,
+            Self::NoWorker { .. } | Self::WorkerLost { .. } => Code::FailedPrecondition,
+            Self::LeaderChanged => Code::Unavailable,
+            Self::Consensus(error) => match error {
+                ConsensusError::NotLeader
+                | ConsensusError::Unknown
+                | ConsensusError::NoQuorum
+                | ConsensusError::Stopped => Code::Unavailable,
+                ConsensusError::TooLarge { .. } => Code::InvalidArgument,
+                ConsensusError::Encode(_) => Code::Internal,
+            },
+        }
+    }
+
+    /// What the client may do.
+    pub fn remedy(&self) -> Remedy {
+        match self.code() {
+            Code::Unavailable => Remedy::Retry,
+            _ => Remedy::Reject,
+        }
+    }
+}
+
+impl From<ApiError> for Status {
+    fn from(error: ApiError) -> Self {
+        match error.remedy() {
+            Remedy::Retry => tracing::info!(%error, "a request could not be served"),
+            Remedy::Reject => tracing::debug!(%error, "a request was refused"),
+        }
+        Status::new(error.code(), error.to_string())
+    }
+}

@@ -1,0 +1,128 @@
+//! Sites, workers, VMs.
+
+use pageport_proto::v1::fleet_service_server::FleetService;
+use pageport_proto::v1::{self, VmState};
+use pageport_proto::{RequestId, VmId};
+use tonic::{Request, Response, Status};
+
+use super::error::ApiError;
+use super::watch::{More, Views, views};
+use super::{Api, Moment, Rehearsal, request_id};
+use crate::model::command::ClientOrder;
+use crate::model::state::Power;
+use crate::model::{Answer, Rejection, Spec};
+
+type Reply<T> = Result<Response<T>, Status>;
+
+fn vm_of(moment: &Moment, id: VmId) -> Option<v1::Vm> {
+    moment.state.vms.get(&id).map(|vm| moment.view().vm(id, vm))
+}
+
+impl Api {
+    async fn set_power(&self, request: &str, vm: &str, power: Power) -> Result<Option<v1::Vm>, ApiError> {
+        let request = request_id(request)?;
+        let moment = self.read().await?;
+        let (id, _) = moment.vm(vm)?;
+        let (_, after) = self.order(request, ClientOrder::SetPower { vm: id, power }).await?;
+        Ok(vm_of(&after, id))
+    }
+
+    async fn define(&self, request: v1::DefineVmRequest) -> Result<Option<v1::Vm>, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let spec = request.spec.ok_or(ApiError::Missing { field: "spec", fix: "give the vm's definition" })?;
+        let spec = Box::new(Spec::try_from(spec)?);
+        let moment = self.read().await?;
+        let site = moment.site(&request.site)?;
+        let worker = moment.worker_at(&site)?;
+        let order = ClientOrder::DefineVm { id: VmId::generate(), spec, worker };
+        let (answer, after) = self.order(id, order).await?;
+        match answer {
+            Answer::Vm(vm) => Ok(vm_of(&after, vm)),
+            Answer::Done | Answer::Migration(_) | Answer::Replica(..) => {
+                Err(Rejection::RequestReused { request: id }.into())
+            }
+        }
+    }
+
+    async fn delete_vm(&self, request: RequestId, vm: &str) -> Result<(), ApiError> {
+        let moment = self.read().await?;
+        let id = match moment.vm(vm) {
+            Ok((id, _)) => id,
+            // The same request once more: the VM is gone, as was asked.
+            Err(_) if moment.state.answers.get(&request) == Some(&Answer::Done) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let order = ClientOrder::DeleteVm { vm: id };
+        if self.rehearse(&moment, request, &order)? == Rehearsal::New {
+            let (_, vm) = moment.vm(vm)?;
+            match moment.view().vm_state(id, vm) {
+                VmState::Stopped | VmState::Crashed | VmState::Unspecified => {}
+                VmState::Unknown | VmState::InDoubt => {
+                    return Err(ApiError::WorkerLost { worker: vm.ownership.owner().0.clone() });
+                }
+                VmState::Starting | VmState::Running | VmState::Paused | VmState::Migrating => {
+                    return Err(Rejection::StillRunning { name: vm.spec.name.clone() }.into());
+                }
+            }
+        }
+        self.order(request, order).await?;
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl FleetService for Api {
+    async fn list_sites(&self, _: Request<v1::ListSitesRequest>) -> Reply<v1::ListSitesResponse> {
+        Ok(Response::new(v1::ListSitesResponse { sites: self.read().await?.view().sites() }))
+    }
+
+    async fn list_workers(&self, _: Request<v1::ListWorkersRequest>) -> Reply<v1::ListWorkersResponse> {
+        Ok(Response::new(v1::ListWorkersResponse { workers: self.read().await?.view().workers() }))
+    }
+
+    async fn define_vm(&self, request: Request<v1::DefineVmRequest>) -> Reply<v1::DefineVmResponse> {
+        let vm = self.define(request.into_inner()).await?;
+        Ok(Response::new(v1::DefineVmResponse { vm }))
+    }
+
+    async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Reply<v1::GetVmResponse> {
+        let moment = self.read().await?;
+        let (id, _) = moment.vm(&request.into_inner().vm)?;
+        Ok(Response::new(v1::GetVmResponse { vm: vm_of(&moment, id) }))
+    }
+
+    async fn list_vms(&self, _: Request<v1::ListVmsRequest>) -> Reply<v1::ListVmsResponse> {
+        Ok(Response::new(v1::ListVmsResponse { vms: self.read().await?.view().vms() }))
+    }
+
+    async fn start_vm(&self, request: Request<v1::StartVmRequest>) -> Reply<v1::StartVmResponse> {
+        let request = request.into_inner();
+        let vm = self.set_power(&request.request_id, &request.vm, Power::Run).await?;
+        Ok(Response::new(v1::StartVmResponse { vm }))
+    }
+
+    async fn stop_vm(&self, request: Request<v1::StopVmRequest>) -> Reply<v1::StopVmResponse> {
+        let request = request.into_inner();
+        let power = if request.force { Power::Kill } else { Power::Stop };
+        let vm = self.set_power(&request.request_id, &request.vm, power).await?;
+        Ok(Response::new(v1::StopVmResponse { vm }))
+    }
+
+    async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {
+        let request = request.into_inner();
+        Api::delete_vm(self, request_id(&request.request_id)?, &request.vm).await?;
+        Ok(Response::new(v1::DeleteVmResponse {}))
+    }
+
+    type WatchFleetStream = Views<v1::WatchFleetResponse>;
+
+    async fn watch_fleet(&self, _: Request<v1::WatchFleetRequest>) -> Reply<Self::WatchFleetStream> {
+        self.read().await?;
+        let render = |moment: &Moment| {
+            let view = moment.view();
+            let fleet = v1::WatchFleetResponse { sites: view.sites(), workers: view.workers(), vms: view.vms() };
+            Some((fleet, More::Yes))
+        };
+        Ok(Response::new(views(self.clone(), render)))
+    }
+}

@@ -1,0 +1,108 @@
+//! Live moves.
+
+use pageport_common::telemetry;
+use pageport_proto::MigrationId;
+use pageport_proto::v1;
+use pageport_proto::v1::migration_service_server::MigrationService;
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, info_span};
+
+use super::error::ApiError;
+use super::watch::{More, Views, views};
+use super::{Api, Moment, Rehearsal, request_id};
+use crate::model::command::ClientOrder;
+use crate::model::{Answer, Rejection};
+
+type Reply<T> = Result<Response<T>, Status>;
+
+fn migration_id(text: &str) -> Result<MigrationId, ApiError> {
+    text.parse().map_err(|source| ApiError::BadId { field: "id", source })
+}
+
+fn migration_of(moment: &Moment, id: MigrationId) -> Result<v1::Migration, ApiError> {
+    let migration = moment.state.migrations.get(&id);
+    let migration = migration.ok_or_else(|| Rejection::MigrationUnknown { id: id.to_string() })?;
+    Ok(moment.view().migration(migration))
+}
+
+impl Api {
+    async fn create(&self, request: v1::CreateMigrationRequest) -> Result<v1::Migration, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let moment = self.read().await?;
+        let (vm_id, vm) = moment.vm(&request.vm)?;
+        let site = moment.site(&request.to_site)?;
+        let order = ClientOrder::CreateMigration {
+            id: MigrationId::generate(),
+            vm: vm_id,
+            site: site.clone(),
+            traceparent: telemetry::traceparent_of(&tracing::Span::current()),
+        };
+        if self.rehearse(&moment, id, &order)? == Rehearsal::New {
+            moment.must_run(vm_id, vm)?;
+            let to = vm.replicas.get(&site).map(|replica| replica.worker.clone());
+            if let Some(worker) = to.filter(|worker| moment.observations.connected(worker, moment.now).is_none()) {
+                return Err(ApiError::WorkerLost { worker });
+            }
+        }
+        let (answer, after) = self.order(id, order).await?;
+        match answer {
+            Answer::Migration(migration) => migration_of(&after, migration),
+            Answer::Done | Answer::Vm(_) | Answer::Replica(..) => Err(Rejection::RequestReused { request: id }.into()),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl MigrationService for Api {
+    async fn create_migration(
+        &self,
+        request: Request<v1::CreateMigrationRequest>,
+    ) -> Reply<v1::CreateMigrationResponse> {
+        let traceparent = telemetry::extract(request.metadata());
+        let request = request.into_inner();
+        let span =
+            info_span!("create_migration", vm = %super::echo(&request.vm), to_site = %super::echo(&request.to_site));
+        telemetry::adopt_traceparent(&span, &traceparent);
+        let migration = self.create(request).instrument(span).await?;
+        Ok(Response::new(v1::CreateMigrationResponse { migration: Some(migration) }))
+    }
+
+    async fn get_migration(&self, request: Request<v1::GetMigrationRequest>) -> Reply<v1::GetMigrationResponse> {
+        let id = migration_id(&request.into_inner().id)?;
+        let migration = migration_of(&self.read().await?, id)?;
+        Ok(Response::new(v1::GetMigrationResponse { migration: Some(migration) }))
+    }
+
+    async fn list_migrations(&self, request: Request<v1::ListMigrationsRequest>) -> Reply<v1::ListMigrationsResponse> {
+        let moment = self.read().await?;
+        let name = request.into_inner().vm;
+        let only = if name.is_empty() { None } else { Some(moment.vm(&name)?.0) };
+        let chosen = moment.state.migrations.values().filter(|migration| only.is_none_or(|vm| migration.vm == vm));
+        let migrations = chosen.map(|migration| moment.view().migration(migration)).collect();
+        Ok(Response::new(v1::ListMigrationsResponse { migrations }))
+    }
+
+    type WatchMigrationStream = Views<v1::WatchMigrationResponse>;
+
+    async fn watch_migration(&self, request: Request<v1::WatchMigrationRequest>) -> Reply<Self::WatchMigrationStream> {
+        let id = migration_id(&request.into_inner().id)?;
+        migration_of(&self.read().await?, id)?;
+        let render = move |moment: &Moment| {
+            let migration = moment.state.migrations.get(&id)?;
+            let more = if migration.is_over() { More::No } else { More::Yes };
+            Some((v1::WatchMigrationResponse { migration: Some(moment.view().migration(migration)) }, more))
+        };
+        Ok(Response::new(views(self.clone(), render)))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<v1::CancelMigrationRequest>,
+    ) -> Reply<v1::CancelMigrationResponse> {
+        let request = request.into_inner();
+        let request_id = request_id(&request.request_id)?;
+        let id = migration_id(&request.id)?;
+        let (_, after) = self.order(request_id, ClientOrder::CancelMigration { id }).await?;
+        Ok(Response::new(v1::CancelMigrationResponse { migration: Some(migration_of(&after, id)?) }))
+    }
+}

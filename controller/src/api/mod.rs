@@ -1,0 +1,191 @@
+//! What clients see: the gRPC services, on any node.
+//!
+//! ```text
+//!   request ──▶ forward (to the leader, if that is another node) ──▶ service ──▶ quorum read / propose ──▶ view
+//! ```
+//! | module | what |
+//! |---|---|
+//! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
+//! | [`view`] | state and observations into API messages: pure |
+//! | [`watch`] | streams of views |
+//! | [`error`] | every failure's gRPC code, in one place |
+//! | [`forward`] | requests on their way to the leader |
+//!
+//! Guarantees: a read sees every answered command; a client's request id takes effect once; whatever goes wrong names
+//! its subject and what to do.
+
+pub mod cluster;
+pub mod error;
+pub mod fleet;
+pub mod forward;
+pub mod migration;
+pub mod replication;
+pub mod view;
+pub mod watch;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use pageport_proto::v1::VmState;
+use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
+use tokio::time::Instant;
+
+use crate::consensus::Consensus;
+use crate::link::observation::{Hub, Observations};
+use crate::model::command::ClientOrder;
+use crate::model::state::Vm;
+use crate::model::{Answer, Command, Order, Rejection, State, apply};
+use error::ApiError;
+use view::View;
+
+/// Longest text of a client that an error repeats, in characters.
+const MAX_ECHO_CHARS: usize = 100;
+
+/// Milliseconds since 1970.
+pub fn unix_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+/// What every service needs.
+#[derive(Debug, Clone)]
+pub struct Api {
+    consensus: Consensus,
+    hub: Hub,
+}
+
+/// State and observations at one moment.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    /// What is committed.
+    pub state: Arc<State>,
+    /// What workers last said.
+    pub observations: Arc<Observations>,
+    /// When.
+    pub now: Instant,
+}
+
+impl Moment {
+    /// For views.
+    pub fn view(&self) -> View<'_> {
+        View::new(&self.state, &self.observations, self.now)
+    }
+
+    /// The VM of this name or id.
+    ///
+    /// # Errors
+    /// [`Rejection::VmUnknown`].
+    pub fn vm(&self, id_or_name: &str) -> Result<(VmId, &Vm), ApiError> {
+        let found = self.state.find_vm(id_or_name);
+        found.ok_or_else(|| Rejection::VmUnknown { vm: echo(id_or_name) }.into())
+    }
+
+    /// The site of this name.
+    ///
+    /// # Errors
+    /// [`ApiError::SiteUnknown`].
+    pub fn site(&self, name: &str) -> Result<SiteName, ApiError> {
+        let sites = self.state.sites();
+        let found = sites.iter().find(|site| site.as_str() == name).cloned();
+        found.ok_or_else(|| ApiError::SiteUnknown {
+            site: echo(name),
+            known: sites.iter().map(SiteName::as_str).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The connected worker of a site that owns the fewest VMs.
+    ///
+    /// # Errors
+    /// [`ApiError::NoWorker`].
+    pub fn worker_at(&self, site: &SiteName) -> Result<WorkerName, ApiError> {
+        let connected = |name: &WorkerName| self.observations.connected(name, self.now).is_some();
+        let owned = |name: &WorkerName| self.state.vms.values().filter(|vm| vm.ownership.owner().0 == name).count();
+        let here = self.state.workers.iter().filter(|(_, worker)| worker.site == *site).map(|(name, _)| name);
+        let best = here.filter(|name| connected(name)).min_by_key(|name| owned(name));
+        best.cloned().ok_or_else(|| ApiError::NoWorker { site: site.clone() })
+    }
+
+    /// Refuses unless the VM was last seen running.
+    ///
+    /// # Errors
+    /// [`Rejection::NotRunning`], or [`ApiError::WorkerLost`] when nobody can tell.
+    pub fn must_run(&self, id: VmId, vm: &Vm) -> Result<(), ApiError> {
+        match self.view().vm_state(id, vm) {
+            VmState::Running | VmState::Paused | VmState::Migrating => Ok(()),
+            VmState::Unknown | VmState::InDoubt | VmState::Unspecified => {
+                Err(ApiError::WorkerLost { worker: vm.ownership.owner().0.clone() })
+            }
+            VmState::Stopped | VmState::Starting | VmState::Crashed => {
+                Err(Rejection::NotRunning { name: vm.spec.name.clone() }.into())
+            }
+        }
+    }
+}
+
+/// Part of a client's text that may be repeated to it.
+pub fn echo(text: &str) -> String {
+    text.chars().take(MAX_ECHO_CHARS).collect()
+}
+
+/// The request's id. A client that gives none cannot repeat its command safely.
+fn request_id(text: &str) -> Result<RequestId, ApiError> {
+    if text.is_empty() {
+        return Ok(RequestId::generate());
+    }
+    text.parse().map_err(|source| ApiError::BadId { field: "request_id", source })
+}
+
+impl Api {
+    /// Serves what this node has agreed on.
+    pub fn new(consensus: Consensus, hub: Hub) -> Self {
+        Self { consensus, hub }
+    }
+
+    /// State (after a quorum round) and observations.
+    ///
+    /// # Errors
+    /// No quorum, or this node does not lead.
+    pub async fn read(&self) -> Result<Moment, ApiError> {
+        let state = self.consensus.read().await?;
+        Ok(Moment { state, observations: self.hub.now(), now: Instant::now() })
+    }
+
+    /// State as applied here, and observations.
+    pub fn glance(&self) -> Moment {
+        Moment { state: self.consensus.applied(), observations: self.hub.now(), now: Instant::now() }
+    }
+
+    /// Commits a client's order.
+    ///
+    /// # Errors
+    /// What [`crate::model::apply()`] rejects, or no agreement.
+    pub async fn order(&self, request: RequestId, order: ClientOrder) -> Result<(Answer, Moment), ApiError> {
+        let command = command(request, order);
+        let answer = self.consensus.propose(&command).await??;
+        Ok((answer, self.glance()))
+    }
+
+    /// Would this order be taken? Nothing is committed. For checks that come after those of the state.
+    ///
+    /// # Errors
+    /// What [`crate::model::apply()`] rejects.
+    pub fn rehearse(&self, moment: &Moment, request: RequestId, order: &ClientOrder) -> Result<Rehearsal, ApiError> {
+        if moment.state.answers.get(&request).is_some() {
+            return Ok(Rehearsal::Repeated);
+        }
+        apply(&mut State::clone(&moment.state), command(request, order.clone()))?;
+        Ok(Rehearsal::New)
+    }
+}
+
+fn command(request: RequestId, order: ClientOrder) -> Command {
+    Command { now_unix_ms: unix_ms(), order: Order::Client { request, order } }
+}
+
+/// Was this request seen before?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rehearsal {
+    /// No: further checks apply.
+    New,
+    /// Yes: it gets its old answer.
+    Repeated,
+}

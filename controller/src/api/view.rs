@@ -1,0 +1,184 @@
+//! [`View`]: state and observations into API messages. Pure.
+//!
+//! What a VM does is told by its owner's last report while that worker is connected; else it is *unknown*, or, past the
+//! commit point of a move, *in doubt*.
+
+use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
+use pageport_proto::{SiteName, VmId};
+use tokio::time::Instant;
+
+use crate::link::observation::Observations;
+use crate::model::migration::{Cancel, Phase};
+use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
+use crate::model::{Migration, State};
+
+/// Renders one moment.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    state: &'a State,
+    observations: &'a Observations,
+    now: Instant,
+}
+
+impl<'a> View<'a> {
+    /// Of this moment.
+    pub fn new(state: &'a State, observations: &'a Observations, now: Instant) -> Self {
+        Self { state, observations, now }
+    }
+
+    /// All sites.
+    pub fn sites(&self) -> Vec<v1::Site> {
+        self.state.sites().iter().map(|site| self.site(site)).collect()
+    }
+
+    fn site(&self, site: &SiteName) -> v1::Site {
+        let here: Vec<_> = self.state.workers.iter().filter(|(_, worker)| worker.site == *site).collect();
+        let runs = |id: &VmId, vm: &Vm| {
+            let here = self.state.site_of_vm(vm) == Some(site) && vm.life == Life::Defined;
+            here && matches!(self.vm_state(*id, vm), VmState::Running | VmState::Paused | VmState::Migrating)
+        };
+        v1::Site {
+            name: site.to_string(),
+            workers: here.iter().map(|(name, _)| name.to_string()).collect(),
+            vms_running: self.state.vms.iter().filter(|(id, vm)| runs(id, vm)).count() as u32,
+            reachable: here.iter().any(|(name, _)| self.observations.connected(name, self.now).is_some()),
+        }
+    }
+
+    /// All workers.
+    pub fn workers(&self) -> Vec<v1::Worker> {
+        let workers = self.state.workers.iter().map(|(name, worker)| v1::Worker {
+            name: name.to_string(),
+            site: worker.site.to_string(),
+            connected: self.observations.connected(name, self.now).is_some(),
+            grpc_address: worker.grpc_address.clone(),
+            peer_address: worker.peer_address.clone(),
+            version: worker.version.clone(),
+            qemu_version: worker.qemu_version.clone(),
+            accelerator: worker.accelerator.clone(),
+            last_seen_unix_ms: self.observations.last(name).map_or(0, |observed| observed.at_unix_ms),
+            memory_total_bytes: worker.memory_total_bytes,
+        });
+        workers.collect()
+    }
+
+    /// All VMs.
+    pub fn vms(&self) -> Vec<v1::Vm> {
+        let defined = self.state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
+        defined.map(|(id, vm)| self.vm(*id, vm)).collect()
+    }
+
+    /// One VM.
+    pub fn vm(&self, id: VmId, vm: &Vm) -> v1::Vm {
+        let (owner, own) = vm.ownership.owner();
+        let report = self.observations.connected(owner, self.now).and_then(|observed| observed.vm(id));
+        let reported = report.map(|report| report.problem.clone()).unwrap_or_default();
+        v1::Vm {
+            id: id.to_string(),
+            spec: Some(v1::VmSpec::from(&vm.spec)),
+            owner_site: self.state.site_of(owner).map(ToString::to_string).unwrap_or_default(),
+            owner_worker: owner.to_string(),
+            owner_epoch: own.raw(),
+            state: self.vm_state(id, vm).into(),
+            desired_running: vm.power == Power::Run,
+            problem: if reported.is_empty() { vm.problem.clone() } else { reported },
+            replicas: self.replicas(id, vm),
+            migration_id: vm.migration.map(|id| id.to_string()).unwrap_or_default(),
+        }
+    }
+
+    /// What a VM does.
+    pub fn vm_state(&self, id: VmId, vm: &Vm) -> VmState {
+        let migration = vm.migration.and_then(|id| self.state.migrations.get(&id));
+        let connected = |worker| self.observations.connected(worker, self.now);
+        if let Some(migration) = migration.filter(|migration| !migration.is_settled()) {
+            let both = connected(&migration.from.worker).is_some() && connected(&migration.to.worker).is_some();
+            return match migration.phase {
+                Phase::Released { .. } if !both => VmState::InDoubt,
+                _ => VmState::Migrating,
+            };
+        }
+        let Some(owner) = connected(vm.ownership.owner().0) else { return VmState::Unknown };
+        let reported = owner.vm(id).map(|report| report.state()).filter(|state| *state != VmState::Unspecified);
+        match (reported, vm.power) {
+            (Some(state), _) => state,
+            (None, Power::Run) => VmState::Starting,
+            (None, Power::Stop | Power::Kill) => VmState::Stopped,
+        }
+    }
+
+    /// A VM's replicas.
+    pub fn replicas(&self, id: VmId, vm: &Vm) -> Vec<v1::Replica> {
+        vm.replicas.iter().map(|(site, replica)| self.replica(id, vm, site, replica)).collect()
+    }
+
+    /// One replica.
+    pub fn replica(&self, id: VmId, vm: &Vm, site: &SiteName, replica: &Replica) -> v1::Replica {
+        let (state, problem) = match &replica.phase {
+            ReplicaPhase::Seeding => (ReplicaState::Seeding, String::new()),
+            ReplicaPhase::Seeded => (ReplicaState::Seeded, String::new()),
+            ReplicaPhase::Failed { reason } => (ReplicaState::Failed, reason.clone()),
+        };
+        let owner = self.observations.connected(vm.ownership.owner().0, self.now);
+        let seed =
+            owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
+        let mut out = v1::Replica { site: site.to_string(), state: state.into(), problem, ..v1::Replica::default() };
+        if let Some(seed) = seed {
+            out.done_bytes = seed.done_bytes;
+            out.total_bytes = seed.total_bytes;
+            out.wan_bytes = seed.wan_bytes;
+            out.rate_bps = if state == ReplicaState::Seeding { seed.rate_bps } else { 0 };
+        } else if let Some(disk) = owner.and_then(|owner| owner.vm(id)).filter(|_| state == ReplicaState::Seeded) {
+            out.done_bytes = disk.disk_bytes;
+            out.total_bytes = disk.disk_bytes;
+        }
+        out
+    }
+
+    /// One move.
+    pub fn migration(&self, migration: &Migration) -> v1::Migration {
+        let late = |cancel: Cancel| match cancel {
+            Cancel::Asked => "the cancel came too late: the source had already handed the vm over".to_owned(),
+            Cancel::NotAsked => String::new(),
+        };
+        let (state, reason) = match &migration.phase {
+            Phase::Running { cancel: Cancel::NotAsked } => (MigrationState::Running, self.waits_for(migration)),
+            Phase::Running { cancel: Cancel::Asked } => (MigrationState::Cancelling, self.waits_for(migration)),
+            Phase::Released { .. } => (MigrationState::Committed, self.waits_for(migration)),
+            Phase::Acquired { cancel, .. } => (MigrationState::Committed, late(*cancel)),
+            Phase::Completed { cancel, .. } => (MigrationState::Completed, late(*cancel)),
+            Phase::Failed { reason, .. } => (MigrationState::Failed, reason.clone()),
+            Phase::Cancelled { .. } => (MigrationState::Cancelled, "cancelled on request".to_owned()),
+        };
+        v1::Migration {
+            id: migration.id.to_string(),
+            vm_id: migration.vm.to_string(),
+            vm_name: migration.vm_name.clone(),
+            from_site: migration.from.site.to_string(),
+            to_site: migration.to.site.to_string(),
+            state: state.into(),
+            epoch: migration.epoch.raw(),
+            created_unix_ms: migration.created_unix_ms,
+            ended_unix_ms: migration.ended_unix_ms().unwrap_or_default(),
+            reason,
+            progress: self.progress(migration),
+            record: migration.record.as_ref().map(|record| record.0.clone()),
+        }
+    }
+
+    fn waits_for(&self, migration: &Migration) -> String {
+        let away = |worker| self.observations.connected(worker, self.now).is_none();
+        match (away(&migration.from.worker), away(&migration.to.worker), &migration.failure) {
+            (true, _, _) => format!("waits for worker \"{}\", which is not connected", migration.from.worker),
+            (_, true, _) => format!("waits for worker \"{}\", which is not connected", migration.to.worker),
+            (false, false, Some(reason)) => reason.clone(),
+            (false, false, None) => String::new(),
+        }
+    }
+
+    /// The source sees both ends; the destination's word counts while the source has none.
+    fn progress(&self, migration: &Migration) -> Option<v1::MigrationProgress> {
+        let of = |worker| self.observations.last(worker)?.migration(migration.id)?.progress.clone();
+        of(&migration.from.worker).or_else(|| of(&migration.to.worker))
+    }
+}

@@ -1,0 +1,174 @@
+//! Configuration: file to raw struct to validated struct. An error names the key and the fix.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use pageport_common::config::{ConfigError, load};
+use pageport_common::telemetry::TelemetryConfig;
+use pageport_common::tls::TlsPaths;
+use pageport_proto::SiteName;
+use serde::Deserialize;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Raw {
+    id: u64,
+    site: String,
+    data_dir: PathBuf,
+    listen: RawListen,
+    members: Vec<RawMember>,
+    tls: TlsPaths,
+    #[serde(default)]
+    telemetry: TelemetryConfig,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawListen {
+    api: String,
+    web: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMember {
+    id: u64,
+    site: String,
+    address: String,
+}
+
+/// One controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its number.
+    pub id: u64,
+    /// Its site.
+    pub site: SiteName,
+    /// host:port of its mTLS gRPC.
+    pub address: String,
+}
+
+/// What a controller needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This controller's number.
+    pub id: u64,
+    /// Its site.
+    pub site: SiteName,
+    /// Where its log and state lie.
+    pub data_dir: PathBuf,
+    /// For daemons and pageportctl.
+    pub listen_api: SocketAddr,
+    /// For browsers.
+    pub listen_web: SocketAddr,
+    /// All controllers, this one included.
+    pub members: Vec<Member>,
+    /// Certificates.
+    pub tls: TlsPaths,
+    /// Logs and traces.
+    pub telemetry: TelemetryConfig,
+}
+
+impl Config {
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file or the key.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::try_from(load::<Raw>(path)?)
+    }
+}
+
+fn invalid<T>(key: &'static str, problem: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError::Invalid { key, problem: problem.into() })
+}
+
+fn address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
+    text.parse().or_else(|_| invalid(key, format!("\"{text}\" is not an address such as \"192.0.2.1:7400\"")))
+}
+
+fn site(key: &'static str, text: &str) -> Result<SiteName, ConfigError> {
+    text.parse().or_else(|error| invalid(key, format!("{error}")))
+}
+
+impl TryFrom<Raw> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: Raw) -> Result<Self, ConfigError> {
+        let mut ids = BTreeSet::new();
+        let mut members = vec![];
+        for member in raw.members {
+            if member.id == 0 || !ids.insert(member.id) {
+                return invalid("members.id", format!("{} is 0 or used twice: number the members from 1", member.id));
+            }
+            let host_and_port = member.address.rsplit_once(':');
+            if !host_and_port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) {
+                let problem = format!("\"{}\" is not an address such as \"192.0.2.1:7400\"", member.address);
+                return invalid("members.address", problem);
+            }
+            members.push(Member { id: member.id, site: site("members.site", &member.site)?, address: member.address });
+        }
+        if !ids.contains(&raw.id) {
+            return invalid("id", format!("{} is not among the [[members]]: list every controller there", raw.id));
+        }
+        if members.len() % 2 == 0 {
+            let problem =
+                format!("{} controllers tolerate no more failures than one fewer: use 1, 3 or 5", members.len());
+            return invalid("members", problem);
+        }
+        if !raw.data_dir.is_absolute() {
+            return invalid("data_dir", format!("{} is not an absolute path", raw.data_dir.display()));
+        }
+        Ok(Self {
+            id: raw.id,
+            site: site("site", &raw.site)?,
+            data_dir: raw.data_dir,
+            listen_api: address("listen.api", &raw.listen.api)?,
+            listen_web: address("listen.web", &raw.listen.web)?,
+            members,
+            tls: raw.tls,
+            telemetry: raw.telemetry,
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../deploy/config/controller.toml");
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("controller.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&path)
+    }
+
+    #[test]
+    fn the_example_that_is_shipped_is_valid() {
+        let config = parse(EXAMPLE).unwrap();
+        assert_eq!((config.id, config.members.len()), (1, 3));
+    }
+
+    #[test]
+    fn each_bad_value_is_named_by_its_key() {
+        let cases = [
+            ("id = 1\n", "id = 9\n", "id"),
+            ("site = \"a\"\n", "site = \"A\"\n", "site"),
+            ("data_dir = \"/", "data_dir = \"", "data_dir"),
+            ("api = \"192.0.2.1:7400\"", "api = \"here\"", "listen.api"),
+            ("id = 3\n", "id = 2\n", "members.id"),
+            ("address = \"192.0.2.3:7400\"", "address = \"192.0.2.3\"", "members.address"),
+        ];
+        for (good, bad, expected) in cases {
+            assert!(EXAMPLE.contains(good), "the example no longer has {good:?}");
+            match parse(&EXAMPLE.replace(good, bad)) {
+                Err(ConfigError::Invalid { key, .. }) => assert_eq!(key, expected),
+                other => panic!("{bad:?} gave {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Agreement among the controllers: TiKV `raft` under one task that owns the node.
+//!
+//! ```text
+//!   propose / read / step ──▶ inbox ──▶ core (RawNode, its own thread) ──▶ storage (sled + snapshot file)
+//!                                        │    │
+//!            peers (tonic) ◀── messages ─┘    └──▶ apply ──▶ published state, answers to proposers
+//! ```
+//! | module | what |
+//! |---|---|
+//! | [`core`] | the loop: inputs in, `Ready` handled in the documented order |
+//! | [`storage`] | log, hard state and configuration in the durable store |
+//! | [`snapshot`] | the whole state as one checksummed file |
+//! | [`pending`] | who waits for which entry or read |
+//! | [`peers`] | raft messages over tonic as opaque bytes |
+//! | [`log`] | raft's own log lines into tracing |
+//!
+//! Guarantees: a command that was answered is on stable storage at a majority and applied once, in the same order
+//! everywhere; a read sees every command that was answered before it began; every wait has a deadline. Membership is
+//! the configuration's; changing it online comes later.
+
+pub mod core;
+pub mod log;
+pub mod peers;
+pub mod pending;
+pub mod snapshot;
+pub mod storage;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::model::{Command, Outcome, State};
+
+/// Longest wait for a command to be committed.
+pub const PROPOSE_WITHIN: Duration = Duration::from_secs(5);
+/// Longest wait for a quorum round before a read.
+pub const READ_WITHIN: Duration = Duration::from_secs(5);
+/// Largest encoded command: an entry must fit into a value of the store.
+pub const MAX_COMMAND_BYTES: usize = 60 * 1024;
+
+/// Why agreement was not reached.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsensusError {
+    /// Only the leader takes commands and answers reads.
+    #[error("this controller is not the leader")]
+    NotLeader,
+    /// Leadership or the deadline was lost in between: whether the command takes effect is unknown.
+    #[error("the outcome of the command is unknown: repeat it with the same request id")]
+    Unknown,
+    /// No quorum in time.
+    #[error("no quorum of controllers answered within {} s", READ_WITHIN.as_secs())]
+    NoQuorum,
+    /// Above [`MAX_COMMAND_BYTES`].
+    #[error("a command of {bytes} bytes is above the limit of {MAX_COMMAND_BYTES}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
+    /// Cannot be written as JSON.
+    #[error("encode a command")]
+    Encode(#[source] serde_json::Error),
+    /// The process ends.
+    #[error("this controller is stopping")]
+    Stopped,
+}
+
+/// Where this node stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Status {
+    /// This node.
+    pub id: u64,
+    /// The leader as far as this node knows.
+    pub leader: Option<u64>,
+    /// This node leads and has applied all that was committed before it did.
+    pub serving: bool,
+    /// Raft's term.
+    pub term: u64,
+    /// Newest entry known to be committed.
+    pub committed: u64,
+    /// Newest entry applied here.
+    pub applied: u64,
+}
+
+/// What goes into the core.
+#[derive(Debug)]
+pub enum Input {
+    /// A command and who waits for it.
+    Propose {
+        /// Encoded.
+        command: Vec<u8>,
+        /// Gets the outcome.
+        answer: oneshot::Sender<Result<Outcome, ConsensusError>>,
+    },
+    /// A read that must see everything answered so far.
+    Read {
+        /// Gets the state.
+        answer: oneshot::Sender<Result<Arc<State>, ConsensusError>>,
+    },
+    /// A message of a peer, as it came.
+    Step {
+        /// Encoded.
+        message: Vec<u8>,
+    },
+    /// A message could not be sent.
+    Unreachable {
+        /// To whom.
+        peer: u64,
+    },
+    /// A snapshot was sent, or could not be.
+    SnapshotSent {
+        /// To whom.
+        peer: u64,
+        /// Whether it went out.
+        delivered: Delivered,
+    },
+}
+
+/// Did it go out?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivered {
+    /// Yes.
+    Yes,
+    /// No.
+    No,
+}
+
+/// The way to the core, for everyone else.
+#[derive(Debug, Clone)]
+pub struct Consensus {
+    inbox: mpsc::Sender<Input>,
+    status: watch::Receiver<Status>,
+    state: watch::Receiver<Arc<State>>,
+}
+
+impl Consensus {
+    /// Commits and applies a command.
+    ///
+    /// # Errors
+    /// [`ConsensusError`]; only [`ConsensusError::Unknown`] leaves open whether the command takes effect.
+    pub async fn propose(&self, command: &Command) -> Result<Outcome, ConsensusError> {
+        let command = serde_json::to_vec(command).map_err(ConsensusError::Encode)?;
+        if command.len() > MAX_COMMAND_BYTES {
+            return Err(ConsensusError::TooLarge { bytes: command.len() });
+        }
+        let (answer, answered) = oneshot::channel();
+        self.put(Input::Propose { command, answer }).await?;
+        match tokio::time::timeout(PROPOSE_WITHIN, answered).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => Err(ConsensusError::Unknown),
+        }
+    }
+
+    /// The state, after a quorum round: it holds every command that was answered before this call.
+    ///
+    /// # Errors
+    /// [`ConsensusError::NotLeader`], [`ConsensusError::NoQuorum`], [`ConsensusError::Stopped`].
+    pub async fn read(&self) -> Result<Arc<State>, ConsensusError> {
+        let (answer, answered) = oneshot::channel();
+        self.put(Input::Read { answer }).await?;
+        match tokio::time::timeout(READ_WITHIN, answered).await {
+            Ok(Ok(state)) => state,
+            Ok(Err(_)) => Err(ConsensusError::Stopped),
+            Err(_) => Err(ConsensusError::NoQuorum),
+        }
+    }
+
+    /// Hands in a peer's message.
+    ///
+    /// # Errors
+    /// [`ConsensusError::Stopped`].
+    pub async fn step(&self, message: Vec<u8>) -> Result<(), ConsensusError> {
+        self.put(Input::Step { message }).await
+    }
+
+    /// Where this node stands, now.
+    pub fn status(&self) -> Status {
+        *self.status.borrow()
+    }
+
+    /// Where this node stands, and changes.
+    pub fn watch_status(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// The applied state, now, without a quorum round.
+    pub fn applied(&self) -> Arc<State> {
+        self.state.borrow().clone()
+    }
+
+    /// The applied state, and changes.
+    pub fn watch_state(&self) -> watch::Receiver<Arc<State>> {
+        self.state.clone()
+    }
+
+    async fn put(&self, input: Input) -> Result<(), ConsensusError> {
+        match tokio::time::timeout(PROPOSE_WITHIN, self.inbox.send(input)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(ConsensusError::Stopped),
+            Err(_) => Err(ConsensusError::NoQuorum),
+        }
+    }
+}

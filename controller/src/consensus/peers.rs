@@ -1,0 +1,139 @@
+//! Raft messages between controllers, as opaque bytes on one client stream per peer and direction.
+//!
+//! Guarantees: sending never waits (a full queue drops, raft sends again); a peer that cannot be reached is reported to
+//! raft, and so is every snapshot, sent or not. It does not look into the messages beyond their addressee.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pageport_proto::v1::RaftAck;
+use pageport_proto::v1::RaftEnvelope;
+use pageport_proto::v1::raft_transport_service_client::RaftTransportServiceClient;
+use pageport_proto::v1::raft_transport_service_server::RaftTransportService;
+use prost_011::Message as _;
+use raft::eraftpb::{Message, MessageType};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Consensus, Delivered, Input};
+
+/// Largest message: a snapshot travels as one.
+pub const MAX_ENVELOPE_BYTES: usize = 64 << 20;
+const QUEUE: usize = 1024;
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// A peer's stream without a message for this long is closed: heartbeats come several times a second.
+const IDLE: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+struct Outgoing {
+    envelope: RaftEnvelope,
+    snapshot: bool,
+}
+
+/// The ways to all peers.
+#[derive(Debug, Default)]
+pub struct Peers {
+    queues: BTreeMap<u64, mpsc::Sender<Outgoing>>,
+    core: Option<mpsc::Sender<Input>>,
+}
+
+impl Peers {
+    /// Starts a task for each peer.
+    pub fn start(channels: &BTreeMap<u64, Channel>, core: mpsc::Sender<Input>) -> Self {
+        let queues = channels.iter().map(|(peer, channel)| {
+            let (queue, outgoing) = mpsc::channel(QUEUE);
+            tokio::spawn(carry(*peer, channel.clone(), outgoing, core.clone()));
+            (*peer, queue)
+        });
+        Self { queues: queues.collect(), core: Some(core) }
+    }
+
+    /// Sends messages to whom they are for.
+    pub fn send(&self, messages: Vec<Message>) {
+        for message in messages {
+            let peer = message.to;
+            let snapshot = message.get_msg_type() == MessageType::MsgSnapshot;
+            let envelope = RaftEnvelope { message: Bytes::from(message.encode_to_vec()) };
+            let queued = self.queues.get(&peer).map(|queue| queue.try_send(Outgoing { envelope, snapshot }));
+            if !matches!(queued, Some(Ok(())))
+                && let Some(core) = &self.core
+            {
+                report(core, peer, snapshot, Delivered::No);
+            }
+        }
+    }
+}
+
+/// Tells raft how a message fared. A full inbox loses the word: the next message's fate tells the same.
+fn report(core: &mpsc::Sender<Input>, peer: u64, snapshot: bool, delivered: Delivered) {
+    let input = match (snapshot, delivered) {
+        (true, delivered) => Input::SnapshotSent { peer, delivered },
+        (false, Delivered::No) => Input::Unreachable { peer },
+        (false, Delivered::Yes) => return,
+    };
+    if core.try_send(input).is_err() {
+        tracing::debug!(peer, "the core's inbox is full");
+    }
+}
+
+/// Carries messages to one peer for as long as there are any.
+async fn carry(peer: u64, channel: Channel, mut outgoing: mpsc::Receiver<Outgoing>, core: mpsc::Sender<Input>) {
+    let mut client = RaftTransportServiceClient::new(channel).max_encoding_message_size(MAX_ENVELOPE_BYTES);
+    while let Some(first) = outgoing.recv().await {
+        let (stream, messages) = mpsc::channel(QUEUE);
+        let call = client.send(ReceiverStream::new(messages));
+        tokio::pin!(call);
+        let mut next = Some(first);
+        loop {
+            if let Some(Outgoing { envelope, snapshot }) = next.take() {
+                let sent = stream.try_send(envelope);
+                let delivered = if sent.is_ok() { Delivered::Yes } else { Delivered::No };
+                report(&core, peer, snapshot, delivered);
+            }
+            tokio::select! {
+                ended = &mut call => {
+                    if let Err(status) = ended {
+                        tracing::debug!(peer, code = ?status.code(), message = status.message(), "peer not reached");
+                    }
+                    break;
+                }
+                message = outgoing.recv() => match message {
+                    Some(message) => next = Some(message),
+                    None => return,
+                },
+            }
+        }
+        report(&core, peer, false, Delivered::No);
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// The receiving side.
+#[derive(Debug)]
+pub struct RaftTransport {
+    consensus: Consensus,
+}
+
+impl RaftTransport {
+    /// Hands all messages to this core.
+    pub fn new(consensus: Consensus) -> Self {
+        Self { consensus }
+    }
+}
+
+#[tonic::async_trait]
+impl RaftTransportService for RaftTransport {
+    async fn send(&self, request: Request<Streaming<RaftEnvelope>>) -> Result<Response<RaftAck>, Status> {
+        let mut messages = request.into_inner();
+        loop {
+            let message = tokio::time::timeout(IDLE, messages.message()).await;
+            let message = message.map_err(|_| Status::deadline_exceeded("no raft message for 30 s"))??;
+            let Some(envelope) = message else { return Ok(Response::new(RaftAck {})) };
+            let taken = self.consensus.step(envelope.message.to_vec()).await;
+            taken.map_err(|error| Status::unavailable(error.to_string()))?;
+        }
+    }
+}

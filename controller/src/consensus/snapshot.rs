@@ -1,0 +1,142 @@
+//! The whole state as one file: `snapshot`, replaced at once, with a checksum.
+//!
+//! ```text
+//!   "PPSNAP1\n"  crc32 of the rest (u32, big-endian)  JSON of Snapshot
+//! ```
+//! Guarantees: the file is the old or the new one, never a mixture (write beside, fsync, rename, fsync the folder), and
+//! damage is noticed when it is read.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::State;
+
+const MAGIC: &[u8; 8] = b"PPSNAP1\n";
+const FILE: &str = "snapshot";
+const FILE_BESIDE: &str = "snapshot.new";
+
+/// The state up to and including one entry.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The entry.
+    pub index: u64,
+    /// Its term.
+    pub term: u64,
+    /// The members.
+    pub voters: Vec<u64>,
+    /// The state.
+    pub state: State,
+}
+
+/// Why a snapshot could not be kept or read.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The file system said no.
+    #[error("{operation} the snapshot {}", path.display())]
+    File {
+        /// `read`, `write` or `replace`.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The bytes are not what was written.
+    #[error("the snapshot is damaged: move this node's data away and let it join again from its peers")]
+    Damaged,
+    /// The bytes are no state of this version.
+    #[error("decode the snapshot")]
+    Decode(#[source] serde_json::Error),
+    /// The state cannot be written as JSON.
+    #[error("encode the snapshot")]
+    Encode(#[source] serde_json::Error),
+}
+
+/// To bytes, for the file and for peers.
+///
+/// # Errors
+/// [`SnapshotError::Encode`].
+pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, SnapshotError> {
+    let body = serde_json::to_vec(snapshot).map_err(SnapshotError::Encode)?;
+    let mut bytes = Vec::with_capacity(MAGIC.len() + 4 + body.len());
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&crc32fast::hash(&body).to_be_bytes());
+    bytes.extend_from_slice(&body);
+    Ok(bytes)
+}
+
+/// From bytes.
+///
+/// # Errors
+/// [`SnapshotError::Damaged`] or [`SnapshotError::Decode`].
+pub fn decode(bytes: &[u8]) -> Result<Snapshot, SnapshotError> {
+    let rest = bytes.strip_prefix(MAGIC).ok_or(SnapshotError::Damaged)?;
+    let (sum, body) = rest.split_first_chunk::<4>().ok_or(SnapshotError::Damaged)?;
+    if crc32fast::hash(body) != u32::from_be_bytes(*sum) {
+        return Err(SnapshotError::Damaged);
+    }
+    serde_json::from_slice(body).map_err(SnapshotError::Decode)
+}
+
+/// Replaces the file in `folder`.
+///
+/// # Errors
+/// [`SnapshotError::File`]: the old file stands.
+pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
+    let beside = folder.join(FILE_BESIDE);
+    let fail = |operation| {
+        let path = beside.clone();
+        move |source| SnapshotError::File { operation, path, source }
+    };
+    let mut file = File::create(&beside).map_err(fail("write"))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(fail("write"))?;
+    fs::rename(&beside, folder.join(FILE)).map_err(fail("replace"))?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
+}
+
+/// Reads the file in `folder`; [`None`] when there is none yet.
+///
+/// # Errors
+/// [`SnapshotError`].
+pub fn load(folder: &Path) -> Result<Option<Snapshot>, SnapshotError> {
+    let path = folder.join(FILE);
+    match fs::read(&path) {
+        Ok(bytes) => decode(&bytes).map(Some),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(SnapshotError::File { operation: "read", path, source }),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let snapshot = Snapshot { index: 7, term: 2, voters: vec![1, 2, 3], state: State::default() };
+        let good = encode(&snapshot).unwrap();
+        assert_eq!(decode(&good).unwrap(), snapshot);
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            assert!(decode(&bad).is_err(), "byte {at}");
+        }
+        assert!(decode(&good[..10]).is_err());
+    }
+
+    #[test]
+    fn the_newest_snapshot_is_the_one_that_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(load(folder.path()).unwrap().is_none());
+        for index in [1, 2] {
+            let snapshot = Snapshot { index, ..Snapshot::default() };
+            replace(folder.path(), &encode(&snapshot).unwrap()).unwrap();
+            assert_eq!(load(folder.path()).unwrap(), Some(snapshot));
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! [`LogStorage`]: raft's log and hard state in the durable store, and the snapshot beside it.
+//!
+//! | key | value |
+//! |---|---|
+//! | `hard` | term, vote, commit (raft's own encoding) |
+//! | `truncated` | index and term of the newest entry that was dropped from the log (2 x u64, big-endian) |
+//! | `log/` + index (u64, big-endian) | one entry |
+//!
+//! The applied state is the snapshot plus the committed entries after it: they are applied again at the start.
+//! Entries since the last truncation are also in memory; [`super::core`] bounds their number by making snapshots.
+//!
+//! Guarantees: [`LogStorage::persist`] and [`LogStorage::install`] return when all they were given is on stable storage,
+//! as one batch; a snapshot file newer than the log (a crash in between) wins at the start.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+
+use pageport_common::store::{Batch, Store, StoreError};
+use prost_011::Message as _;
+use raft::eraftpb::{ConfState, Entry, HardState};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+
+use super::snapshot::{self, Snapshot, SnapshotError};
+use crate::model::State;
+
+const HARD: &str = "hard";
+const TRUNCATED: &str = "truncated";
+const LOG: &str = "log/";
+
+/// Why the log could not be kept or read.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The store said no.
+    #[error("keep the replicated log")]
+    Store(#[from] StoreError),
+    /// The snapshot file said no.
+    #[error("keep the replicated state")]
+    Snapshot(#[from] SnapshotError),
+    /// A value is not what was written.
+    #[error("the replicated log is damaged at {key}: move this node's data away and let it join again from its peers")]
+    Damaged {
+        /// Where.
+        key: String,
+    },
+}
+
+/// An entry's place in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    /// Its index.
+    pub index: u64,
+    /// Its term.
+    pub term: u64,
+}
+
+/// Log, hard state and snapshot of one node.
+#[derive(Debug)]
+pub struct LogStorage {
+    store: Store,
+    folder: PathBuf,
+    hard: HardState,
+    voters: ConfState,
+    truncated: Place,
+    entries: VecDeque<Entry>,
+    snapshot: Place,
+    snapshot_wanted: Cell<bool>,
+}
+
+fn log_key(index: u64) -> Vec<u8> {
+    [LOG.as_bytes(), &index.to_be_bytes()].concat()
+}
+
+fn damaged(key: impl Into<String>) -> LogError {
+    LogError::Damaged { key: key.into() }
+}
+
+impl LogStorage {
+    /// Opens or creates the log in `folder`; gives the state of the last snapshot with it.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn open(folder: &Path, voters: Vec<u64>) -> Result<(Self, State), LogError> {
+        let store = Store::open(&folder.join("log"))?;
+        let snapshot = snapshot::load(folder)?.unwrap_or_default();
+        let hard = match store.get(HARD)? {
+            Some(bytes) => HardState::decode(bytes.as_slice()).map_err(|_| damaged(HARD))?,
+            None => HardState::default(),
+        };
+        let truncated = match store.get(TRUNCATED)? {
+            Some(bytes) => {
+                let halves = bytes.split_first_chunk::<8>().zip(bytes.last_chunk::<8>());
+                let ((index, _), term) = halves.filter(|_| bytes.len() == 16).ok_or_else(|| damaged(TRUNCATED))?;
+                Place { index: u64::from_be_bytes(*index), term: u64::from_be_bytes(*term) }
+            }
+            None => Place::default(),
+        };
+        let mut entries = VecDeque::new();
+        for (_, bytes) in store.scan(LOG)? {
+            let entry = Entry::decode(bytes.as_slice()).map_err(|_| damaged(LOG))?;
+            if entry.index != truncated.index + 1 + entries.len() as u64 {
+                return Err(damaged(format!("{LOG}{}", entry.index)));
+            }
+            entries.push_back(entry);
+        }
+        let voters = ConfState { voters, ..ConfState::default() };
+        let place = Place { index: snapshot.index, term: snapshot.term };
+        let mut storage = Self {
+            store,
+            folder: folder.to_owned(),
+            hard,
+            voters,
+            truncated,
+            entries,
+            snapshot: place,
+            snapshot_wanted: Cell::new(false),
+        };
+        if storage.last().index < place.index {
+            storage.reset_log(place)?;
+        }
+        storage.hard.commit = storage.hard.commit.max(place.index);
+        Ok((storage, snapshot.state))
+    }
+
+    /// The entry up to which the last snapshot reaches.
+    pub fn snapshot_place(&self) -> Place {
+        self.snapshot
+    }
+
+    /// Entries kept since the last truncation.
+    pub fn kept(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Did a peer need a newer snapshot since the last call?
+    pub fn take_snapshot_wanted(&self) -> bool {
+        self.snapshot_wanted.replace(false)
+    }
+
+    /// Notes a newer commit index; durable with the next write. Losing it costs nothing: it is learnt again.
+    pub fn note_commit(&mut self, commit: u64) {
+        self.hard.commit = self.hard.commit.max(commit);
+    }
+
+    /// Notes a hard state that need not be durable before anything else happens.
+    pub fn note_hard(&mut self, hard: &HardState) {
+        self.hard = hard.clone();
+    }
+
+    /// Appends entries (overwriting what conflicts) and keeps the hard state.
+    ///
+    /// # Errors
+    /// [`LogError`]: the node must end, since what is on disk is unknown.
+    pub fn persist(&mut self, entries: &[Entry]) -> Result<(), LogError> {
+        let mut batch = Batch::default();
+        batch.put(HARD, self.hard.encode_to_vec());
+        if let Some(first) = entries.first() {
+            let kept = first.index.saturating_sub(self.truncated.index + 1) as usize;
+            for stale in self.entries.drain(kept.min(self.entries.len())..) {
+                batch.remove(log_key(stale.index));
+            }
+        }
+        for entry in entries {
+            batch.put(log_key(entry.index), entry.encode_to_vec());
+            self.entries.push_back(entry.clone());
+        }
+        Ok(self.store.commit(batch)?)
+    }
+
+    /// Takes a snapshot that came from the leader in place of the log.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn install(&mut self, bytes: &[u8], at: Place) -> Result<(), LogError> {
+        snapshot::replace(&self.folder, bytes)?;
+        self.snapshot = at;
+        self.hard.commit = self.hard.commit.max(at.index);
+        self.hard.term = self.hard.term.max(at.term);
+        self.reset_log(at)
+    }
+
+    /// Keeps the state as a snapshot and drops all but the newest `keep` entries up to it.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn make_snapshot(&mut self, applied: u64, state: &State, keep: u64) -> Result<(), LogError> {
+        let Ok(term) = self.term(applied) else { return Ok(()) };
+        let voters = self.voters.voters.clone();
+        let bytes = snapshot::encode(&Snapshot { index: applied, term, voters, state: state.clone() })?;
+        snapshot::replace(&self.folder, &bytes)?;
+        self.snapshot = Place { index: applied, term };
+        let index = applied.saturating_sub(keep);
+        if index <= self.truncated.index {
+            return Ok(());
+        }
+        let Ok(term) = self.term(index) else { return Ok(()) };
+        let mut batch = Batch::default();
+        batch.put(HARD, self.hard.encode_to_vec());
+        for entry in self.entries.drain(..(index - self.truncated.index) as usize) {
+            batch.remove(log_key(entry.index));
+        }
+        self.put_truncated(&mut batch, Place { index, term });
+        Ok(self.store.commit(batch)?)
+    }
+
+    /// The log begins after `at`, empty.
+    fn reset_log(&mut self, at: Place) -> Result<(), LogError> {
+        let mut batch = Batch::default();
+        for entry in self.entries.drain(..) {
+            batch.remove(log_key(entry.index));
+        }
+        batch.put(HARD, self.hard.encode_to_vec());
+        self.put_truncated(&mut batch, at);
+        Ok(self.store.commit(batch)?)
+    }
+
+    fn put_truncated(&mut self, batch: &mut Batch, at: Place) {
+        self.truncated = at;
+        batch.put(TRUNCATED, [at.index.to_be_bytes(), at.term.to_be_bytes()].concat());
+    }
+
+    fn last(&self) -> Place {
+        match self.entries.back() {
+            Some(entry) => Place { index: entry.index, term: entry.term },
+            None => self.truncated,
+        }
+    }
+}
+
+impl Storage for LogStorage {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        Ok(RaftState { hard_state: self.hard.clone(), conf_state: self.voters.clone() })
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if low <= self.truncated.index {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if high > self.last().index + 1 {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        let at = |index: u64| (index - self.truncated.index - 1) as usize;
+        let mut entries: Vec<Entry> = self.entries.range(at(low)..at(high)).cloned().collect();
+        raft::util::limit_size(&mut entries, max_size.into());
+        Ok(entries)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == self.truncated.index {
+            return Ok(self.truncated.term);
+        }
+        if index == self.snapshot.index {
+            return Ok(self.snapshot.term);
+        }
+        if index < self.truncated.index {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        let entry = self.entries.get((index - self.truncated.index - 1) as usize);
+        entry.map(|entry| entry.term).ok_or(raft::Error::Store(StorageError::Unavailable))
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.truncated.index + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last().index)
+    }
+
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<raft::eraftpb::Snapshot> {
+        let unavailable = raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable);
+        if self.snapshot.index < request_index.max(self.truncated.index) || self.snapshot.index == 0 {
+            self.snapshot_wanted.set(true);
+            return Err(unavailable);
+        }
+        let Ok(Some(kept)) = snapshot::load(&self.folder) else {
+            self.snapshot_wanted.set(true);
+            return Err(unavailable);
+        };
+        let data = snapshot::encode(&kept).map_err(|_| unavailable)?;
+        let mut out = raft::eraftpb::Snapshot { data, ..Default::default() };
+        let metadata = out.mut_metadata();
+        metadata.index = kept.index;
+        metadata.term = kept.term;
+        metadata.set_conf_state(self.voters.clone());
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn entry(index: u64, term: u64) -> Entry {
+        Entry { index, term, data: vec![index as u8], ..Entry::default() }
+    }
+
+    fn indexes(storage: &LogStorage) -> Vec<(u64, u64)> {
+        let (first, last) = (storage.first_index().unwrap(), storage.last_index().unwrap());
+        let entries = storage.entries(first, last + 1, None, GetEntriesContext::empty(false)).unwrap();
+        entries.iter().map(|entry| (entry.index, entry.term)).collect()
+    }
+
+    #[test]
+    fn a_conflicting_tail_is_overwritten_and_stays_so_after_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let expected = vec![(1, 1), (2, 2)];
+        {
+            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            storage.persist(&[entry(1, 1), entry(2, 1), entry(3, 1)]).unwrap();
+            storage.note_hard(&HardState { term: 2, vote: 1, commit: 1 });
+            storage.persist(&[entry(2, 2)]).unwrap();
+            assert_eq!(indexes(&storage), expected);
+        }
+        let (storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        assert_eq!(indexes(&storage), expected);
+        assert_eq!(storage.initial_state().unwrap().hard_state.term, 2);
+    }
+
+    #[test]
+    fn after_a_snapshot_the_log_is_short_and_the_state_is_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State { seed_seq: 42, ..State::default() };
+        {
+            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
+            storage.make_snapshot(8, &state, 2).unwrap();
+            assert_eq!(indexes(&storage), [(7, 1), (8, 1), (9, 1), (10, 1)]);
+        }
+        let (storage, found) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        assert_eq!((found, storage.snapshot_place().index, storage.term(6).unwrap()), (state, 8, 1));
+        assert!(storage.entries(6, 8, None, GetEntriesContext::empty(false)).is_err());
+        assert_eq!(storage.snapshot(0, 2).unwrap().get_metadata().index, 8);
+    }
+
+    #[test]
+    fn a_snapshot_file_that_is_ahead_of_the_log_wins() {
+        let folder = tempfile::tempdir().unwrap();
+        {
+            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            storage.persist(&[entry(1, 1), entry(2, 1)]).unwrap();
+        }
+        let ahead = Snapshot { index: 9, term: 3, voters: vec![1], state: State::default() };
+        snapshot::replace(folder.path(), &snapshot::encode(&ahead).unwrap()).unwrap();
+        let (storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        assert_eq!((storage.first_index().unwrap(), storage.last_index().unwrap()), (10, 9));
+        assert_eq!(storage.initial_state().unwrap().hard_state.commit, 9);
+    }
+}

@@ -1,0 +1,111 @@
+//! [`assignment`]: what a worker should do, all of it, as a pure function of the committed state.
+//!
+//! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
+//! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
+
+use pageport_ownership::Ownership;
+use pageport_proto::v1::{self, vm_assignment};
+use pageport_proto::{VmId, WorkerName};
+
+use crate::model::migration::{Cancel, Phase};
+use crate::model::state::{Life, Power, ReplicaPhase, Vm};
+use crate::model::{Migration, State};
+
+/// What this worker should do. `seq` and `term` are left for the sender.
+pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
+    let mine = state.vms.iter().filter(|(_, vm)| concerns(vm, worker));
+    let mut out = v1::WorkerAssignment {
+        migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
+        ..v1::WorkerAssignment::default()
+    };
+    for (id, vm) in mine {
+        out.vms.push(vm_for(*id, vm));
+        if vm.life == Life::Deleted {
+            continue;
+        }
+        if vm.ownership.owner().0 == worker {
+            out.seeds.extend(seeds_for(state, *id, vm));
+        }
+        if vm.removals.values().any(|holder| holder == worker) {
+            out.replica_removals.push(v1::ReplicaRemoval { vm_id: id.to_string() });
+        }
+    }
+    out
+}
+
+/// Does this worker have to do with the VM?
+pub fn concerns(vm: &Vm, worker: &WorkerName) -> bool {
+    let moves_here = match &vm.ownership {
+        Ownership::Owned { owner, .. } => owner == worker,
+        Ownership::Migrating { from, to, .. } => from == worker || to == worker,
+    };
+    moves_here
+        || vm.replicas.values().any(|replica| replica.worker == *worker)
+        || vm.removals.values().any(|holder| holder == worker)
+}
+
+fn vm_for(id: VmId, vm: &Vm) -> v1::VmAssignment {
+    let (owner, own) = vm.ownership.owner();
+    let (released, refused) = match &vm.ownership {
+        Ownership::Owned { .. } => (None, None),
+        Ownership::Migrating { epoch, released, refused, .. } => {
+            (released.then_some(*epoch), refused.then_some(*epoch))
+        }
+    };
+    let power = match vm.power {
+        Power::Run => vm_assignment::Power::Run,
+        Power::Stop => vm_assignment::Power::Stop,
+        Power::Kill => vm_assignment::Power::Kill,
+    };
+    v1::VmAssignment {
+        vm_id: id.to_string(),
+        spec: Some(v1::VmSpec::from(&vm.spec)),
+        owner_worker: owner.to_string(),
+        owner_epoch: own.raw(),
+        power: power.into(),
+        released_epoch: released.unwrap_or_default().raw(),
+        refused_epoch: refused.unwrap_or_default().raw(),
+        deleted: vm.life == Life::Deleted,
+    }
+}
+
+fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> Option<v1::MigrationAssignment> {
+    let (role, peer, ended) = if migration.from.worker == *worker {
+        (v1::MigrationRole::Source, &migration.to.worker, migration.source_ended)
+    } else if migration.to.worker == *worker {
+        (v1::MigrationRole::Destination, &migration.from.worker, migration.destination_ended)
+    } else {
+        return None;
+    };
+    if ended {
+        return None;
+    }
+    Some(v1::MigrationAssignment {
+        migration_id: migration.id.to_string(),
+        vm_id: migration.vm.to_string(),
+        epoch: migration.epoch.raw(),
+        role: role.into(),
+        peer_worker: peer.to_string(),
+        peer_address: state.workers.get(peer).map(|peer| peer.peer_address.clone()).unwrap_or_default(),
+        cancel: matches!(migration.phase, Phase::Running { cancel: Cancel::Asked }),
+        traceparent: migration.traceparent.clone(),
+        ordered_unix_ms: migration.created_unix_ms,
+        over: migration.is_over(),
+    })
+}
+
+fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
+    let seeding = vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeding);
+    seeding
+        .filter_map(|(site, replica)| {
+            let peer = state.workers.get(&replica.worker)?;
+            Some(v1::SeedAssignment {
+                vm_id: id.to_string(),
+                to_site: site.to_string(),
+                peer_worker: replica.worker.to_string(),
+                peer_address: peer.peer_address.clone(),
+                seed_seq: replica.seed_seq,
+            })
+        })
+        .collect()
+}

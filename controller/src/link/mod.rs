@@ -1,0 +1,21 @@
+//! Between the leader and the workers.
+//!
+//! ```text
+//!   worker ──WorkerReport──▶ service ──▶ hub: observations ──▶ reconcile ──▶ commands ──▶ log
+//!   worker ◀─WorkerAssignment── service ◀── assignment(state, worker) ◀── committed state
+//! ```
+//! | module | what |
+//! |---|---|
+//! | [`observation`] | what each worker last said; the hub that keeps it, in the leader's memory only |
+//! | [`assignment`] | what each worker should do: a pure function of the state |
+//! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
+//! | [`driver`] | proposes them |
+//! | [`service`] | the gRPC side |
+//!
+//! Everything is level-triggered: a new leader knows all it needs from committed state and the next reports.
+
+pub mod assignment;
+pub mod driver;
+pub mod observation;
+pub mod reconcile;
+pub mod service;

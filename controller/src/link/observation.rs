@@ -1,0 +1,130 @@
+//! What each worker last said, kept apart from what should be.
+//!
+//! The [`hub`] task owns the observations and publishes each change; they live in memory, at the leader only, and are
+//! rebuilt from the next reports after a change of leader.
+//!
+//! Guarantees: a report is bounded ([`MAX_VMS`] and so on) before it is kept; readers see whole snapshots.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::Record;
+use pageport_proto::v1;
+use pageport_proto::{MigrationId, VmId, WorkerName};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+/// A worker is connected while its last report is younger than this.
+pub const CONNECTED_FOR: Duration = Duration::from_secs(5);
+/// VMs, migrations or seeds in one report.
+pub const MAX_VMS: usize = 4096;
+const QUEUE: usize = 256;
+
+/// One worker's last words.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// The report.
+    pub report: Arc<v1::WorkerReport>,
+    /// When it came.
+    pub at: Instant,
+    /// When it came, for people.
+    pub at_unix_ms: i64,
+    /// The report takes the newest assignment into account.
+    pub current: bool,
+}
+
+/// All workers' last words.
+#[derive(Debug, Clone, Default)]
+pub struct Observations {
+    workers: BTreeMap<WorkerName, Observed>,
+}
+
+impl Observations {
+    /// Takes a report in.
+    pub fn put(&mut self, worker: WorkerName, observed: Observed) {
+        self.workers.insert(worker, observed);
+    }
+
+    /// All workers that have reported to this leader.
+    pub fn iter(&self) -> impl Iterator<Item = (&WorkerName, &Observed)> {
+        self.workers.iter()
+    }
+
+    /// A worker's last words, if they are recent.
+    pub fn connected(&self, worker: &WorkerName, now: Instant) -> Option<&Observed> {
+        self.workers.get(worker).filter(|observed| now.saturating_duration_since(observed.at) < CONNECTED_FOR)
+    }
+
+    /// A worker's last words, however old.
+    pub fn last(&self, worker: &WorkerName) -> Option<&Observed> {
+        self.workers.get(worker)
+    }
+}
+
+impl Observed {
+    /// What the worker said about a VM.
+    pub fn vm(&self, id: VmId) -> Option<&v1::VmReport> {
+        let id = id.to_string();
+        self.report.vms.iter().find(|vm| vm.vm_id == id)
+    }
+
+    /// What the worker said about a move.
+    pub fn migration(&self, id: MigrationId) -> Option<&v1::MigrationReport> {
+        let id = id.to_string();
+        self.report.migrations.iter().find(|migration| migration.migration_id == id)
+    }
+
+    /// What the worker said about a copy.
+    pub fn seed(&self, id: VmId, seed_seq: u64) -> Option<&v1::SeedReport> {
+        let id = id.to_string();
+        self.report.seeds.iter().find(|seed| seed.vm_id == id && seed.seed_seq == seed_seq)
+    }
+}
+
+/// The ownership record in a VM's report, if it is one.
+pub fn record_of(report: &v1::VmReport) -> Option<Record> {
+    report.record.as_ref().and_then(|record| Record::try_from(record).ok())
+}
+
+/// Is this report small enough to be kept?
+pub fn is_bounded(report: &v1::WorkerReport) -> bool {
+    report.vms.len() <= MAX_VMS && report.migrations.len() <= MAX_VMS && report.seeds.len() <= MAX_VMS
+}
+
+/// To and from the hub.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    reports: mpsc::Sender<(WorkerName, Observed)>,
+    observations: watch::Receiver<Arc<Observations>>,
+}
+
+impl Hub {
+    /// Hands a report in. Waits while the hub is behind.
+    pub async fn put(&self, worker: WorkerName, observed: Observed) {
+        // The hub ends only with the process: then nobody reads what was reported.
+        let _ = self.reports.send((worker, observed)).await;
+    }
+
+    /// The observations now.
+    pub fn now(&self) -> Arc<Observations> {
+        self.observations.borrow().clone()
+    }
+
+    /// The observations and their changes.
+    pub fn watch(&self) -> watch::Receiver<Arc<Observations>> {
+        self.observations.clone()
+    }
+}
+
+/// Starts the task that owns the observations; it ends when the last [`Hub`] is dropped.
+pub fn hub() -> Hub {
+    let (reports, mut inbox) = mpsc::channel::<(WorkerName, Observed)>(QUEUE);
+    let (published, observations) = watch::channel(Arc::new(Observations::default()));
+    tokio::spawn(async move {
+        while let Some((worker, observed)) = inbox.recv().await {
+            published.send_modify(|observations| Arc::make_mut(observations).put(worker, observed));
+        }
+    });
+    Hub { reports, observations }
+}

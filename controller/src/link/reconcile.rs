@@ -1,0 +1,163 @@
+//! [`reconcile`]: which commands the reports call for, as a pure function of state, observations and time.
+//!
+//! Each command closes one gap between what is committed and what a worker has durably done; once applied it is no
+//! longer proposed. Progress and health cause none: they stay out of the log.
+
+use std::time::Duration;
+
+use pageport_ownership::{Evidence, Ownership, controller};
+use pageport_proto::v1::VmState;
+use pageport_proto::{VmId, WorkerName};
+use tokio::time::Instant;
+
+use super::assignment::concerns;
+use super::observation::{Observations, Observed, record_of};
+use crate::model::migration::{Phase, Record};
+use crate::model::state::{Life, Power, ReplicaPhase, Vm, Worker};
+use crate::model::{Migration, Order, State};
+
+/// How long a move whose owner has changed waits for its figures.
+pub const RECORD_WITHIN: Duration = Duration::from_secs(10);
+/// A crash is believed once the order to run is older than this: the report may be from before the order.
+const CRASH_AFTER: Duration = Duration::from_secs(5);
+/// Longest text of a worker that goes into the log, in characters.
+const MAX_REASON_CHARS: usize = 500;
+
+/// The moment, on both clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For ages.
+    pub instant: Instant,
+    /// For the log.
+    pub unix_ms: i64,
+}
+
+/// Orders that the reports call for.
+pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Order> {
+    let mut orders = vec![];
+    for (name, observed) in observations.iter() {
+        if observations.connected(name, now.instant).is_some() {
+            orders.extend(registration(state, name, observed));
+        }
+    }
+    // A failure's reason is noted, and figures are taken, before evidence ends the move.
+    for migration in state.migrations.values() {
+        orders.extend(moves(migration, observations, now));
+    }
+    for (id, vm) in &state.vms {
+        orders.extend(evidence(*id, vm, observations, now));
+        orders.extend(copies(*id, vm, observations, now));
+        orders.extend(crash(*id, vm, observations, now));
+        orders.extend(forget(state, *id, vm, observations, now));
+    }
+    orders
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(MAX_REASON_CHARS).collect()
+}
+
+fn registration(state: &State, name: &WorkerName, observed: &Observed) -> Option<Order> {
+    let report = &observed.report;
+    let worker = Worker {
+        site: report.site.parse().ok()?,
+        grpc_address: shorten(&report.grpc_address),
+        peer_address: shorten(&report.peer_address),
+        version: shorten(&report.version),
+        qemu_version: shorten(&report.qemu_version),
+        accelerator: shorten(&report.accelerator),
+        memory_total_bytes: report.memory_total_bytes,
+    };
+    let known = state.workers.get(name) == Some(&worker);
+    (!known).then(|| Order::RegisterWorker { name: name.clone(), worker })
+}
+
+fn evidence(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
+    let Ownership::Migrating { from, to, .. } = &vm.ownership else { return vec![] };
+    let mut orders = vec![];
+    for worker in [from, to] {
+        let record =
+            observations.connected(worker, now.instant).and_then(|observed| observed.vm(id)).and_then(record_of);
+        for fact in record.iter().flat_map(controller::facts) {
+            let evidence = Evidence { worker: worker.clone(), fact };
+            if vm.ownership.step(&evidence).is_some() {
+                orders.push(Order::Evidence { vm: id, evidence });
+            }
+        }
+    }
+    orders
+}
+
+fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
+    let mut orders = vec![];
+    let owner = observations.connected(vm.ownership.owner().0, now.instant);
+    for (site, replica) in vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeding) {
+        let report = owner.and_then(|owner| owner.seed(id, replica.seed_seq));
+        let Some(report) = report.filter(|report| report.to_site == site.as_str()) else { continue };
+        let failure = (!report.failure.is_empty()).then(|| shorten(&report.failure));
+        if report.complete || failure.is_some() {
+            orders.push(Order::SeedEnded { vm: id, site: site.clone(), seed_seq: replica.seed_seq, failure });
+        }
+    }
+    for (site, worker) in &vm.removals {
+        let holder = observations.connected(worker, now.instant).filter(|observed| observed.current);
+        if holder.is_some_and(|holder| holder.vm(id).is_none_or(|report| !report.has_replica)) {
+            orders.push(Order::ReplicaRemoved { vm: id, site: site.clone() });
+        }
+    }
+    orders
+}
+
+fn crash(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
+    let ordered_for = now.unix_ms.saturating_sub(vm.power_unix_ms);
+    if vm.power != Power::Run || vm.migration.is_some() || ordered_for < CRASH_AFTER.as_millis() as i64 {
+        return None;
+    }
+    let owner = observations.connected(vm.ownership.owner().0, now.instant).filter(|observed| observed.current)?;
+    let report = owner.vm(id).filter(|report| report.state() == VmState::Crashed)?;
+    let problem = if report.problem.is_empty() { "the hypervisor ended unexpectedly" } else { &report.problem };
+    Some(Order::VmCrashed { vm: id, problem: shorten(problem) })
+}
+
+fn forget(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
+    if vm.life != Life::Deleted {
+        return None;
+    }
+    let clean = |worker: &WorkerName| {
+        let observed = observations.connected(worker, now.instant).filter(|observed| observed.current);
+        observed.is_some_and(|observed| observed.vm(id).is_none())
+    };
+    let mut holders = state.workers.keys().filter(|worker| concerns(vm, worker));
+    holders.all(clean).then_some(Order::ForgetVm { vm: id })
+}
+
+fn moves(migration: &Migration, observations: &Observations, now: Now) -> Vec<Order> {
+    let id = migration.id;
+    let mut orders = vec![];
+    if migration.source_ended && migration.destination_ended {
+        return orders;
+    }
+    for (worker, ended) in
+        [(&migration.from.worker, migration.source_ended), (&migration.to.worker, migration.destination_ended)]
+    {
+        let Some(observed) = observations.connected(worker, now.instant) else { continue };
+        let Some(report) = observed.migration(id) else { continue };
+        if let Some(record) = &report.record
+            && migration.record.is_none()
+        {
+            orders.push(Order::MigrationRecord { id, record: Record(record.clone()) });
+        }
+        if !report.failure.is_empty() && migration.wants_reason() {
+            orders.push(Order::MigrationFailing { id, reason: shorten(&report.failure) });
+        }
+        if report.ended && migration.is_over() && !ended {
+            orders.push(Order::MigrationEnded { id, worker: worker.clone() });
+        }
+    }
+    if let Phase::Acquired { at_unix_ms, .. } = migration.phase
+        && now.unix_ms.saturating_sub(at_unix_ms) >= RECORD_WITHIN.as_millis() as i64
+    {
+        orders.push(Order::MigrationComplete { id });
+    }
+    orders
+}

@@ -1,0 +1,233 @@
+//! The gRPC side of the worker link: one task per worker's stream, on the leader only.
+//!
+//! ```text
+//!   report ──▶ hub            state, or a second has passed ──▶ assignment ──▶ worker
+//! ```
+//! Guarantees: an assignment is sent at once when it changes, and once a second as a sign of life; a stream without
+//! reports is closed after [`IDLE`]; questions are answered after a quorum round, never from memory alone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::Epoch;
+use pageport_proto::v1;
+use pageport_proto::v1::worker_link_service_server::WorkerLinkService;
+use pageport_proto::{SiteName, VmId, WorkerName};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::assignment::assignment;
+use super::observation::{Hub, Observed, is_bounded};
+use crate::api::unix_ms;
+use crate::config::Member;
+use crate::consensus::{Consensus, ConsensusError};
+use crate::model::State;
+use crate::model::state::Life;
+
+/// Metadata key of the leader's address.
+pub const LEADER_KEY: &str = "pageport-leader";
+/// A stream without a report for this long is closed.
+pub const IDLE: Duration = Duration::from_secs(15);
+const HEARTBEAT: Duration = Duration::from_secs(1);
+const QUEUE: usize = 4;
+
+/// Serves the workers.
+#[derive(Debug, Clone)]
+pub struct WorkerLink {
+    consensus: Consensus,
+    hub: Hub,
+    members: Arc<Vec<Member>>,
+}
+
+impl WorkerLink {
+    /// Reports go to this hub.
+    pub fn new(consensus: Consensus, hub: Hub, members: Arc<Vec<Member>>) -> Self {
+        Self { consensus, hub, members }
+    }
+
+    fn not_leader(&self) -> Status {
+        let mut status = Status::failed_precondition("this controller is not the leader: connect to the leader");
+        let leader = self.consensus.status().leader;
+        let address = self.members.iter().find(|member| Some(member.id) == leader).map(|member| &member.address);
+        if let Some(address) = address.and_then(|address| address.parse().ok()) {
+            status.metadata_mut().insert(LEADER_KEY, address);
+        }
+        status
+    }
+
+    async fn read(&self) -> Result<Arc<State>, Status> {
+        self.consensus.read().await.map_err(|error| match error {
+            ConsensusError::NotLeader => self.not_leader(),
+            other => Status::unavailable(other.to_string()),
+        })
+    }
+}
+
+fn parse<T: std::str::FromStr>(text: &str) -> Result<T, Status>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse().map_err(|error: T::Err| Status::invalid_argument(error.to_string()))
+}
+
+#[tonic::async_trait]
+impl WorkerLinkService for WorkerLink {
+    type LinkStream = ReceiverStream<Result<v1::WorkerAssignment, Status>>;
+
+    async fn link(&self, request: Request<Streaming<v1::WorkerReport>>) -> Result<Response<Self::LinkStream>, Status> {
+        if !self.consensus.status().serving {
+            return Err(self.not_leader());
+        }
+        let (assignments, stream) = mpsc::channel(QUEUE);
+        let session = Session { link: self.clone(), assignments, seq: unix_ms().unsigned_abs(), last: None };
+        tokio::spawn(session.run(request.into_inner()));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn ask_authorisation(
+        &self,
+        request: Request<v1::AskAuthorisationRequest>,
+    ) -> Result<Response<v1::AskAuthorisationResponse>, Status> {
+        let request = request.into_inner();
+        let worker: WorkerName = parse(&request.worker)?;
+        let id: VmId = parse(&request.vm_id)?;
+        let epoch = Epoch::from_raw(request.epoch);
+        let state = self.read().await?;
+        let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
+        let authorised = vm.filter(|vm| vm.ownership.authorised(&worker) == Some(epoch));
+        Ok(Response::new(v1::AskAuthorisationResponse {
+            nonce: request.nonce,
+            authorised: authorised.is_some(),
+            reason: match (vm, authorised) {
+                (_, Some(_)) => String::new(),
+                (Some(_), None) => format!("worker \"{worker}\" is not to receive vm {id} under epoch {epoch}"),
+                (None, None) => format!("vm {id} is unknown"),
+            },
+            spec: authorised.map(|vm| v1::VmSpec::from(&vm.spec)),
+        }))
+    }
+
+    async fn ask_grant(&self, request: Request<v1::AskGrantRequest>) -> Result<Response<v1::AskGrantResponse>, Status> {
+        let request = request.into_inner();
+        let worker: WorkerName = parse(&request.worker)?;
+        let id: VmId = parse(&request.vm_id)?;
+        let state = self.read().await?;
+        let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
+        let own = vm.and_then(|vm| vm.ownership.grantable(&worker));
+        Ok(Response::new(v1::AskGrantResponse {
+            nonce: request.nonce,
+            granted: own.is_some(),
+            own: own.unwrap_or_default().raw(),
+            reason: match (vm, own) {
+                (_, Some(_)) => String::new(),
+                (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),
+                (None, None) => format!("vm {id} is unknown"),
+            },
+        }))
+    }
+}
+
+/// One worker's stream.
+struct Session {
+    link: WorkerLink,
+    assignments: mpsc::Sender<Result<v1::WorkerAssignment, Status>>,
+    seq: u64,
+    last: Option<v1::WorkerAssignment>,
+}
+
+impl Session {
+    async fn run(mut self, mut reports: Streaming<v1::WorkerReport>) {
+        if let Err(status) = self.serve(&mut reports).await {
+            tracing::info!(code = ?status.code(), reason = status.message(), "worker link ended");
+            // The worker may be gone: then nobody needs the reason.
+            let _ = self.assignments.try_send(Err(status));
+        }
+    }
+
+    async fn serve(&mut self, reports: &mut Streaming<v1::WorkerReport>) -> Result<(), Status> {
+        let first = tokio::time::timeout(IDLE, reports.message()).await;
+        let Some(first) = first.map_err(|_| silent())?? else { return Ok(()) };
+        let worker: WorkerName = parse(&first.worker)?;
+        let site: SiteName = parse(&first.site)?;
+        tracing::info!(%worker, %site, "worker connected");
+        self.take(&worker, first).await?;
+        let mut state = self.link.consensus.watch_state();
+        let mut status = self.link.consensus.watch_status();
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last_report = Instant::now();
+        loop {
+            tokio::select! {
+                report = reports.message() => {
+                    let Some(report) = report? else { return Ok(()) };
+                    last_report = Instant::now();
+                    self.take(&worker, report).await?;
+                }
+                changed = state.changed() => {
+                    changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
+                    self.send(&worker, Send::IfChanged)?;
+                }
+                changed = status.changed() => {
+                    changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
+                    if !status.borrow_and_update().serving {
+                        return Err(self.link.not_leader());
+                    }
+                }
+                _ = heartbeat.tick() => {
+                    if last_report.elapsed() > IDLE {
+                        return Err(silent());
+                    }
+                    self.send(&worker, Send::Always)?;
+                }
+            }
+        }
+    }
+
+    async fn take(&self, worker: &WorkerName, report: v1::WorkerReport) -> Result<(), Status> {
+        if report.worker != worker.as_str() {
+            return Err(Status::invalid_argument("a worker's stream reports under one name"));
+        }
+        if !is_bounded(&report) {
+            return Err(Status::invalid_argument("the report names too many VMs, migrations or seeds"));
+        }
+        let current = self.last.as_ref().is_some_and(|last| last.seq == report.assignment_seq);
+        let observed = Observed { report: Arc::new(report), at: Instant::now(), at_unix_ms: unix_ms(), current };
+        self.link.hub.put(worker.clone(), observed).await;
+        Ok(())
+    }
+
+    /// A worker that does not read its assignments gets the newest one once it does.
+    fn send(&mut self, worker: &WorkerName, send: Send) -> Result<(), Status> {
+        let mut now = assignment(&self.link.consensus.applied(), worker);
+        let before = self.last.as_ref();
+        now.term = before.map_or(0, |last| last.term);
+        now.seq = before.map_or(0, |last| last.seq);
+        let changed = before != Some(&now);
+        if !changed && send == Send::IfChanged {
+            return Ok(());
+        }
+        if changed {
+            self.seq += 1;
+            now.seq = self.seq;
+        }
+        now.term = self.link.consensus.status().term;
+        match self.assignments.try_send(Ok(now.clone())) {
+            Ok(()) => self.last = Some(now),
+            Err(mpsc::error::TrySendError::Full(_)) => {}
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(Status::cancelled("the worker closed the stream")),
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Send {
+    Always,
+    IfChanged,
+}
+
+fn silent() -> Status {
+    Status::deadline_exceeded(format!("no report for {} s", IDLE.as_secs()))
+}

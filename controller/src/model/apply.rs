@@ -1,0 +1,298 @@
+//! [`apply`]: the one function that changes the state.
+//!
+//! Guarantees: deterministic; a rejected command changes nothing; a client's request id takes effect once. Orders that
+//! come from reports are idempotent: a level-triggered reconciler may propose them more than once.
+
+use pageport_ownership::{Evidence, Fact, Ownership};
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
+
+use super::command::{Answer, ClientOrder, Command, Order, Outcome, Rejection};
+use super::migration::{Cancel, Migration, Phase, Place, Turn};
+use super::spec::Spec;
+use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
+
+/// Applies one command.
+pub fn apply(state: &mut State, command: Command) -> Outcome {
+    let now = command.now_unix_ms;
+    match command.order {
+        Order::Client { request, order } => return client(state, request, order, now),
+        Order::RegisterWorker { name, worker } => {
+            state.workers.insert(name, worker);
+        }
+        Order::Evidence { vm, evidence } => follow(state, vm, &evidence, now),
+        Order::SeedEnded { vm, site, seed_seq, failure } => {
+            let replica = state.vms.get_mut(&vm).and_then(|vm| vm.replicas.get_mut(&site));
+            if let Some(replica) = replica.filter(|replica| replica.seed_seq == seed_seq) {
+                replica.phase = failure.map_or(ReplicaPhase::Seeded, |reason| ReplicaPhase::Failed { reason });
+            }
+        }
+        Order::ReplicaRemoved { vm, site } => {
+            if let Some(vm) = state.vms.get_mut(&vm) {
+                vm.removals.remove(&site);
+            }
+        }
+        Order::MigrationFailing { id, reason } => {
+            if let Some(migration) = state.migrations.get_mut(&id) {
+                migration.note_failure(reason);
+            }
+        }
+        Order::MigrationRecord { id, record } => {
+            if let Some(migration) = state.migrations.get_mut(&id) {
+                migration.take_record(record, now);
+            }
+            settle(state, id);
+        }
+        Order::MigrationComplete { id } => {
+            if let Some(migration) = state.migrations.get_mut(&id) {
+                migration.complete(now);
+            }
+            settle(state, id);
+        }
+        Order::MigrationEnded { id, worker } => {
+            if let Some(migration) = state.migrations.get_mut(&id).filter(|migration| migration.is_over()) {
+                migration.source_ended |= migration.from.worker == worker;
+                migration.destination_ended |= migration.to.worker == worker;
+            }
+        }
+        Order::VmCrashed { vm, problem } => {
+            if let Some(vm) = state.vms.get_mut(&vm).filter(|vm| vm.power == Power::Run && vm.migration.is_none()) {
+                vm.power = Power::Stop;
+                vm.power_unix_ms = now;
+                vm.problem = problem;
+            }
+        }
+        Order::ForgetVm { vm } => {
+            if state.vms.get(&vm).is_some_and(|vm| vm.life == Life::Deleted) {
+                state.vms.remove(&vm);
+            }
+        }
+    }
+    Ok(Answer::Done)
+}
+
+fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -> Outcome {
+    if let Some(answer) = state.answers.get(&request) {
+        let fits = answers(&order, answer);
+        return if fits { Ok(answer.clone()) } else { Err(Rejection::RequestReused { request }) };
+    }
+    let answer = match order {
+        ClientOrder::DefineVm { id, spec, worker } => define(state, id, *spec, worker, now),
+        ClientOrder::SetPower { vm, power } => set_power(state, vm, power, now),
+        ClientOrder::DeleteVm { vm } => delete(state, vm),
+        ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
+        ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
+        ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
+        ClientOrder::CancelMigration { id } => cancel(state, id),
+    }?;
+    state.answers.put(request, answer.clone());
+    Ok(answer)
+}
+
+/// Can this have been the answer to that order?
+fn answers(order: &ClientOrder, answer: &Answer) -> bool {
+    match (order, answer) {
+        (ClientOrder::DefineVm { .. }, Answer::Vm(_))
+        | (ClientOrder::CreateMigration { .. }, Answer::Migration(_))
+        | (ClientOrder::DeleteVm { .. } | ClientOrder::DeleteReplica { .. }, Answer::Done) => true,
+        (ClientOrder::SetPower { vm, .. }, Answer::Vm(answered)) => vm == answered,
+        (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
+        (ClientOrder::SeedReplica { vm, site, .. }, Answer::Replica(answered, at)) => vm == answered && site == at,
+        (_, Answer::Done | Answer::Vm(_) | Answer::Migration(_) | Answer::Replica(..)) => false,
+    }
+}
+
+fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> {
+    let vm = state.vms.get_mut(&id).filter(|vm| vm.life == Life::Defined);
+    vm.ok_or_else(|| Rejection::VmUnknown { vm: id.to_string() })
+}
+
+fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
+    match vm.migration {
+        Some(id) => Err(Rejection::AlreadyMigrating { name: vm.spec.name.clone(), id }),
+        None => Ok(()),
+    }
+}
+
+fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName, now: i64) -> Outcome {
+    if state.find_vm(&spec.name).is_some() {
+        return Err(Rejection::NameTaken { name: spec.name });
+    }
+    if !state.workers.contains_key(&worker) {
+        return Err(Rejection::WorkerUnknown { worker });
+    }
+    let vm = Vm {
+        spec,
+        ownership: Ownership::first(worker),
+        power: Power::Stop,
+        power_unix_ms: now,
+        replicas: Default::default(),
+        removals: Default::default(),
+        problem: String::new(),
+        life: Life::Defined,
+        migration: None,
+    };
+    state.vms.insert(id, vm);
+    Ok(Answer::Vm(id))
+}
+
+fn set_power(state: &mut State, id: VmId, power: Power, now: i64) -> Outcome {
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    if vm.power != power {
+        vm.power = power;
+        vm.power_unix_ms = now;
+    }
+    vm.problem.clear();
+    Ok(Answer::Vm(id))
+}
+
+fn delete(state: &mut State, id: VmId) -> Outcome {
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    if vm.power == Power::Run {
+        return Err(Rejection::StillRunning { name: vm.spec.name.clone() });
+    }
+    vm.life = Life::Deleted;
+    Ok(Answer::Done)
+}
+
+fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outcome {
+    if state.site_of(&worker) != Some(&site) {
+        return Err(Rejection::WorkerUnknown { worker });
+    }
+    let seed_seq = state.seed_seq + 1;
+    let owner_site = state.vms.get(&id).and_then(|vm| state.site_of_vm(vm)).cloned();
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    let name = vm.spec.name.clone();
+    if owner_site.as_ref() == Some(&site) {
+        return Err(Rejection::AlreadyThere { name, site });
+    }
+    if vm.removals.contains_key(&site) {
+        return Err(Rejection::ReplicaLeaving { name, site });
+    }
+    let fresh = Replica { worker, seed_seq, phase: ReplicaPhase::Seeding };
+    // Files of an earlier copy lie at the worker that made it: the new one goes on there.
+    let replica = vm.replicas.entry(site.clone()).or_insert(fresh);
+    replica.seed_seq = seed_seq;
+    replica.phase = ReplicaPhase::Seeding;
+    state.seed_seq = seed_seq;
+    Ok(Answer::Replica(id, site))
+}
+
+fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    match vm.replicas.remove(&site) {
+        Some(replica) => {
+            vm.removals.insert(site, replica.worker);
+            Ok(Answer::Done)
+        }
+        None => Err(Rejection::NoReplica { name: vm.spec.name.clone(), site }),
+    }
+}
+
+fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, traceparent: String, now: i64) -> Outcome {
+    let from_site = state.vms.get(&vm_id).and_then(|vm| state.site_of_vm(vm)).cloned();
+    let vm = vm_mut(state, vm_id)?;
+    let name = vm.spec.name.clone();
+    not_migrating(vm)?;
+    let from_worker = vm.ownership.owner().0.clone();
+    let Some(from_site) = from_site else { return Err(Rejection::WorkerUnknown { worker: from_worker }) };
+    if from_site == site {
+        return Err(Rejection::AlreadyThere { name, site });
+    }
+    if vm.power != Power::Run {
+        return Err(Rejection::NotRunning { name });
+    }
+    let replica =
+        vm.replicas.get(&site).ok_or_else(|| Rejection::NoReplica { name: name.clone(), site: site.clone() })?;
+    if replica.phase != ReplicaPhase::Seeded {
+        return Err(Rejection::ReplicaNotSeeded { name, site });
+    }
+    let to = Place { site: site.clone(), worker: replica.worker.clone() };
+    let Some(ownership) = vm.ownership.order(to.worker.clone()) else {
+        return Err(Rejection::AlreadyThere { name, site });
+    };
+    let migration = Migration {
+        id,
+        vm: vm_id,
+        vm_name: name,
+        from: Place { site: from_site, worker: from_worker },
+        to,
+        epoch: ownership.last(),
+        created_unix_ms: now,
+        traceparent,
+        phase: Phase::Running { cancel: Cancel::NotAsked },
+        failure: None,
+        record: None,
+        source_ended: false,
+        destination_ended: false,
+    };
+    vm.ownership = ownership;
+    vm.migration = Some(id);
+    vm.problem.clear();
+    state.migrations.insert(id, migration);
+    forget_old_migrations(state);
+    Ok(Answer::Migration(id))
+}
+
+fn cancel(state: &mut State, id: MigrationId) -> Outcome {
+    let migration = state.migrations.get_mut(&id).ok_or_else(|| Rejection::MigrationUnknown { id: id.to_string() })?;
+    match &mut migration.phase {
+        Phase::Running { cancel } => {
+            *cancel = Cancel::Asked;
+            Ok(Answer::Migration(id))
+        }
+        Phase::Released { .. } | Phase::Acquired { .. } => Err(Rejection::TooLate { id }),
+        Phase::Completed { .. } | Phase::Failed { .. } | Phase::Cancelled { .. } => Err(Rejection::AlreadyEnded { id }),
+    }
+}
+
+/// Lets evidence change who owns a VM, and lets the move follow.
+fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: i64) {
+    let Some(vm) = state.vms.get_mut(&vm_id) else { return };
+    let Some(next) = vm.ownership.step(evidence) else { return };
+    let before = std::mem::replace(&mut vm.ownership, next);
+    let turn = match (&vm.ownership, evidence.fact) {
+        (Ownership::Migrating { .. }, Fact::Refused(_)) => Turn::Refused,
+        (Ownership::Migrating { .. }, _) => Turn::Released,
+        (Ownership::Owned { own, .. }, _) if *own == before.owner().1 => Turn::Revoked,
+        (Ownership::Owned { .. }, Fact::Acquired(_)) => Turn::Acquired,
+        (Ownership::Owned { .. }, _) => Turn::GivenBack,
+    };
+    let Some(id) = vm.migration else { return };
+    let Some(migration) = state.migrations.get_mut(&id) else { return };
+    migration.follow(turn, now);
+    match turn {
+        Turn::Acquired => {
+            // The old place still holds the whole disk as it was at the move; the new place's replica is the disk now.
+            let left = Replica { worker: migration.from.worker.clone(), seed_seq: 0, phase: ReplicaPhase::Seeded };
+            vm.replicas.remove(&migration.to.site);
+            vm.replicas.insert(migration.from.site.clone(), left);
+        }
+        Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack => {}
+    }
+    settle(state, id);
+}
+
+/// A move that is over no longer occupies its VM; a failed one leaves its reason there.
+fn settle(state: &mut State, id: MigrationId) {
+    let Some(migration) = state.migrations.get(&id).filter(|migration| migration.is_over()) else { return };
+    let Some(vm) = state.vms.get_mut(&migration.vm).filter(|vm| vm.migration == Some(id)) else { return };
+    vm.migration = None;
+    if let Phase::Failed { reason, .. } = &migration.phase {
+        vm.problem = format!("migration to site \"{}\" failed: {reason}", migration.to.site);
+    }
+}
+
+fn forget_old_migrations(state: &mut State) {
+    while state.migrations.len() > MAX_MIGRATIONS {
+        let done = |migration: &Migration| migration.is_over() && migration.source_ended && migration.destination_ended;
+        let oldest = state.migrations.values().filter(|migration| done(migration));
+        match oldest.min_by_key(|migration| (migration.created_unix_ms, migration.id)).map(|migration| migration.id) {
+            Some(id) => state.migrations.remove(&id),
+            None => return,
+        };
+    }
+}

@@ -1,0 +1,279 @@
+//! [`Command`]: what can be asked of the state; [`Answer`] and [`Rejection`]: what comes back.
+//!
+//! Commands carry everything that is not a function of the state: time, ids, and the choice of a worker.
+
+use pageport_ownership::Evidence;
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
+use serde::{Deserialize, Serialize};
+
+use super::migration::Record;
+use super::spec::Spec;
+use super::state::{Power, Worker};
+
+/// An entry of the replicated log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    /// When it was proposed.
+    pub now_unix_ms: i64,
+    /// What is to be done.
+    pub order: Order,
+}
+
+/// What is to be done: first what clients ask, then what reports show.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Order {
+    /// A client's request.
+    Client {
+        /// The same id takes effect once and gives the same answer.
+        request: RequestId,
+        /// What it asks.
+        order: ClientOrder,
+    },
+    /// A worker is new or says something new about itself.
+    RegisterWorker {
+        /// Its name.
+        name: WorkerName,
+        /// What it is.
+        worker: Worker,
+    },
+    /// A worker's durable record proves something about a move.
+    Evidence {
+        /// The VM.
+        vm: VmId,
+        /// What it proves.
+        evidence: Evidence<WorkerName>,
+    },
+    /// A copy has ended.
+    SeedEnded {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+        /// Of which order.
+        seed_seq: u64,
+        /// Why it failed; [`None`]: it did not.
+        failure: Option<String>,
+    },
+    /// A removed copy is gone.
+    ReplicaRemoved {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+    },
+    /// A worker gave the reason why it gives a move up.
+    MigrationFailing {
+        /// The move.
+        id: MigrationId,
+        /// Why.
+        reason: String,
+    },
+    /// The figures of a move.
+    MigrationRecord {
+        /// The move.
+        id: MigrationId,
+        /// The figures.
+        record: Record,
+    },
+    /// The figures of a move did not come in time.
+    MigrationComplete {
+        /// The move.
+        id: MigrationId,
+    },
+    /// A worker has nothing left to do for an ended move.
+    MigrationEnded {
+        /// The move.
+        id: MigrationId,
+        /// The worker.
+        worker: WorkerName,
+    },
+    /// The hypervisor of a VM ended without being told to.
+    VmCrashed {
+        /// The VM.
+        vm: VmId,
+        /// What the worker said.
+        problem: String,
+    },
+    /// No worker holds anything of a deleted VM any more.
+    ForgetVm {
+        /// The VM.
+        vm: VmId,
+    },
+}
+
+/// What a client asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ClientOrder {
+    /// A new VM.
+    DefineVm {
+        /// Its id.
+        id: VmId,
+        /// What it is.
+        spec: Box<Spec>,
+        /// Its first owner.
+        worker: WorkerName,
+    },
+    /// What a VM should be doing.
+    SetPower {
+        /// The VM.
+        vm: VmId,
+        /// Run, stop or kill.
+        power: Power,
+    },
+    /// Remove a VM from the fleet.
+    DeleteVm {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Copy a VM's disks.
+    SeedReplica {
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        site: SiteName,
+        /// The worker there.
+        worker: WorkerName,
+    },
+    /// Remove a copy.
+    DeleteReplica {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+    },
+    /// Move a VM.
+    CreateMigration {
+        /// Id of the move.
+        id: MigrationId,
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        site: SiteName,
+        /// W3C trace context of the order.
+        traceparent: String,
+    },
+    /// Give a move up if that is still possible.
+    CancelMigration {
+        /// The move.
+        id: MigrationId,
+    },
+}
+
+/// What a command has brought about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It is done, or there was nothing to do.
+    Done,
+    /// This VM was made or changed.
+    Vm(VmId),
+    /// This move was made or changed.
+    Migration(MigrationId),
+    /// This copy was ordered.
+    Replica(VmId, SiteName),
+}
+
+/// What [`super::apply()`] returns.
+pub type Outcome = Result<Answer, Rejection>;
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    /// No such VM.
+    #[error("vm \"{vm}\" is unknown; \"pageportctl vm list\" shows all")]
+    VmUnknown {
+        /// Id or name.
+        vm: String,
+    },
+    /// No such move.
+    #[error("migration {id} is unknown; \"pageportctl migration list\" shows all")]
+    MigrationUnknown {
+        /// Its id.
+        id: String,
+    },
+    /// No such worker.
+    #[error("worker \"{worker}\" is unknown; \"pageportctl worker list\" shows all")]
+    WorkerUnknown {
+        /// Its name.
+        worker: WorkerName,
+    },
+    /// The name is taken.
+    #[error("vm \"{name}\" exists already: choose another name, or delete it first")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// Moved to where it is.
+    #[error("vm \"{name}\" already runs at site \"{site}\"")]
+    AlreadyThere {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// One move at a time.
+    #[error("vm \"{name}\" is already migrating (migration {id}): wait for its end or cancel it")]
+    AlreadyMigrating {
+        /// The VM.
+        name: String,
+        /// The move that is under way.
+        id: MigrationId,
+    },
+    /// Only running VMs move.
+    #[error("vm \"{name}\" does not run: start it first")]
+    NotRunning {
+        /// The VM.
+        name: String,
+    },
+    /// Stopped VMs only.
+    #[error("vm \"{name}\" runs: stop it first")]
+    StillRunning {
+        /// The VM.
+        name: String,
+    },
+    /// No copy there.
+    #[error(
+        "no replica of vm \"{name}\" at site \"{site}\": run \"pageportctl replica seed {name} --to {site}\" first"
+    )]
+    NoReplica {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// The copy is not complete.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" is not complete: wait for the seed, or run \"pageportctl replica seed {name} --to {site}\" again"
+    )]
+    ReplicaNotSeeded {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// A copy is going away.
+    #[error("the old replica of vm \"{name}\" at site \"{site}\" is still being removed: try again in a moment")]
+    ReplicaLeaving {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// Past the commit point.
+    #[error("migration {id} cannot be cancelled: the source has already handed the vm over")]
+    TooLate {
+        /// The move.
+        id: MigrationId,
+    },
+    /// Over.
+    #[error("migration {id} has already ended")]
+    AlreadyEnded {
+        /// The move.
+        id: MigrationId,
+    },
+    /// The same id for another thing.
+    #[error("request id {request} was already used for another command: choose a new one")]
+    RequestReused {
+        /// The id.
+        request: RequestId,
+    },
+}

@@ -1,0 +1,27 @@
+//! What the controllers agree on: pure, deterministic, replicated.
+//!
+//! ```text
+//!   command (with its time and ids) ──▶ apply(&mut state) ──▶ answer or rejection
+//! ```
+//! | module | what |
+//! |---|---|
+//! | [`spec`] | a VM's validated definition |
+//! | [`state`] | everything that is committed |
+//! | [`migration`] | the migration state machine |
+//! | [`command`] | what can be asked of the state, and what comes back |
+//! | [`apply`] | the one function that changes it |
+//!
+//! Guarantees: the same commands in the same order give the same state and the same answers at every node. What a
+//! worker last said is not here: see [`crate::link`].
+
+pub mod apply;
+pub mod command;
+pub mod migration;
+pub mod spec;
+pub mod state;
+
+pub use apply::apply;
+pub use command::{Answer, Command, Order, Outcome, Rejection};
+pub use migration::{Migration, Phase};
+pub use spec::Spec;
+pub use state::State;

@@ -1,0 +1,276 @@
+//! [`Spec`]: a VM's definition, validated once at the edge and then trusted.
+//!
+//! Guarantees: every length has a limit, names fit into device ids, memory is whole MiB, and empty fields have their
+//! defaults. It does not look at any host: whether an image exists is the worker's business.
+
+use pageport_proto::ids::is_name;
+use pageport_proto::v1;
+use serde::{Deserialize, Serialize};
+
+/// The machine type of a definition that names none.
+pub const DEFAULT_MACHINE: &str = "pc-q35-10.0";
+const FORMAT_RAW: &str = "raw";
+const MIB: u64 = 1 << 20;
+const MIN_MEMORY_BYTES: u64 = 16 * MIB;
+const MAX_MEMORY_BYTES: u64 = 16 << 40;
+const MAX_VCPUS: u32 = 64;
+const MAX_DISKS: usize = 8;
+const MAX_NICS: usize = 8;
+const MAX_DISK_NAME_BYTES: usize = 20;
+const MAX_PATH_BYTES: usize = 1024;
+const MAX_CMDLINE_BYTES: usize = 2048;
+const MAX_WORD_BYTES: usize = 128;
+/// Linux' limit for names of network interfaces.
+const MAX_BRIDGE_BYTES: usize = 15;
+
+/// A validated definition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Unique in the fleet.
+    pub name: String,
+    memory_bytes: u64,
+    vcpus: u32,
+    machine: String,
+    cpu: String,
+    disks: Vec<Disk>,
+    nics: Vec<Nic>,
+    boot: Option<Boot>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Disk {
+    name: String,
+    path: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Nic {
+    mac: String,
+    bridge: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Boot {
+    kernel: String,
+    initrd: String,
+    cmdline: String,
+}
+
+/// Why a definition is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("vm definition: {field}: {problem}")]
+pub struct SpecError {
+    /// The field.
+    pub field: String,
+    /// What is wrong and what would be right.
+    pub problem: String,
+}
+
+fn bad<T>(field: impl Into<String>, problem: impl Into<String>) -> Result<T, SpecError> {
+    Err(SpecError { field: field.into(), problem: problem.into() })
+}
+
+impl TryFrom<v1::VmSpec> for Spec {
+    type Error = SpecError;
+
+    fn try_from(spec: v1::VmSpec) -> Result<Self, SpecError> {
+        if !is_name(&spec.name) {
+            return bad("name", format!("\"{}\" is not a name: use 1 to 40 of a-z, 0-9 and \"-\"", spec.name));
+        }
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&spec.memory_bytes) || !spec.memory_bytes.is_multiple_of(MIB)
+        {
+            return bad(
+                "memory",
+                format!("{} bytes cannot be used: give a multiple of 1 MiB from 16 MiB to 16 TiB", spec.memory_bytes),
+            );
+        }
+        if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+            return bad("vcpus", format!("{} cannot be used: give 1 to {MAX_VCPUS}", spec.vcpus));
+        }
+        word("machine", &spec.machine)?;
+        word("cpu", &spec.cpu)?;
+        let disks = disks(spec.disks)?;
+        let boot = spec.direct_boot.map(boot).transpose()?;
+        if disks.is_empty() && boot.is_none() {
+            return bad("disks", "give at least one disk, or a kernel to boot directly");
+        }
+        Ok(Self {
+            machine: if spec.machine.is_empty() { DEFAULT_MACHINE.to_owned() } else { spec.machine },
+            nics: nics(spec.nics)?,
+            name: spec.name,
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+            cpu: spec.cpu,
+            disks,
+            boot,
+        })
+    }
+}
+
+/// A word of QEMU's command line: nothing that could end the option it stands in.
+fn word(field: &str, text: &str) -> Result<(), SpecError> {
+    let fits = text.len() <= MAX_WORD_BYTES;
+    if fits && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b)) {
+        return Ok(());
+    }
+    bad(
+        field,
+        format!("\"{text}\" cannot be used: at most {MAX_WORD_BYTES} letters, digits, \"-\", \"_\", \".\", \"+\""),
+    )
+}
+
+fn path(field: String, text: &str) -> Result<(), SpecError> {
+    if !text.starts_with('/') {
+        return bad(field, format!("\"{text}\" is not an absolute path"));
+    }
+    if text.len() > MAX_PATH_BYTES || text.contains(char::is_control) {
+        return bad(field, format!("at most {MAX_PATH_BYTES} bytes and no control characters"));
+    }
+    Ok(())
+}
+
+fn disks(disks: Vec<v1::DiskSpec>) -> Result<Vec<Disk>, SpecError> {
+    if disks.len() > MAX_DISKS {
+        return bad("disks", format!("{} are too many: at most {MAX_DISKS}", disks.len()));
+    }
+    let mut taken: Vec<Disk> = Vec::with_capacity(disks.len());
+    for (index, disk) in disks.into_iter().enumerate() {
+        let field = |name: &str| format!("disks[{index}].{name}");
+        if !is_name(&disk.name) || disk.name.len() > MAX_DISK_NAME_BYTES {
+            let problem = format!("\"{}\": use 1 to {MAX_DISK_NAME_BYTES} of a-z, 0-9 and \"-\"", disk.name);
+            return bad(field("name"), problem);
+        }
+        if taken.iter().any(|other| other.name == disk.name) {
+            return bad(field("name"), format!("\"{}\" is used twice", disk.name));
+        }
+        if !disk.format.is_empty() && disk.format != FORMAT_RAW {
+            return bad(field("format"), format!("\"{}\" is not supported: use \"{FORMAT_RAW}\"", disk.format));
+        }
+        path(field("path"), &disk.path)?;
+        if taken.iter().any(|other| other.path == disk.path) {
+            return bad(field("path"), format!("\"{}\" is used twice", disk.path));
+        }
+        taken.push(Disk { name: disk.name, path: disk.path });
+    }
+    Ok(taken)
+}
+
+fn is_unicast_mac(text: &str) -> bool {
+    let octets: Vec<Option<u8>> =
+        text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
+    let unicast = matches!(octets.first(), Some(Some(first)) if first & 1 == 0);
+    octets.len() == 6 && unicast && octets.iter().all(Option::is_some)
+}
+
+fn nics(nics: Vec<v1::NicSpec>) -> Result<Vec<Nic>, SpecError> {
+    if nics.len() > MAX_NICS {
+        return bad("nics", format!("{} are too many: at most {MAX_NICS}", nics.len()));
+    }
+    let mut taken: Vec<Nic> = Vec::with_capacity(nics.len());
+    for (index, nic) in nics.into_iter().enumerate() {
+        let mac = nic.mac.to_ascii_lowercase();
+        if !is_unicast_mac(&mac) {
+            let problem = format!("\"{}\" is not a unicast MAC address such as 52:54:00:12:34:56", nic.mac);
+            return bad(format!("nics[{index}].mac"), problem);
+        }
+        if taken.iter().any(|other| other.mac == mac) {
+            return bad(format!("nics[{index}].mac"), format!("\"{mac}\" is used twice"));
+        }
+        let bridge = &nic.bridge;
+        let fits = (1..=MAX_BRIDGE_BYTES).contains(&bridge.len());
+        if !fits || !bridge.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+            let problem = format!("\"{bridge}\" is not the name of a bridge of at most {MAX_BRIDGE_BYTES} characters");
+            return bad(format!("nics[{index}].bridge"), problem);
+        }
+        taken.push(Nic { mac, bridge: nic.bridge });
+    }
+    Ok(taken)
+}
+
+fn boot(boot: v1::DirectBoot) -> Result<Boot, SpecError> {
+    path("direct_boot.kernel".to_owned(), &boot.kernel)?;
+    if !boot.initrd.is_empty() {
+        path("direct_boot.initrd".to_owned(), &boot.initrd)?;
+    }
+    if boot.cmdline.len() > MAX_CMDLINE_BYTES || boot.cmdline.contains(char::is_control) {
+        return bad("direct_boot.cmdline", format!("at most {MAX_CMDLINE_BYTES} bytes and no control characters"));
+    }
+    Ok(Boot { kernel: boot.kernel, initrd: boot.initrd, cmdline: boot.cmdline })
+}
+
+impl From<&Spec> for v1::VmSpec {
+    fn from(spec: &Spec) -> Self {
+        let disk = |disk: &Disk| v1::DiskSpec {
+            name: disk.name.clone(),
+            path: disk.path.clone(),
+            format: FORMAT_RAW.to_owned(),
+        };
+        let nic = |nic: &Nic| v1::NicSpec { mac: nic.mac.clone(), bridge: nic.bridge.clone() };
+        let boot = |boot: &Boot| v1::DirectBoot {
+            kernel: boot.kernel.clone(),
+            initrd: boot.initrd.clone(),
+            cmdline: boot.cmdline.clone(),
+        };
+        Self {
+            name: spec.name.clone(),
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+            machine: spec.machine.clone(),
+            cpu: spec.cpu.clone(),
+            disks: spec.disks.iter().map(disk).collect(),
+            nics: spec.nics.iter().map(nic).collect(),
+            direct_boot: spec.boot.as_ref().map(boot),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A definition that is taken.
+    pub(crate) fn sample(name: &str) -> v1::VmSpec {
+        v1::VmSpec {
+            name: name.to_owned(),
+            memory_bytes: 512 * MIB,
+            vcpus: 2,
+            disks: vec![v1::DiskSpec { name: "root".into(), path: "/images/web.raw".into(), format: String::new() }],
+            nics: vec![v1::NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
+            ..v1::VmSpec::default()
+        }
+    }
+
+    #[test]
+    fn defaults_fill_what_was_left_empty() {
+        let spec = v1::VmSpec::from(&Spec::try_from(sample("web")).unwrap());
+        assert_eq!((spec.machine.as_str(), spec.disks[0].format.as_str()), (DEFAULT_MACHINE, "raw"));
+        assert_eq!(Spec::try_from(spec.clone()).map(|again| v1::VmSpec::from(&again)), Ok(spec));
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        type Break = fn(&mut v1::VmSpec);
+        let cases: [(&str, Break); 14] = [
+            ("name", |s| s.name = "Web".into()),
+            ("memory", |s| s.memory_bytes = 15 * MIB),
+            ("memory", |s| s.memory_bytes += 1),
+            ("vcpus", |s| s.vcpus = 0),
+            ("vcpus", |s| s.vcpus = 65),
+            ("machine", |s| s.machine = "q35,accel=kvm".into()),
+            ("disks", |s| s.disks.clear()),
+            ("disks[1].name", |s| s.disks.push(s.disks[0].clone())),
+            ("disks[0].name", |s| s.disks[0].name = "x".repeat(21)),
+            ("disks[0].format", |s| s.disks[0].format = "qcow2".into()),
+            ("disks[0].path", |s| s.disks[0].path = "web.raw".into()),
+            ("nics[0].mac", |s| s.nics[0].mac = "53:54:00:12:34:56".into()),
+            ("nics[0].mac", |s| s.nics[0].mac = "52:54:0:12:34:56".into()),
+            ("nics[0].bridge", |s| s.nics[0].bridge = "a bridge".into()),
+        ];
+        for (field, damage) in cases {
+            let mut spec = sample("web");
+            damage(&mut spec);
+            assert_eq!(Spec::try_from(spec).unwrap_err().field, field);
+        }
+    }
+}

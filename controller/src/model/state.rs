@@ -1,0 +1,173 @@
+//! [`State`]: everything that is committed, in ordered maps so that every node walks it alike.
+//!
+//! Holds intent and what workers have durably recorded, never what they last said about progress or health.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use pageport_ownership::Ownership;
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
+use serde::{Deserialize, Serialize};
+
+use super::command::Answer;
+use super::migration::Migration;
+use super::spec::Spec;
+
+/// Answers kept for repeated requests; older ones are forgotten.
+pub const MAX_ANSWERS: usize = 4096;
+/// Ended migrations kept; the oldest are forgotten.
+pub const MAX_MIGRATIONS: usize = 1024;
+
+/// What is known of a worker for good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its site.
+    pub site: SiteName,
+    /// host:port of its gRPC.
+    pub grpc_address: String,
+    /// host:port of its QUIC endpoint.
+    pub peer_address: String,
+    /// Its version.
+    pub version: String,
+    /// Its hypervisor's version.
+    pub qemu_version: String,
+    /// "kvm" or "tcg".
+    pub accelerator: String,
+    /// Memory of the host.
+    pub memory_total_bytes: u64,
+}
+
+/// What a VM should be doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Power {
+    /// Run.
+    Run,
+    /// Stop, by asking the guest.
+    Stop,
+    /// Stop at once.
+    Kill,
+}
+
+/// How far a replica is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicaPhase {
+    /// Being copied.
+    Seeding,
+    /// Equal to the disk as it was at some moment.
+    Seeded,
+    /// The copy failed.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A copy of a VM's disks at a site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// The worker that holds it.
+    pub worker: WorkerName,
+    /// Number of the order to copy, so that an old result is not taken for a new one.
+    pub seed_seq: u64,
+    /// How far it is.
+    pub phase: ReplicaPhase,
+}
+
+/// Is the VM part of the fleet?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Life {
+    /// Yes.
+    Defined,
+    /// It was deleted; workers still hold something of it.
+    Deleted,
+}
+
+/// One VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// What it is.
+    pub spec: Spec,
+    /// Who may run it.
+    pub ownership: Ownership<WorkerName>,
+    /// What it should be doing.
+    pub power: Power,
+    /// When that was ordered.
+    pub power_unix_ms: i64,
+    /// Copies of its disks, by site.
+    pub replicas: BTreeMap<SiteName, Replica>,
+    /// Copies to be removed, by site.
+    pub removals: BTreeMap<SiteName, WorkerName>,
+    /// The newest error that an operator should see.
+    pub problem: String,
+    /// Is it part of the fleet?
+    pub life: Life,
+    /// The move that is under way.
+    pub migration: Option<MigrationId>,
+}
+
+/// Answers to the newest requests, oldest first out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Answers {
+    by_request: BTreeMap<RequestId, Answer>,
+    order: VecDeque<RequestId>,
+}
+
+impl Answers {
+    /// The answer that was given to this request.
+    pub fn get(&self, request: &RequestId) -> Option<&Answer> {
+        self.by_request.get(request)
+    }
+
+    /// Remembers an answer.
+    pub fn put(&mut self, request: RequestId, answer: Answer) {
+        if self.by_request.insert(request, answer).is_none() {
+            self.order.push_back(request);
+        }
+        while self.order.len() > MAX_ANSWERS {
+            if let Some(oldest) = self.order.pop_front() {
+                self.by_request.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// Everything that is committed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Workers that have ever reported.
+    pub workers: BTreeMap<WorkerName, Worker>,
+    /// VMs, deleted ones until nothing is left of them.
+    pub vms: BTreeMap<VmId, Vm>,
+    /// Moves, ended ones for a while.
+    pub migrations: BTreeMap<MigrationId, Migration>,
+    /// Number of the newest order to copy.
+    pub seed_seq: u64,
+    /// Answers to repeated requests.
+    pub answers: Answers,
+}
+
+impl State {
+    /// The VM of this id or name.
+    pub fn find_vm(&self, id_or_name: &str) -> Option<(VmId, &Vm)> {
+        let id = id_or_name.parse::<VmId>().ok();
+        let mut defined = self.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
+        defined.find(|(key, vm)| Some(**key) == id || vm.spec.name == id_or_name).map(|(key, vm)| (*key, vm))
+    }
+
+    /// Names of all sites.
+    pub fn sites(&self) -> Vec<SiteName> {
+        let mut sites: Vec<_> = self.workers.values().map(|worker| worker.site.clone()).collect();
+        sites.sort();
+        sites.dedup();
+        sites
+    }
+
+    /// The site of a worker.
+    pub fn site_of(&self, worker: &WorkerName) -> Option<&SiteName> {
+        self.workers.get(worker).map(|worker| &worker.site)
+    }
+
+    /// Where a VM may run.
+    pub fn site_of_vm(&self, vm: &Vm) -> Option<&SiteName> {
+        self.site_of(vm.ownership.owner().0)
+    }
+}

@@ -1,0 +1,239 @@
+//! A controller, put together from its parts.
+//!
+//! ```text
+//!   api port, mTLS:  [forward] fleet, replication, migration · cluster · worker link · raft
+//!   web port:        gRPC-Web of the first four · UI
+//! ```
+//! Guarantees: [`run`] returns only when both ports are closed and the log is at rest; it fails when the log cannot go on.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use pageport_common::tls::{CONTROLLER_NAME, Identity};
+use pageport_proto::v1::cluster_service_server::ClusterServiceServer;
+use pageport_proto::v1::fleet_service_server::FleetServiceServer;
+use pageport_proto::v1::migration_service_server::MigrationServiceServer;
+use pageport_proto::v1::raft_transport_service_server::RaftTransportServiceServer;
+use pageport_proto::v1::replication_service_server::ReplicationServiceServer;
+use pageport_proto::v1::worker_link_service_server::WorkerLinkServiceServer;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::{Channel, Endpoint, Server};
+
+use crate::api::Api;
+use crate::api::cluster::Cluster;
+use crate::api::forward::{Forwarder, forward};
+use crate::config::Config;
+use crate::consensus::Consensus;
+use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
+use crate::consensus::peers::{MAX_ENVELOPE_BYTES, Peers, RaftTransport};
+use crate::link::driver::drive;
+use crate::link::observation::{Hub, hub};
+use crate::link::service::WorkerLink;
+use crate::web;
+
+const SNAPSHOT_EVERY: u64 = 4096;
+const KEEP_ENTRIES: u64 = 1024;
+const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Streams that do not end by themselves are cut after this when the controller stops.
+const STOP_WITHIN: Duration = Duration::from_secs(3);
+
+/// Why a controller did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A port is taken, or the address is not this host's.
+    #[error("listen on {address} ({key})")]
+    Listen {
+        /// The configuration's key.
+        key: &'static str,
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The data folder.
+    #[error("create the data folder {}", path.display())]
+    DataDir {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A member's address or the certificates cannot be used.
+    #[error("prepare the connection to {address}")]
+    Dial {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The api port.
+    #[error("serve the api port")]
+    Api(#[source] tonic::transport::Error),
+    /// The web port.
+    #[error("serve the web port")]
+    Web(#[source] io::Error),
+    /// The replicated log.
+    #[error("keep the replicated log")]
+    Core(#[from] CoreError),
+}
+
+/// Both ports, bound.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For daemons and pageportctl.
+    pub api: TcpListener,
+    /// For browsers.
+    pub web: TcpListener,
+}
+
+impl Listeners {
+    /// Binds what the configuration says.
+    ///
+    /// # Errors
+    /// [`ServerError::Listen`].
+    pub async fn bind(config: &Config) -> Result<Self, ServerError> {
+        let bind = async |key, address| {
+            TcpListener::bind(address).await.map_err(|source| ServerError::Listen { key, address, source })
+        };
+        Ok(Self {
+            api: bind("listen.api", config.listen_api).await?,
+            web: bind("listen.web", config.listen_web).await?,
+        })
+    }
+}
+
+/// A lazy, kept-alive mTLS channel to a controller.
+fn dial(identity: &Identity, address: &str) -> Result<Channel, ServerError> {
+    let endpoint = Endpoint::from_shared(format!("https://{address}"))
+        .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(CONTROLLER_NAME)))
+        .map_err(|source| ServerError::Dial { address: address.to_owned(), source })?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_WITHIN)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
+        .connect_lazy())
+}
+
+/// Runs a controller until it is told to stop.
+///
+/// # Errors
+/// [`ServerError`].
+pub async fn run(
+    config: Config,
+    identity: &Identity,
+    listeners: Listeners,
+    stop: CancellationToken,
+) -> Result<(), ServerError> {
+    std::fs::create_dir_all(&config.data_dir)
+        .map_err(|source| ServerError::DataDir { path: config.data_dir.clone(), source })?;
+    let dial_all = || {
+        let others = config.members.iter().filter(|member| member.id != config.id);
+        let dialled = others.map(|member| dial(identity, &member.address).map(|channel| (member.id, channel)));
+        dialled.collect::<Result<BTreeMap<_, _>, ServerError>>()
+    };
+    let inbox = inbox();
+    let peers = Peers::start(&dial_all()?, inbox.sender());
+    let core = CoreConfig {
+        id: config.id,
+        voters: config.members.iter().map(|member| member.id).collect(),
+        folder: config.data_dir.clone(),
+        snapshot_every: SNAPSHOT_EVERY,
+        keep_entries: KEEP_ENTRIES,
+    };
+    // The log outlives the ports, so that nothing that was taken in is left without an answer.
+    let stop_core = CancellationToken::new();
+    let (consensus, mut core_ended) = start(&core, inbox, peers, stop_core.clone())?;
+    let hub = hub();
+    let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));
+    let (public, internal) = routes(&config, &consensus, &hub, forwarder);
+    let driver = tokio::spawn(drive(consensus, hub, stop.child_token()));
+
+    let ports = stop.child_token();
+    let api = serve_api(identity, listeners.api, public.clone().merge(internal), ports.clone());
+    let web = serve_web(listeners.web, web::router(public), ports.clone());
+    tracing::info!(id = config.id, site = %config.site, "controller runs");
+    let served = tokio::select! {
+        served = async { tokio::try_join!(api, web).map(|_| ()) } => served,
+        ended = &mut core_ended => Err(ServerError::Core(match ended {
+            Ok(Err(error)) => error,
+            Ok(Ok(())) | Err(_) => CoreError::Panicked,
+        })),
+    };
+    ports.cancel();
+    driver.abort();
+    stop_core.cancel();
+    if served.is_ok() {
+        return match core_ended.await {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(ServerError::Core(CoreError::Panicked)),
+        };
+    }
+    served
+}
+
+/// What clients may ask on both ports, and what only daemons ask.
+fn routes(config: &Config, consensus: &Consensus, hub: &Hub, forwarder: Forwarder) -> (Router, Router) {
+    let members = Arc::new(config.members.clone());
+    let api = Api::new(consensus.clone(), hub.clone());
+    let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
+        .add_service(ReplicationServiceServer::new(api.clone()))
+        .add_service(MigrationServiceServer::new(api))
+        .prepare()
+        .into_axum_router();
+    let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));
+    let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone(), members.clone()));
+    let cluster = Routes::new(cluster).prepare().into_axum_router().reset_fallback();
+    let raft = RaftTransportServiceServer::new(RaftTransport::new(consensus.clone()));
+    let link = WorkerLink::new(consensus.clone(), hub.clone(), members);
+    let internal = Routes::new(raft.max_decoding_message_size(MAX_ENVELOPE_BYTES))
+        .add_service(WorkerLinkServiceServer::new(link))
+        .prepare()
+        .into_axum_router();
+    (forwarded.merge(cluster), internal)
+}
+
+async fn serve_api(
+    identity: &Identity,
+    listener: TcpListener,
+    routes: Router,
+    stop: CancellationToken,
+) -> Result<(), ServerError> {
+    let server = Server::builder()
+        .tls_config(identity.tonic_server())
+        .map_err(ServerError::Api)?
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE * 2))
+        .tcp_nodelay(true)
+        .add_routes(Routes::from(routes))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+    cut_after_stop(stop, server).await.unwrap_or(Ok(())).map_err(ServerError::Api)
+}
+
+async fn serve_web(listener: TcpListener, routes: Router, stop: CancellationToken) -> Result<(), ServerError> {
+    let server = axum::serve(listener, routes).with_graceful_shutdown(stop.clone().cancelled_owned());
+    cut_after_stop(stop, server.into_future()).await.unwrap_or(Ok(())).map_err(ServerError::Web)
+}
+
+/// The server's own end, or [`None`] when it did not end soon after it was told to.
+async fn cut_after_stop<T>(stop: CancellationToken, server: impl Future<Output = T>) -> Option<T> {
+    let deadline = async {
+        stop.cancelled().await;
+        tokio::time::sleep(STOP_WITHIN).await;
+    };
+    tokio::select! {
+        ended = server => Some(ended),
+        () = deadline => None,
+    }
+}
