@@ -9,6 +9,10 @@ async function* say(...steps: (string | Error)[]): AsyncGenerator<string> {
   }
 }
 
+function aborted(signal: AbortSignal): Promise<never> {
+  return new Promise((_, reject) => signal.addEventListener("abort", () => reject(new Error("aborted"))));
+}
+
 async function follow(streams: AsyncIterable<string>[], stopAfterPauses: number) {
   const abort = new AbortController();
   const [messages, connections, pauses]: [string[], Connection[], number[]] = [[], [], []];
@@ -45,6 +49,28 @@ group("watch", () => {
   test("a stream that ends early counts as lost", async () => {
     const seen = await follow([say("a")], 1);
     expect(seen.kinds).toEqual(["connecting", "live", "lost"]);
+  });
+
+  test("a silent stream is opened again, and one that never spoke counts as lost", async () => {
+    const streams = [
+      async function* (signal: AbortSignal) {
+        yield "a";
+        await aborted(signal);
+      },
+      (signal: AbortSignal) => ({ [Symbol.asyncIterator]: () => ({ next: () => aborted(signal) }) }),
+      (): AsyncIterable<string> => say("end"),
+    ];
+    const kinds: string[] = [];
+    await watch<string>({
+      open: (signal) => streams.shift()?.(signal) ?? say(new Error("no more")),
+      onMessage: () => undefined,
+      onConnection: (connection) => kinds.push(connection.kind === "lost" ? connection.reason : connection.kind),
+      isLast: (message) => message === "end",
+      idleLimitMs: 5,
+      signal: new AbortController().signal,
+      pause: async () => undefined,
+    });
+    expect(kinds).toEqual(["connecting", "live", "the controller says nothing", "live"]);
   });
 
   test("a final failure ends the watch without a word", async () => {

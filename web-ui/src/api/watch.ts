@@ -3,10 +3,12 @@
 //   connecting ─▶ live ─▶ (broken) lost, waiting ─▶ connecting ─▶ live ...
 //
 // Every watch of the API begins with the present state, so nothing has to be remembered over a loss.
+// A stream that is silent for IDLE_LIMIT_MS is opened again: a browser never notices a peer that vanished without a word.
 // The pause doubles from FIRST_PAUSE_MS to MAX_PAUSE_MS and falls back once a message has come.
 
 export const FIRST_PAUSE_MS = 500;
 export const MAX_PAUSE_MS = 8_000;
+export const IDLE_LIMIT_MS = 45_000;
 
 export type Connection =
   | { kind: "connecting" }
@@ -22,6 +24,7 @@ export interface WatchOptions<T> {
   /** Is this failure final, so that asking again is of no use? */
   isFinal?: (error: unknown) => boolean;
   signal: AbortSignal;
+  idleLimitMs?: number;
   /** Waits, or returns early when aborted; tests bring their own. */
   pause?: (ms: number, signal: AbortSignal) => Promise<void>;
 }
@@ -31,27 +34,51 @@ export function pauseAfter(losses: number): number {
 }
 
 export async function watch<T>(options: WatchOptions<T>): Promise<void> {
-  const { open, onMessage, onConnection, isLast, isFinal, signal, pause = sleep } = options;
+  const { onConnection, isFinal, signal, pause = sleep } = options;
   let losses = 0;
+  onConnection?.({ kind: "connecting" });
   while (!signal.aborted) {
-    if (losses === 0) onConnection?.({ kind: "connecting" });
-    let reason = "the controller ended the stream";
-    try {
-      for await (const message of open(signal)) {
-        losses = 0;
-        onConnection?.({ kind: "live" });
-        onMessage(message);
-        if (isLast?.(message)) return;
-      }
-    } catch (error) {
-      if (signal.aborted || isFinal?.(error)) return;
-      reason = describe(error);
-    }
-    if (signal.aborted) return;
+    const attempt = await once(options, () => {
+      losses = 0;
+      onConnection?.({ kind: "live" });
+    });
+    if (signal.aborted || attempt.kind === "done") return;
+    if (attempt.kind === "failed" && isFinal?.(attempt.error)) return;
+    if (attempt.kind === "idle" && attempt.messages > 0) continue;
     losses += 1;
     const pauseMs = pauseAfter(losses);
+    const reason = attempt.kind === "failed" ? describe(attempt.error) : REASONS[attempt.kind];
     onConnection?.({ kind: "lost", reason, pauseMs });
     await pause(pauseMs, signal);
+  }
+}
+
+const REASONS = { ended: "the controller ended the stream", idle: "the controller says nothing" };
+
+type Attempt =
+  | { kind: "done" | "ended" }
+  | { kind: "idle"; messages: number }
+  | { kind: "failed"; error: unknown };
+
+async function once<T>(options: WatchOptions<T>, onLive: () => void): Promise<Attempt> {
+  const { open, onMessage, isLast, signal, idleLimitMs = IDLE_LIMIT_MS } = options;
+  const idle = new AbortController();
+  let messages = 0;
+  let timer = setTimeout(() => idle.abort(), idleLimitMs);
+  try {
+    for await (const message of open(AbortSignal.any([signal, idle.signal]))) {
+      clearTimeout(timer);
+      timer = setTimeout(() => idle.abort(), idleLimitMs);
+      messages += 1;
+      onLive();
+      onMessage(message);
+      if (isLast?.(message)) return { kind: "done" };
+    }
+    return { kind: "ended" };
+  } catch (error) {
+    return idle.signal.aborted ? { kind: "idle", messages } : { kind: "failed", error };
+  } finally {
+    clearTimeout(timer);
   }
 }
 

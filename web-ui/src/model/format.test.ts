@@ -26,7 +26,7 @@ test.each([
 
 test("counts, shares and times", () => {
   expect(count(1_405_574n)).toBe("1,405,574");
-  expect([percent(0), percent(0.0234), percent(0.773)]).toEqual(["0 %", "2.3 %", "77 %"]);
+  expect([percent(0), percent(0.0001), percent(0.0234), percent(0.773)]).toEqual(["0 %", "< 0.1 %", "2.3 %", "77 %"]);
   const now = 1_700_000_000_000;
   expect([ago(0n, now), ago(BigInt(now - 1_000), now), ago(BigInt(now - 125_000), now)]).toEqual(["never", "just now", "2 min ago"]);
 });

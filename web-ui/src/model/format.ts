@@ -35,6 +35,7 @@ export function duration(milliseconds: Amount): string {
 export const count = (value: Amount): string => Number(value).toLocaleString("en-US");
 
 export function percent(part: number): string {
+  if (part > 0 && part < 0.001) return "< 0.1 %";
   return `${(part * 100).toFixed(part > 0 && part < 0.1 ? 1 : 0)} %`;
 }
 

@@ -2,7 +2,7 @@ import { create } from "@bufbuild/protobuf";
 import { expect, test } from "vitest";
 
 import { MigrationProgressSchema, MigrationSchema, MigrationState, PageCountsSchema } from "../gen/pageport/v1/migration_pb.ts";
-import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures } from "./migration.ts";
+import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures, unlisted } from "./migration.ts";
 
 const memory = create(MigrationProgressSchema, {
   phase: "memory",
@@ -58,10 +58,14 @@ test("a migration that will not converge says why", () => {
 test("different digests cannot be overlooked", () => {
   const figures = (match: boolean) =>
     recordFigures(create(MigrationSchema, { record: { streamDigestMatch: match, memoryBytes: 280n, wanBytes: 10n } }));
-  expect(figures(true).at(-1)?.value).toBe("equal on both sides");
+  expect(figures(true).at(-1)?.value).toBe("equal");
   expect(figures(false).at(-1)?.value).toBe("DIFFERENT");
   expect(figures(true)[4]?.value).toBe("10 B (1/28.0)");
   expect(recordFigures(create(MigrationSchema))).toEqual([]);
+});
+
+test("what is no longer listed is known to be gone", () => {
+  expect(unlisted(["a", "b"], [create(MigrationSchema, { id: "b" }), create(MigrationSchema, { id: "c" })])).toEqual(["a"]);
 });
 
 test("the newest migration comes first", () => {

@@ -93,8 +93,14 @@ export function recordFigures(migration: Migration): Figure[] {
     { label: "memory moved", value: bytes(record.memoryBytes) },
     { label: "memory on the wire", value: bytes(record.wanBytes) + factor },
     { label: "disk on the wire", value: bytes(record.diskWanBytes) },
-    { label: "stream digest", value: record.streamDigestMatch ? "equal on both sides" : "DIFFERENT" },
+    { label: "stream digest", value: record.streamDigestMatch ? "equal" : "DIFFERENT" },
   ];
+}
+
+/** Ids that are known here but no longer listed. */
+export function unlisted(known: Iterable<string>, listed: Migration[]): string[] {
+  const ids = new Set(listed.map(({ id }) => id));
+  return [...known].filter((id) => !ids.has(id));
 }
 
 /** Newest first. */
