@@ -14,7 +14,8 @@
 //! the target first when it may unmap there, hence `discard: ignore` on it.)
 //!
 //! Does not rescue itself from a target that hangs: the deadlines here report it, and the caller then closes the NBD
-//! socket, which makes QEMU end the job. QEMU connects to the NBD server in its main loop, so the server must be
+//! socket, which makes QEMU end the job. Until then every command may hang, and so may a guest that resets the disk's device
+//! (seen with firmware booting): QEMU first waits for the mirror's requests in flight. QEMU connects to the NBD server in its main loop, so the server must be
 //! listening, and answering, before [`Vm::start_mirror`].
 
 use std::path::Path;
@@ -29,7 +30,7 @@ use tokio::time::Instant;
 use super::command_line::top_node;
 use super::error::HypervisorError;
 use super::event::{VmEvent, VmEventKind};
-use super::qmp::{Ignored, QmpError, qmp_command};
+use super::qmp::{COMMAND_DEADLINE, Ignored, QmpError, qmp_command};
 use super::vm::Vm;
 
 /// Between two looks at a job's progress.
@@ -139,7 +140,11 @@ impl MirrorHandle {
 
     /// How far it is.
     pub async fn progress(&self) -> Result<MirrorProgress, HypervisorError> {
-        let jobs = self.vm.execute(&QueryBlockJobs {}).await?;
+        self.progress_within(COMMAND_DEADLINE).await
+    }
+
+    async fn progress_within(&self, deadline: Duration) -> Result<MirrorProgress, HypervisorError> {
+        let jobs = self.vm.execute_within(&QueryBlockJobs {}, deadline).await?;
         let job = jobs.into_iter().find(|job| job.device == self.job);
         let job = job.ok_or_else(|| self.failed("the job has ended"))?;
         Ok(MirrorProgress { done_bytes: job.offset, total_bytes: job.len, ready: job.ready })
@@ -162,7 +167,12 @@ impl MirrorHandle {
                 None if Instant::now() >= until => return Err(self.late("mirror", deadline)),
                 // Events may have been lost: look.
                 None => {
-                    let now = self.progress().await?;
+                    let left = until.saturating_duration_since(Instant::now());
+                    let now = match self.progress_within(left.min(COMMAND_DEADLINE)).await {
+                        // QEMU itself waits for the target.
+                        Err(HypervisorError::Qmp(QmpError::Deadline { .. })) => continue,
+                        answer => answer?,
+                    };
                     progress(now);
                     self.ready = now.ready;
                 }

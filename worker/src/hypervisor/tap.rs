@@ -64,8 +64,9 @@ pub async fn create(vm: VmId, nics: &[NicSpec]) -> Result<Vec<String>, TapError>
 }
 
 async fn create_one(tap: &str, bridge: &str) -> Result<(), TapError> {
-    // A device left by a QEMU that was killed together with its worker is taken over.
-    if tokio::fs::metadata(format!("/sys/class/net/{tap}")).await.is_err() {
+    // A device left by a QEMU that was killed together with its worker is taken over. Asked of `ip`, not of /sys, which may
+    // show another namespace's devices.
+    if ip(tap, &["link", "show", "dev", tap]).await.is_err() {
         ip(tap, &["tuntap", "add", "dev", tap, "mode", "tap"]).await?;
     }
     ip(tap, &["link", "set", "dev", tap, "master", bridge, "up"]).await

@@ -289,6 +289,14 @@ impl Vm {
     pub(super) async fn execute<C: Command>(&self, command: &C) -> Result<C::Reply, HypervisorError> {
         Ok(self.inner.qmp.execute(command).await?)
     }
+
+    pub(super) async fn execute_within<C: Command>(
+        &self,
+        command: &C,
+        deadline: Duration,
+    ) -> Result<C::Reply, HypervisorError> {
+        Ok(self.inner.qmp.execute_within(command, deadline).await?)
+    }
 }
 
 /// The VMs whose QEMU runs, as the runtime folder and `/proc` say.

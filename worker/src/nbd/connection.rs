@@ -34,6 +34,10 @@ const BUDGET_UNIT_BYTES: u32 = 4096;
 /// Time for a peer to send a payload it announced, or to take a reply.
 const PACE_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Time for the target to do a request. QEMU waits for its mirror whenever the guest resets the disk's device (at boot, or
+/// when its driver is loaded), with the whole guest: an error, which ends the mirror, is better than that.
+pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
+
 /// A request's place and bytes, given back when dropped.
 struct Place {
     _request: OwnedSemaphorePermit,
@@ -48,7 +52,12 @@ struct Reply {
 
 /// Serves one client until it disconnects. Each call to the target runs as one of `requests`: they are cancelled when
 /// this future is dropped, and have ended when that tracker is empty.
-pub(super) async fn serve<S, T>(stream: S, target: Arc<T>, requests: TaskTracker) -> Result<(), ConnectionError>
+pub(super) async fn serve<S, T>(
+    stream: S,
+    target: Arc<T>,
+    requests: TaskTracker,
+    request_deadline: Duration,
+) -> Result<(), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
     T: BlockTarget,
@@ -57,7 +66,7 @@ where
     let (replies, outbox) = mpsc::channel(MAX_IN_FLIGHT as usize);
     let writer = send_replies(write, outbox);
     tokio::pin!(writer);
-    let reader = take_requests(read, target, replies, requests);
+    let reader = take_requests(read, target, replies, requests, request_deadline);
     tokio::pin!(reader);
     tokio::select! {
         // The peer has said goodbye: what is in flight is answered, then the queue closes.
@@ -74,6 +83,7 @@ async fn take_requests<S, T>(
     target: Arc<T>,
     replies: mpsc::Sender<Reply>,
     requests: TaskTracker,
+    request_deadline: Duration,
 ) -> Result<(), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Send + 'static,
@@ -101,7 +111,11 @@ where
         let (target, replies) = (Arc::clone(&target), replies.clone());
         while running.try_join_next().is_some() {}
         running.spawn(requests.track_future(async move {
-            let result = perform(&*target, &request, payload).await;
+            let performed = perform(&*target, &request, payload);
+            let result = match tokio::time::timeout(request_deadline, performed).await {
+                Ok(result) => result,
+                Err(_) => Err(failure("answer in time", &request, &io::ErrorKind::TimedOut.into())),
+            };
             // A closed queue is a connection that has ended.
             let _ = replies.send(Reply { cookie: request.cookie, result, _place: place }).await;
         }));

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Guarantees: requests run concurrently within named bounds; FLUSH waits for everything that was sent before it; a FUA
-//! write is answered only after the target has flushed; bytes that are no NBD end the connection, and nothing else.
+//! write is answered only after the target has flushed; a request that the target does not do within its deadline is
+//! answered with an error (its call is dropped); bytes that are no NBD end the connection, and nothing else.
 //!
 //! Does not speak TLS, structured replies or TRIM: the one client is a local QEMU, and it needs none of them. A
 //! target's error reaches the client as that request's error, and QEMU then ends its job.
@@ -28,7 +29,8 @@ pub use protocol::{MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, block_size}
 pub use server::{ExportError, NbdServer};
 
 /// What an export reads and writes. Ranges lie within the size, are not empty, and are multiples of
-/// [`block_size`]`(size)`. Calls come concurrently; a client that wants an order waits for the answers.
+/// [`block_size`]`(size)`. Calls come concurrently; a client that wants an order waits for the answers. A call may be dropped
+/// before it is done: when the server closes, its client goes, or its deadline passes.
 pub trait BlockTarget: Send + Sync + 'static {
     /// Bytes in all; constant.
     fn size(&self) -> u64;

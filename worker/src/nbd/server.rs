@@ -15,7 +15,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::BlockTarget;
-use super::connection::serve;
+use super::connection::{REQUEST_DEADLINE, serve};
 use super::negotiation::{ConnectionError, Outcome, negotiate};
 use super::protocol::MAX_NAME_BYTES;
 
@@ -120,7 +120,7 @@ async fn converse<T: BlockTarget>(mut stream: UnixStream, export: String, target
             .await
             .map_err(|_| ConnectionError::Slow { operation: "negotiate" })??;
         match agreed {
-            Outcome::Transmission => serve(stream, target, requests).await,
+            Outcome::Transmission => serve(stream, target, requests, REQUEST_DEADLINE).await,
             Outcome::Aborted => Ok(()),
         }
     };

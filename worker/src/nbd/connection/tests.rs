@@ -43,10 +43,15 @@ struct Fixture {
 }
 
 fn fixture() -> Fixture {
+    fixture_with(SOON)
+}
+
+fn fixture_with(request_deadline: Duration) -> Fixture {
     let (gate, open) = watch::channel(false);
     let (log_in, log) = mpsc::unbounded_channel();
     let (client, server) = tokio::io::duplex(256 * 1024);
-    let served = tokio::spawn(serve(server, Arc::new(Gated { gate: open, log: log_in }), TaskTracker::new()));
+    let served =
+        tokio::spawn(serve(server, Arc::new(Gated { gate: open, log: log_in }), TaskTracker::new(), request_deadline));
     Fixture { client, gate, log, served }
 }
 
@@ -127,6 +132,15 @@ async fn a_targets_error_is_that_requests_error_only() {
     let mut fixture = fixture();
     fixture.send(0, 6, 1, 4096).await;
     assert_eq!(fixture.reply(0).await, (1, WireError::Space as u32));
+    fixture.send(0, 0, 2, 4096).await;
+    assert_eq!(fixture.reply(4096).await, (2, 0));
+}
+
+#[tokio::test]
+async fn a_target_that_hangs_is_an_error_after_its_deadline() {
+    let mut fixture = fixture_with(Duration::from_millis(20));
+    fixture.send(0, 1, 1, 4096).await;
+    assert_eq!(fixture.reply(0).await, (1, WireError::Io as u32));
     fixture.send(0, 0, 2, 4096).await;
     assert_eq!(fixture.reply(4096).await, (2, 0));
 }
