@@ -4,17 +4,13 @@
 //! disk ─▶ part of 1024 blocks: unknown │ zero │ slab ─▶ 1024 digests of 16 bytes     by place
 //! digest ─▶ hash table of u32: slab * 1024 + offset                                  by content
 //! ```
-//! Costs 16 bytes a block and 5 bytes a slot of the table, which is between 44 and 87.5 % full; parts that are all zero
-//! or unknown cost nothing. Guarantees: what [`find`](BlockLookup::find) gives holds that digest now. When content lies
+//! Costs less than 24 bytes a block when all blocks differ; parts that are all zero or unknown cost nothing. Guarantees: what [`find`](BlockLookup::find) gives holds that digest now. When content lies
 //! in several places the table knows one of them; once that one is overwritten the others are found no more. Zero blocks
 //! are known by place and never found by content. Does not lock: share it behind a lock of your own.
 
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
-
+use super::table::Table;
 use super::{BlockLookup, BlockRef};
 use crate::page::BlockDigest;
-use crate::wire::limits::DISK_BLOCKS_MAX;
 
 /// Blocks whose digests are kept together.
 const PART_BLOCKS: usize = 1024;
@@ -22,6 +18,8 @@ const PART_BLOCKS: usize = 1024;
 const UNKNOWN: BlockDigest = BlockDigest([0; BlockDigest::LENGTH]);
 /// Most parts that positions of 32 bits can address: 16 TiB of blocks.
 const SLABS_MAX: usize = 1 << 22;
+/// Most blocks of all disks together.
+const BLOCKS_MAX: u64 = (SLABS_MAX * PART_BLOCKS) as u64;
 
 /// Why the index cannot do as asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -42,8 +40,8 @@ pub enum IndexError {
         /// The disk's size.
         blocks: u64,
     },
-    /// A disk larger than can be referred to.
-    #[error("index: disk {disk} of {blocks} blocks is too large")]
+    /// All disks together would be larger than can be addressed.
+    #[error("index: disk {disk} of {blocks} blocks makes all disks more than {BLOCKS_MAX} blocks")]
     TooLarge {
         /// The disk.
         disk: u16,
@@ -51,7 +49,7 @@ pub enum IndexError {
         blocks: u64,
     },
     /// All disks together hold more than positions can address.
-    #[error("index: more than {} blocks are held", SLABS_MAX * PART_BLOCKS)]
+    #[error("index: more than {BLOCKS_MAX} blocks are held")]
     Full,
 }
 
@@ -82,7 +80,7 @@ pub struct BlockIndex {
     disks: Vec<Option<Disk>>,
     slabs: Vec<Option<Slab>>,
     free: Vec<u32>,
-    table: HashTable<u32>,
+    table: Table,
 }
 
 impl BlockIndex {
@@ -93,7 +91,16 @@ impl BlockIndex {
 
     /// Adds a disk of which nothing is known yet, or forgets all of a disk that there was, whatever its size.
     pub fn add_disk(&mut self, disk: u16, blocks: u64) -> Result<(), IndexError> {
-        if blocks > DISK_BLOCKS_MAX {
+        let others: u64 = self
+            .disks
+            .iter()
+            .enumerate()
+            .filter(|(place, _)| *place != usize::from(disk))
+            .filter_map(|(_, other)| other.as_ref())
+            .map(|other| other.blocks)
+            .sum();
+        let total = others.saturating_add(blocks);
+        if total > BLOCKS_MAX {
             return Err(IndexError::TooLarge { disk, blocks });
         }
         if let Some(old) = self.blocks(disk) {
@@ -105,6 +112,8 @@ impl BlockIndex {
         }
         let parts = vec![Part::Unknown; blocks.div_ceil(PART_BLOCKS as u64) as usize];
         self.disks[place] = Some(Disk { blocks, parts });
+        let slabs = &self.slabs;
+        self.table.resize(total, |known| digest_in(slabs, known));
         Ok(())
     }
 
@@ -120,14 +129,14 @@ impl BlockIndex {
 
     /// Whether nothing can be found.
     pub fn is_empty(&self) -> bool {
-        self.table.is_empty()
+        self.len() == 0
     }
 
     /// Bytes of memory that the index takes.
     pub fn memory_bytes(&self) -> usize {
         let slabs = self.slabs.iter().flatten().count() * size_of::<[BlockDigest; PART_BLOCKS]>();
         let parts: usize = self.disks.iter().flatten().map(|disk| disk.parts.capacity() * size_of::<Part>()).sum();
-        slabs + parts + self.slabs.capacity() * size_of::<Option<Slab>>() + self.table.allocation_size()
+        slabs + parts + self.slabs.capacity() * size_of::<Option<Slab>>() + self.table.memory_bytes()
     }
 
     /// What is known of a block: nothing, or its digest, which is [`BlockDigest::ZERO`] for zeros.
@@ -230,14 +239,7 @@ impl BlockIndex {
         }
         if digest != UNKNOWN && digest != BlockDigest::ZERO {
             let slabs = &self.slabs;
-            let entry = self.table.entry(
-                hash(&digest),
-                |known| digest_in(slabs, *known) == digest,
-                |known| hash(&digest_in(slabs, *known)),
-            );
-            if let Entry::Vacant(place) = entry {
-                place.insert(position);
-            }
+            self.table.insert(&digest, position, |known| digest_in(slabs, known));
         }
         Ok(())
     }
@@ -272,9 +274,7 @@ impl BlockIndex {
         if digest == UNKNOWN || digest == BlockDigest::ZERO {
             return;
         }
-        if let Ok(entry) = self.table.find_entry(hash(&digest), |known| *known == position) {
-            entry.remove();
-        }
+        self.table.remove(&digest, position);
     }
 
     fn digest_at(&self, position: u32) -> BlockDigest {
@@ -284,7 +284,7 @@ impl BlockIndex {
 
 impl BlockLookup for BlockIndex {
     fn find(&self, digest: &BlockDigest) -> Option<BlockRef> {
-        let position = *self.table.find(hash(digest), |known| self.digest_at(*known) == *digest)?;
+        let position = self.table.find(digest, |known| self.digest_at(known))?;
         let slab = self.slabs.get(position as usize / PART_BLOCKS)?.as_ref()?;
         let offset = position as usize % PART_BLOCKS;
         Some(BlockRef { disk: slab.disk, block: u64::from(slab.part) * PART_BLOCKS as u64 + offset as u64 })
@@ -308,11 +308,6 @@ fn digest_in(slabs: &[Option<Slab>], position: u32) -> BlockDigest {
         Some(Some(slab)) => slab.digests[position as usize % PART_BLOCKS],
         _ => UNKNOWN,
     }
-}
-
-/// A digest is evenly spread: its first bytes are its hash.
-fn hash(digest: &BlockDigest) -> u64 {
-    digest.0.first_chunk().map_or(0, |word| u64::from_le_bytes(*word))
 }
 
 #[cfg(test)]
@@ -398,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_costs_less_than_28_bytes_when_all_differ() {
+    fn a_block_costs_less_than_24_bytes_when_all_differ() {
         let mut index = BlockIndex::new();
         const MANY: u64 = 1 << 17;
         index.add_disk(0, MANY).unwrap();
@@ -407,7 +402,15 @@ mod tests {
             index.set(at(0, block), BlockDigest(*hash.as_bytes().first_chunk().unwrap())).unwrap();
         }
         assert_eq!(index.len(), MANY as usize);
-        assert!(index.memory_bytes() < MANY as usize * 28, "{} bytes", index.memory_bytes());
+        assert!(index.memory_bytes() < MANY as usize * 24, "{} bytes", index.memory_bytes());
+    }
+
+    #[test]
+    fn a_disk_added_later_leaves_the_others_to_be_found() {
+        let mut index = index();
+        (0..200).for_each(|seed| index.set(at(0, u64::from(seed)), digest(seed)).unwrap());
+        index.add_disk(1, 100_000).unwrap();
+        assert!((0..200).all(|seed| index.find(&digest(seed)) == Some(at(0, u64::from(seed)))));
     }
 
     #[derive(Clone, Debug)]

@@ -3,6 +3,7 @@
 //! [`BlockLookup`] is all that the encoder knows of it; [`BlockIndex`] is the index itself.
 
 mod block_index;
+mod table;
 
 pub use block_index::{BlockIndex, IndexError};
 
