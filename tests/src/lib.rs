@@ -1,6 +1,7 @@
 //! The lab: sites on one machine, a WAN emulator, real guests, QEMU's own migration as the baseline, the demo.
 
 pub mod baseline;
+pub mod demo;
 pub mod lab;
 pub mod netns;
 pub mod paths;

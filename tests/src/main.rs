@@ -1,10 +1,18 @@
 //! Entry point of the lab's tools.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use pageport_lab::baseline::vm::FreePageHints;
+use pageport_lab::demo::{self, DemoConfig, End, opponents};
+use pageport_lab::lab::guest::{DEMO, GuestImages, SMALL};
+use pageport_lab::lab::network::Network;
+use pageport_lab::paths;
 use pageport_lab::wan::config::WanConfig;
 use pageport_lab::wan::emulator::Emulator;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
 
 #[derive(Parser)]
 #[command(version, about = "Sites on one machine, a WAN between them, real guests")]
@@ -15,17 +23,82 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Cmd {
-    /// Run the WAN emulator until it is ended.
+    /// Run the WAN emulator until it is asked to stop.
     Wan {
         /// JSON configuration.
         #[arg(long)]
         config: PathBuf,
     },
+    /// Build the guests' images, so that tests and the demo find them.
+    Guest,
+    /// Only QEMU's own ways, as JSON: needs no daemons.
+    Baseline {
+        /// A guest of 256 MiB instead of 2 GiB.
+        #[arg(long)]
+        small: bool,
+        /// Let them skip what the guest says is free.
+        #[arg(long)]
+        free_page_hints: bool,
+    },
+    /// Move a guest over the WAN and compare with QEMU's own ways.
+    Demo {
+        /// A guest of 256 MiB instead of 2 GiB.
+        #[arg(long)]
+        small: bool,
+        /// Let QEMU's own ways skip what the guest says is free.
+        #[arg(long)]
+        free_page_hints: bool,
+    },
 }
 
-fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match Args::parse().command {
-        Cmd::Wan { config } => Ok(Emulator::open(&WanConfig::load(&config)?)?.run()?),
+        Cmd::Wan { config } => {
+            let emulator = Emulator::open(&WanConfig::load(&config)?)?;
+            tokio::task::spawn_blocking(|| emulator.run()).await??;
+        }
+        Cmd::Guest => {
+            GuestImages::build(SMALL)?;
+            GuestImages::build(DEMO)?;
+        }
+        Cmd::Baseline { small, free_page_hints } => {
+            let DemoConfig { variant, link, hints, .. } = DemoConfig::from_environment(small, hints(free_page_hints));
+            let images = GuestImages::build(variant)?;
+            let (folder, disks) = (tempfile::tempdir()?, tempfile::tempdir_in(paths::lab())?);
+            let network = Network::create(folder.path(), link)?;
+            let (precopy, zstd) = opponents::run(
+                &network,
+                folder.path(),
+                &disks.path().join("opponent.raw"),
+                &images,
+                variant,
+                "tcg",
+                hints,
+            )
+            .await?;
+            let figures = serde_json::json!({"qemu_precopy": precopy, "qemu_multifd_zstd": zstd});
+            writeln!(std::io::stdout(), "{figures:#}")?;
+        }
+        Cmd::Demo { small, free_page_hints } => {
+            let config = DemoConfig::from_environment(small, hints(free_page_hints));
+            let unattended = config.end == End::AtOnce;
+            let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
+            // Leaving the select drops the demo, and with it the lab.
+            tokio::select! {
+                ended = demo::run(config) => return Ok(ended?),
+                _ = tokio::signal::ctrl_c() => {}
+                _ = hangup.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            anyhow::ensure!(!unattended, "interrupted");
+        }
     }
+    Ok(())
+}
+
+fn hints(on: bool) -> FreePageHints {
+    if on { FreePageHints::On } else { FreePageHints::Off }
 }

@@ -1,6 +1,8 @@
 //! `pageportctl`, run as an operator at a site would.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -89,6 +91,25 @@ impl Lab {
             ("PAGEPORT_CERT", path(&self.operator.cert)),
             ("PAGEPORT_KEY", path(&self.operator.key)),
         ]
+    }
+
+    /// Writes a script that runs `pageportctl` at site a as the operator, for a person to type; hands back its path.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_ctl_script(&self) -> std::io::Result<PathBuf> {
+        let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
+        let mut script = String::from("#!/bin/sh\n# Runs pageportctl at site a of the lab that is running.\n");
+        for (key, value) in self.ctl_environment() {
+            script += &format!("export {key}={}\n", quoted(&value));
+        }
+        let program = paths::program("pageportctl");
+        let namespace = self.network.namespace("a");
+        script += &format!("exec ip netns exec {namespace} {} \"$@\"\n", quoted(&program.to_string_lossy()));
+        let path = paths::lab().join("ctl");
+        std::fs::write(&path, script)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+        Ok(path)
     }
 
     /// Runs `pageportctl` at site a and hands back what it said, whether it succeeded or not.

@@ -1,0 +1,180 @@
+//! The demo's figures: `target/lab/demo.json` and the table at the end.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::baseline::Figures;
+use crate::wan::link::Shape;
+
+/// What the guest was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFigures {
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Its clean page cache when the move was ordered.
+    pub page_cache_bytes: u64,
+    /// Its kernel's release.
+    pub kernel: String,
+}
+
+/// What the link was.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkFigures {
+    /// Bits per second.
+    pub rate_bps: u64,
+    /// Delay of each direction.
+    pub one_way_delay_ms: u64,
+    /// Probability of a packet's loss.
+    pub loss: f64,
+}
+
+impl From<Shape> for LinkFigures {
+    fn from(shape: Shape) -> Self {
+        Self { rate_bps: shape.rate_bps, one_way_delay_ms: shape.one_way_delay_ms, loss: shape.loss }
+    }
+}
+
+/// Whether the guest is what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestChecks {
+    /// Files, and all records that were synced.
+    pub files_checksum_equal: bool,
+    /// The region that stays, and every page of the region that changes.
+    pub memory_checksum_equal: bool,
+    /// It did not boot anew.
+    pub uptime_continued: bool,
+    /// No number of the session was lost or repeated.
+    pub tcp_session_survived: bool,
+}
+
+impl GuestChecks {
+    /// Whether all is well.
+    #[must_use]
+    pub fn all(&self) -> bool {
+        self.files_checksum_equal && self.memory_checksum_equal && self.uptime_continued && self.tcp_session_survived
+    }
+}
+
+/// Everything.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The record of the finished migration, as the API gives it.
+    pub pageport: Value,
+    /// QEMU's plain pre-copy.
+    pub qemu_precopy: Figures,
+    /// QEMU's multifd with zstd.
+    pub qemu_multifd_zstd: Figures,
+    /// What moved.
+    pub guest: GuestFigures,
+    /// Over what.
+    pub link: LinkFigures,
+    /// Whether it is what it was.
+    pub guest_checks: GuestChecks,
+}
+
+fn mega(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / 1e6)
+}
+
+fn seconds(milliseconds: u64) -> String {
+    format!("{:.1}", milliseconds as f64 / 1e3)
+}
+
+impl Report {
+    fn figure(&self, key: &str) -> u64 {
+        self.pageport[key].as_u64().unwrap_or(0)
+    }
+
+    /// The table, ready to print.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let pages = |class: &str| self.pageport["pages"][class].as_u64().unwrap_or(0);
+        let (memory_ms, bytes) = (self.figure("memory_time_ms"), self.figure("wan_bytes"));
+        let times = |theirs: u64, ours: u64| format!("{:.1}x", theirs as f64 / (ours.max(1)) as f64);
+        let mut text =
+            format!("{:<24}{:>10}{:>14}{:>12}{:>12}{:>16}\n", "", "total s", "downtime ms", "WAN MB", "time", "bytes");
+        let mut row = |name: &str, total: u64, downtime: u64, wan: u64, time: String, ratio: String| {
+            text += &format!("{name:<24}{:>10}{downtime:>14}{:>12}{time:>12}{ratio:>16}\n", seconds(total), mega(wan));
+        };
+        row("Pageport, memory", memory_ms, self.figure("downtime_ms"), bytes, "1".into(), "1".into());
+        for (name, figures) in [("QEMU pre-copy", self.qemu_precopy), ("QEMU multifd zstd", self.qemu_multifd_zstd)] {
+            let Figures { total_time_ms, downtime_ms, wan_bytes } = figures;
+            let (time, ratio) = (times(total_time_ms, memory_ms), times(wan_bytes, bytes));
+            row(name, total_time_ms, downtime_ms, wan_bytes, time, ratio);
+        }
+        text += &format!(
+            "\nwith the disk's catch-up Pageport took {} s and {} MB more\n",
+            seconds(self.figure("total_time_ms")),
+            mega(self.figure("disk_wan_bytes")),
+        );
+        text += &format!(
+            "memory moved {} MB; pages: {} zero, {} teleported, {} literal, {} fell back; page cache at the order {} MB\n",
+            mega(self.figure("memory_bytes")),
+            pages("zero"),
+            pages("teleported"),
+            pages("literal"),
+            pages("fallback"),
+            mega(self.guest.page_cache_bytes),
+        );
+        let checks = self.guest_checks;
+        let word = |good: bool| if good { "yes" } else { "NO" };
+        text += &format!(
+            "digests of the stream agree: {}; files equal: {}; memory equal: {}; uptime went on: {}; TCP session survived: {}\n",
+            word(self.pageport["stream_digest_match"] == true),
+            word(checks.files_checksum_equal),
+            word(checks.memory_checksum_equal),
+            word(checks.uptime_continued),
+            word(checks.tcp_session_survived),
+        );
+        text
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            pageport: json!({
+                "total_time_ms": 7000, "memory_time_ms": 5000, "downtime_ms": 500, "wan_bytes": 70_000_000,
+                "disk_wan_bytes": 1_000_000, "memory_bytes": 2_100_000_000u64, "stream_digest_match": true,
+                "pages": {"zero": 1, "teleported": 405_574, "literal": 3, "fallback": 4}, "phases": [],
+            }),
+            qemu_precopy: Figures { total_time_ms: 83_000, downtime_ms: 400, wan_bytes: 2_017_000_000 },
+            qemu_multifd_zstd: Figures { total_time_ms: 32_400, downtime_ms: 470, wan_bytes: 783_000_000 },
+            guest: GuestFigures { memory_bytes: 2 << 30, page_cache_bytes: 1_600_000_000, kernel: "6.1".into() },
+            link: Shape { rate_bps: 200_000_000, one_way_delay_ms: 25, loss: 0.0, queue_bytes: None }.into(),
+            guest_checks: GuestChecks {
+                files_checksum_equal: true,
+                memory_checksum_equal: true,
+                uptime_continued: true,
+                tcp_session_survived: false,
+            },
+        }
+    }
+
+    #[test]
+    fn the_table_compares_times_and_bytes() {
+        let table = report().table();
+        for part in ["16.6x", "28.8x", "6.5x", "11.2x", "405574 teleported", "TCP session survived: NO"] {
+            assert!(table.contains(part), "{part} is not in\n{table}");
+        }
+    }
+
+    #[test]
+    fn the_file_has_the_agreed_keys() {
+        let value = serde_json::to_value(report()).unwrap();
+        let keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        let mut expected = ["pageport", "qemu_precopy", "qemu_multifd_zstd", "guest", "link", "guest_checks"];
+        expected.sort_unstable();
+        let mut keys = keys;
+        keys.sort();
+        assert_eq!(keys, expected);
+        assert_eq!(value["link"]["one_way_delay_ms"], 25);
+        assert!(!report().guest_checks.all());
+    }
+}
