@@ -9,11 +9,17 @@
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
 
+pub mod agent;
+pub mod clock;
+pub mod config;
 pub mod error;
 pub mod hypervisor;
+pub mod migration;
 pub mod nbd;
+pub mod node;
 pub mod replica;
 pub mod transport;
+pub mod vms;
 
 #[cfg(test)]
 mod test_support;

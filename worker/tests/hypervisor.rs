@@ -1,5 +1,5 @@
-//! The hypervisor and NBD modules against real QEMU, with software emulation: guests of firmware only, which is all that
-//! a process, its disks and its migration need.
+//! The hypervisor and NBD modules against real QEMU, with software emulation. The guest is a boot sector: it counts in
+//! memory, writes the count to its disk and prints a dot (or an `E`, if the write failed), with each tick of its clock.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
@@ -25,7 +25,22 @@ const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 16 * MIB;
 const SOON: Duration = Duration::from_secs(30);
 
-/// A host with a disk image of 4 KiB blocks: every fourth a hole, the others each with its own bytes.
+#[rustfmt::skip]
+const GUEST: &[u8] = &[
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, //    cli; ax, ds, es, ss = 0
+    0xbc, 0x00, 0x7c, 0xfb,                               //    mov sp, 0x7c00; sti
+    0xff, 0x06, 0x00, 0x7e,                               // 1: inc word [0x7e00]
+    0xbe, 0x28, 0x7c, 0xb8, 0x00, 0x43, 0xb2, 0x80,       //    mov si, packet; mov ax, 0x4300; mov dl, 0x80
+    0xcd, 0x13,                                           //    int 0x13                  write a sector
+    0xb0, b'.', 0x73, 0x02, 0xb0, b'E',                   //    mov al, '.'; jnc 2f; mov al, 'E'
+    0xba, 0xf8, 0x03, 0xee,                               // 2: mov dx, 0x3f8; out dx, al serial port
+    0xf4, 0xeb, 0xe5, 0x90,                               //    hlt; jmp 1b               until the next tick
+    0x10, 0, 1, 0, 0x00, 0x7e, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0, // packet: 1 sector from 0:7e00 to sector 64
+];
+/// Where the guest's count lies on its disk.
+const COUNT_OFFSET: usize = 64 * 512;
+
+/// A host with a disk image of 4 KiB blocks: every fourth zeroes, the others each with its own bytes, and the guest.
 struct Fixture {
     dir: tempfile::TempDir,
     host: Host,
@@ -77,7 +92,28 @@ fn image() -> Vec<u8> {
             block.fill((number % 251 + 1) as u8);
         }
     }
+    image[..GUEST.len()].copy_from_slice(GUEST);
+    image[510..512].copy_from_slice(&[0x55, 0xaa]);
     image
+}
+
+fn count_on(disk: &Path) -> u16 {
+    let disk = std::fs::read(disk).unwrap();
+    u16::from_le_bytes([disk[COUNT_OFFSET], disk[COUNT_OFFSET + 1]])
+}
+
+/// Waits until the guest has written to its disk `count` more times; each must have worked.
+async fn writes(console: &Console, count: usize) {
+    let (mut output, _) = console.attach().await.unwrap();
+    // The backlog is of the past.
+    let mut seen = 0;
+    let past = async { output.recv().await.is_some() };
+    assert!(tokio::time::timeout(SOON, past).await.expect("the guest is silent"));
+    while seen < count {
+        let piece = tokio::time::timeout(SOON, output.recv()).await.expect("the guest is silent").unwrap();
+        assert!(!piece.contains(&b'E'), "a guest's write failed");
+        seen += piece.iter().filter(|byte| **byte == b'.').count();
+    }
 }
 
 /// A target in memory that remembers the ranges it was told to zero.
@@ -278,6 +314,7 @@ async fn the_console_connects_and_ends_with_the_vm() {
     let fixture = Fixture::new();
     let vm = fixture.start(StartMode::Running).await;
     let console = Console::open(&vm.paths().console()).await.unwrap();
+    writes(&console, 2).await;
     let (mut output, _input) = console.attach().await.unwrap();
     vm.kill().await.unwrap();
     let ended = async { while output.recv().await.is_some() {} };
@@ -296,11 +333,12 @@ async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
     let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
     let mut seen = Vec::new();
     mirror.wait_ready(SOON, |progress| seen.push(progress)).await.unwrap();
+    writes(&Console::open(&vm.paths().console()).await.unwrap(), 3).await;
     let last = seen.last().unwrap();
     assert!(last.ready && last.done_bytes == last.total_bytes && last.total_bytes >= DISK_BYTES, "{last:?}");
     vm.stop().await.unwrap();
     mirror.finish(SOON).await.unwrap();
-    assert!(target.content() == image(), "the target differs from the disk");
+    assert!(target.content() == std::fs::read(fixture.path("disk.raw")).unwrap(), "the target differs from the disk");
     let source = image();
     for (offset, length) in target.zeroed.lock().unwrap().iter() {
         let range = *offset as usize..*offset as usize + *length as usize;
@@ -320,21 +358,26 @@ async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
 async fn a_target_that_hangs_is_reported_and_freed_by_closing_its_server() {
     let fixture = Fixture::new();
     let vm = fixture.start(StartMode::Running).await;
+    let console = Console::open(&vm.paths().console()).await.unwrap();
+    writes(&console, 1).await;
     let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::new(Stalled)).unwrap();
     let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
     let late = mirror.wait_ready(Duration::from_millis(600), |_| {}).await;
     assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");
+    // The guest, once it has booted, notices nothing.
+    writes(&console, 10).await;
     server.close().await;
     let failed = mirror.wait_ready(SOON, |_| {}).await;
     assert!(matches!(failed, Err(HypervisorError::Mirror { .. })), "{failed:?}");
     mirror.cancel(SOON).await.unwrap();
-    assert_eq!(vm.run_state().await.unwrap(), RunState::Running);
+    writes(&console, 3).await;
     vm.kill().await.unwrap();
 }
 
 /// Starts a migration between two VMs over the destination's own socket, up to the pause.
 async fn migrate_to_the_pause(fixture: &Fixture) -> (Vm, Vm) {
     let source = fixture.start(StartMode::Running).await;
+    writes(&Console::open(&source.paths().console()).await.unwrap(), 3).await;
     let mut arriving = fixture.launch(StartMode::Incoming);
     let replica = fixture.path("replica.raw");
     std::fs::copy(fixture.path("disk.raw"), &replica).unwrap();
@@ -372,6 +415,12 @@ async fn a_vm_moves_to_another_qemu_and_runs_there() {
     let stopped = source.marks().borrow().stopped.unwrap();
     assert!(stopped.qemu < resumed.resumed.unwrap().qemu);
     drop(resumed);
+    // It goes on counting from where it was, on its new disk.
+    let left_at = count_on(&fixture.path("disk.raw"));
+    writes(&Console::open(&destination.paths().console()).await.unwrap(), 2).await;
+    let arrived_at = count_on(&fixture.path("replica.raw"));
+    assert!(left_at >= 3 && arrived_at > left_at, "left at {left_at}, now at {arrived_at}");
+    assert_eq!(count_on(&fixture.path("disk.raw")), left_at);
     destination.kill().await.unwrap();
 }
 

@@ -37,6 +37,8 @@ pub const START_DEADLINE: Duration = Duration::from_secs(60);
 pub const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for the kernel to end a killed QEMU; freeing much memory takes a moment.
 pub const KILL_DEADLINE: Duration = Duration::from_secs(20);
+/// Time for a QEMU that has closed its control socket while starting to end.
+const GIVE_UP_DEADLINE: Duration = Duration::from_secs(2);
 /// Between two looks for the control socket of a QEMU that is starting.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(10);
 /// Events that a slow subscriber may lag behind before it loses the oldest.
@@ -365,14 +367,22 @@ async fn first_connection(
             }
         }
     };
-    tokio::select! {
-        connected = tokio::time::timeout(START_DEADLINE, connect) => match connected {
-            Ok(connected) => Ok(connected?),
-            Err(_) => Err(HypervisorError::Deadline { vm, operation: "start", deadline: START_DEADLINE }),
+    let connected = tokio::select! {
+        connected = tokio::time::timeout(START_DEADLINE, connect) => connected,
+        status = child.wait() => return Err(start_failed(vm, status, paths)),
+    };
+    match connected {
+        Ok(Ok(connected)) => Ok(connected),
+        // A QEMU that gives up closes its socket first, and then ends.
+        Ok(Err(error)) => match tokio::time::timeout(GIVE_UP_DEADLINE, child.wait()).await {
+            Ok(status) => Err(start_failed(vm, status, paths)),
+            Err(_) => Err(error.into()),
         },
-        status = child.wait() => {
-            let status = status.map(|status| status.to_string()).unwrap_or_default();
-            Err(HypervisorError::StartFailed { vm, status, log_tail: process::log_tail(paths) })
-        }
+        Err(_) => Err(HypervisorError::Deadline { vm, operation: "start", deadline: START_DEADLINE }),
     }
+}
+
+fn start_failed(vm: VmId, status: std::io::Result<std::process::ExitStatus>, paths: &VmPaths) -> HypervisorError {
+    let status = status.map(|status| status.to_string()).unwrap_or_default();
+    HypervisorError::StartFailed { vm, status, log_tail: process::log_tail(paths) }
 }

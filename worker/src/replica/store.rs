@@ -121,7 +121,6 @@ impl ReplicaDisk {
         self.session.lock().await
     }
 
-
     /// Size of the disk, in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
@@ -267,14 +266,22 @@ impl ReplicaStore {
         Ok(replica)
     }
 
-    /// A replica that is open already: what a migration restores pages from.
+    /// Opens a replica that is there: what a migration restores pages from.
     ///
     /// # Errors
-    /// [`ReplicaError::Missing`].
-    pub fn opened(&self, vm: VmId, disk: &str) -> Result<Arc<ReplicaDisk>, ReplicaError> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = open.get(&(vm, disk.to_owned())).cloned();
-        found.ok_or_else(|| ReplicaError::Missing { vm, disk: disk.to_owned() })
+    /// [`ReplicaError::Missing`]; the system's.
+    pub fn open_existing(&self, vm: VmId, disk: &str) -> Result<Arc<ReplicaDisk>, ReplicaError> {
+        let missing = || ReplicaError::Missing { vm, disk: disk.to_owned() };
+        let path = self.locate(vm, disk)?.ok_or_else(missing)?.path;
+        let (size_bytes, _) = image_bytes(&path).map_err(|source| ReplicaError::Open { path, source })?;
+        self.open_for_writing(vm, disk, size_bytes, 0)
+    }
+
+    /// The images of a VM on this host.
+    pub fn paths(&self, vm: VmId) -> Vec<PathBuf> {
+        let pairs = self.store.scan(format!("disk/{vm}/")).unwrap_or_default();
+        let location = |text: Vec<u8>| serde_json::from_slice::<DiskLocation>(&text).ok();
+        pairs.into_iter().filter_map(|(_, text)| location(text)).map(|location| location.path).collect()
     }
 
     /// Lets go of a VM's replicas: from now on the hypervisor changes these files, or they are deleted.
@@ -306,8 +313,11 @@ impl ReplicaStore {
     }
 
     fn record(&self, vm: VmId, disk: &str, location: &DiskLocation) -> Result<(), ReplicaError> {
-        let text = serde_json::to_vec(location)
-            .map_err(|source| ReplicaError::Record { vm, disk: disk.to_owned(), source })?;
+        let text = serde_json::to_vec(location).map_err(|source| ReplicaError::Record {
+            vm,
+            disk: disk.to_owned(),
+            source,
+        })?;
         let mut batch = Batch::default();
         batch.put(key(vm, disk), text);
         self.store.commit(batch).map_err(|source| ReplicaError::Store { vm, disk: disk.to_owned(), source })
@@ -342,7 +352,14 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
     file.set_len(size_bytes).map_err(failed)?;
     file.sync_all().map_err(failed)?;
     let instance = rand::random::<u64>() | 1;
-    Ok(ReplicaDisk { file, path: path.to_owned(), size_bytes, instance, version: AtomicU64::new(0), session: tokio::sync::Mutex::default() })
+    Ok(ReplicaDisk {
+        file,
+        path: path.to_owned(),
+        size_bytes,
+        instance,
+        version: AtomicU64::new(0),
+        session: tokio::sync::Mutex::default(),
+    })
 }
 
 fn free_bytes(folder: &Path) -> io::Result<u64> {

@@ -3,10 +3,12 @@
 //! It lives as long as the worker. A session that finds the replica still at the [`ReplicaState`] that the view
 //! remembers needs no digests from the peer; any other session starts from the digests that the peer sends.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use pageport_teleport::index::{BlockIndex, BlockRef, IndexError};
+use pageport_proto::VmId;
 use pageport_teleport::BlockDigest;
+use pageport_teleport::index::{BlockIndex, BlockRef, IndexError};
 
 use super::store::BLOCK_BYTES;
 
@@ -24,6 +26,25 @@ struct Inner {
     index: BlockIndex,
     /// By number of the disk.
     states: Vec<ReplicaState>,
+}
+
+/// The views of all replicas that this worker's VMs have elsewhere.
+#[derive(Debug, Default)]
+pub struct Views {
+    all: Mutex<HashMap<(VmId, String), Arc<ReplicaView>>>,
+}
+
+impl Views {
+    /// The view of a VM's replica at a peer.
+    pub fn of(&self, vm: VmId, peer: &str) -> Arc<ReplicaView> {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry((vm, peer.to_owned())).or_default().clone()
+    }
+
+    /// Forgets a VM that has left, or that is gone.
+    pub fn forget(&self, vm: VmId) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| *of != vm);
+    }
 }
 
 /// Shared by the disk sessions, which keep it, and by the encoder, which asks it.
@@ -148,6 +169,7 @@ mod tests {
 
     #[test]
     fn a_block_in_flight_is_neither_held_nor_referred_to() {
+        use pageport_proto::VmId;
         use pageport_teleport::index::BlockLookup;
         let view = ReplicaView::default();
         view.start_over(0, 16 * BLOCK_BYTES).unwrap();

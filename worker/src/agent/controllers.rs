@@ -1,0 +1,207 @@
+//! The way to the controllers: finds the leader, and asks it.
+//!
+//! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use pageport_common::telemetry;
+use pageport_common::tls::{CONTROLLER_NAME, Identity};
+use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
+use pageport_proto::v1::{
+    AskAuthorisationRequest, AskAuthorisationResponse, AskGrantRequest, AskGrantResponse, WorkerAssignment,
+    WorkerReport,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+const LEADER_KEY: &str = "pageport-leader";
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Questions go round all controllers so many times before they are given up.
+const ROUNDS: usize = 3;
+/// Between two rounds: an election takes about this long.
+const ROUND_PAUSE: Duration = Duration::from_millis(500);
+
+type Client = WorkerLinkServiceClient<Channel>;
+
+/// Why the controllers gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// None could be reached, or none is the leader.
+    #[error("no controller answers as the leader (tried {tried})")]
+    NoLeader {
+        /// Their addresses.
+        tried: String,
+        /// What the last one said.
+        #[source]
+        source: Box<Status>,
+    },
+    /// The leader refused.
+    #[error("the leader refused")]
+    Refused(#[source] Box<Status>),
+    /// An address in the configuration is no address.
+    #[error("configuration key `controllers`: {address:?} is not IP:port")]
+    Address {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: tonic::transport::Error,
+    },
+}
+
+/// All controllers.
+#[derive(Debug)]
+pub struct Controllers {
+    worker: String,
+    identity: Identity,
+    addresses: Vec<String>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    channels: HashMap<String, Channel>,
+    leader: Option<String>,
+}
+
+impl Controllers {
+    /// Knows the addresses; connects when asked.
+    pub fn new(worker: &str, identity: Identity, addresses: Vec<String>) -> Self {
+        Self { worker: worker.to_owned(), identity, addresses, state: Mutex::default() }
+    }
+
+    /// This worker's name.
+    pub fn worker(&self) -> &str {
+        &self.worker
+    }
+
+    /// May this worker load the image of a move?
+    ///
+    /// # Errors
+    /// No leader answers, or it refuses the question.
+    pub async fn ask_authorisation(
+        &self,
+        request: AskAuthorisationRequest,
+    ) -> Result<AskAuthorisationResponse, ControllerError> {
+        self.ask(|mut client| {
+            let request = with_deadline(request.clone());
+            async move { client.ask_authorisation(request).await.map(Response::into_inner) }
+        })
+        .await
+    }
+
+    /// May this worker run a VM?
+    ///
+    /// # Errors
+    /// No leader answers, or it refuses the question.
+    pub async fn ask_grant(&self, request: AskGrantRequest) -> Result<AskGrantResponse, ControllerError> {
+        self.ask(|mut client| {
+            let request = with_deadline(request.clone());
+            async move { client.ask_grant(request).await.map(Response::into_inner) }
+        })
+        .await
+    }
+
+    /// Opens the link to the leader.
+    ///
+    /// # Errors
+    /// No leader answers.
+    pub async fn link(
+        &self,
+        reports: impl Fn() -> ReceiverStream<WorkerReport>,
+    ) -> Result<Streaming<WorkerAssignment>, ControllerError> {
+        self.ask(|mut client| {
+            let reports = reports();
+            async move {
+                let opened = tokio::time::timeout(ANSWER_DEADLINE, client.link(reports)).await;
+                opened
+                    .map_err(|_| Status::deadline_exceeded("the link was not opened in time"))?
+                    .map(Response::into_inner)
+            }
+        })
+        .await
+    }
+
+    /// Asks whoever is the leader; follows hints.
+    async fn ask<A, F>(&self, question: impl Fn(Client) -> F) -> Result<A, ControllerError>
+    where
+        F: Future<Output = Result<A, Status>>,
+    {
+        let mut last = Status::unavailable("not asked yet");
+        for round in 0..ROUNDS {
+            if round > 0 {
+                tokio::time::sleep(ROUND_PAUSE).await;
+            }
+            let mut next: Vec<String> = self.addresses.iter().rev().cloned().collect();
+            next.extend(self.leader());
+            let mut budget = next.len() + 1;
+            while let Some(address) = next.pop()
+                && budget > 0
+            {
+                budget -= 1;
+                match question(WorkerLinkServiceClient::new(self.channel(&address)?)).await {
+                    Ok(answer) => {
+                        self.set_leader(Some(address));
+                        return Ok(answer);
+                    }
+                    Err(status) => {
+                        self.set_leader(None);
+                        let hint = status.metadata().get(LEADER_KEY).and_then(|hint| hint.to_str().ok());
+                        if let Some(hint) = hint.filter(|hint| *hint != address) {
+                            next.push(hint.to_owned());
+                        } else if !another_may_know(status.code()) {
+                            return Err(ControllerError::Refused(Box::new(status)));
+                        }
+                        last = status;
+                    }
+                }
+            }
+        }
+        Err(ControllerError::NoLeader { tried: self.addresses.join(", "), source: Box::new(last) })
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, ControllerError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = state.channels.get(address) {
+            return Ok(found.clone());
+        }
+        let failed = |source| ControllerError::Address { address: address.to_owned(), source };
+        let channel = Endpoint::from_shared(format!("https://{address}"))
+            .and_then(|endpoint| endpoint.tls_config(self.identity.tonic_client(CONTROLLER_NAME)))
+            .map_err(failed)?
+            .connect_timeout(CONNECT_DEADLINE)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        state.channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+
+    fn leader(&self) -> Option<String> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).leader.clone()
+    }
+
+    fn set_leader(&self, leader: Option<String>) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).leader = leader;
+    }
+}
+
+fn another_may_know(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable | Code::DeadlineExceeded | Code::FailedPrecondition | Code::Unknown | Code::Cancelled
+    )
+}
+
+fn with_deadline<M>(message: M) -> Request<M> {
+    let mut request = Request::new(message);
+    request.set_timeout(ANSWER_DEADLINE);
+    telemetry::inject(request.metadata_mut());
+    request
+}

@@ -1,0 +1,207 @@
+//! From an assignment to tasks: one per VM, one per migration of which this worker is the source, one per seed.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::{Epoch, Event, Record};
+use pageport_proto::v1::{MigrationAssignment, MigrationRole, VmAssignment, WorkerAssignment};
+use pageport_proto::{MigrationId, VmId};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::migration::source;
+use crate::node::Node;
+use crate::replica::seed;
+use crate::vms::converge::{Converged, converge};
+
+/// What did not work is tried again after this.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Follows the assignments for ever.
+pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAssignment>>) {
+    let mut keepers: HashMap<VmId, Keeper> = HashMap::new();
+    loop {
+        let assignment = assigned.borrow_and_update().clone();
+        if let Some(assignment) = &assignment {
+            keep_vms(&node, &mut keepers, assignment);
+            for migration in &assignment.migrations {
+                drive_migration(&node, assignment, migration).await;
+            }
+            let named = |id: MigrationId| assignment.migrations.iter().any(|it| it.migration_id == id.to_string());
+            node.registry.retain_migrations(named);
+            start_seeds(&node, assignment).await;
+            for removal in &assignment.replica_removals {
+                remove_replica(&node, &removal.vm_id);
+            }
+        }
+        // What could not be done yet is looked at again, even without news.
+        let news = tokio::time::timeout(RETRY_PAUSE, assigned.changed()).await;
+        if matches!(news, Ok(Err(_))) {
+            return;
+        }
+    }
+}
+
+/// The task that keeps one VM in line.
+struct Keeper {
+    wanted: watch::Sender<VmAssignment>,
+    _task: AbortOnDropHandle<()>,
+}
+
+fn keep_vms(node: &Arc<Node>, keepers: &mut HashMap<VmId, Keeper>, assignment: &WorkerAssignment) {
+    let mut named = HashMap::new();
+    for wanted in &assignment.vms {
+        match wanted.vm_id.parse::<VmId>() {
+            Ok(id) => drop(named.insert(id, wanted)),
+            Err(error) => tracing::error!(%error, "the controllers name a vm without an id"),
+        }
+    }
+    keepers.retain(|id, _| named.contains_key(id));
+    for (id, wanted) in named {
+        match keepers.get(&id) {
+            Some(keeper) => {
+                keeper.wanted.send_if_modified(|held| {
+                    let news = held != wanted;
+                    *held = wanted.clone();
+                    news
+                });
+            }
+            None => {
+                let (sender, receiver) = watch::channel(wanted.clone());
+                let task = AbortOnDropHandle::new(tokio::spawn(keep(node.clone(), id, receiver)));
+                keepers.insert(id, Keeper { wanted: sender, _task: task });
+            }
+        }
+    }
+}
+
+async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignment>) {
+    loop {
+        let wanted = assigned.borrow_and_update().clone();
+        let gone = async {
+            // A deleted VM of which nothing is here needs no record to be made for it.
+            if wanted.deleted && node.vms.get(id).is_none() {
+                return Ok(Converged::Gone);
+            }
+            let vm = node.vms.get_or_create(id)?;
+            converge(&vm, &wanted, node.config.name.as_str(), &node.controllers).await
+        };
+        match gone.await {
+            Ok(Converged::Gone) => {
+                node.views.forget(id);
+                node.vms.forget(id);
+                node.changed.notify_one();
+            }
+            Ok(Converged::Kept) => {}
+            Err(error) => {
+                let problem = crate::error::with_causes(&error);
+                tracing::warn!(vm_id = %id, problem, "vm is not as it should be");
+                if let Some(vm) = node.vms.get(id) {
+                    vm.set_problem(problem);
+                }
+            }
+        }
+        let mut status = node.vms.get(id).map(|vm| vm.watch());
+        let changed = async {
+            match &mut status {
+                Some(status) => drop(status.changed().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            news = assigned.changed() => if news.is_err() { return },
+            () = changed => {}
+            () = tokio::time::sleep(RETRY_PAUSE) => {}
+        }
+    }
+}
+
+async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migration: &MigrationAssignment) {
+    let (Ok(id), Ok(vm_id)) = (migration.migration_id.parse::<MigrationId>(), migration.vm_id.parse::<VmId>()) else {
+        tracing::error!("the controllers name a migration without ids");
+        return;
+    };
+    let epoch = Epoch::from_raw(migration.epoch);
+    let Ok(vm) = node.vms.get_or_create(vm_id) else { return };
+    match migration.role() {
+        MigrationRole::Source => {
+            if let Some(entry) = node.registry.migration(id) {
+                if migration.cancel || migration.over {
+                    entry.cancel.cancel();
+                }
+                return;
+            }
+            let spec = assignment.vms.iter().find(|it| it.vm_id == migration.vm_id).and_then(|it| it.spec.clone());
+            let Some(spec) = spec else { return };
+            let Some(entry) = node.registry.begin_migration(id, MigrationRole::Source) else { return };
+            if migration.cancel || migration.over || !vm.may_prepare(epoch) {
+                let failure = give_up(&vm, epoch).await;
+                entry.end(Err(failure));
+                return;
+            }
+            let order =
+                source::Order { node: node.clone(), vm, spec, assignment: migration.clone(), entry: entry.clone() };
+            tokio::spawn(async move {
+                let outcome = source::run(order).await;
+                entry.end(outcome.map_err(|error| crate::error::with_causes(&error)));
+            });
+        }
+        // The destination's work begins when the source calls; here only what is left is cleaned up.
+        MigrationRole::Destination if migration.over => {
+            if matches!(vm.status().record, Record::Replica { .. })
+                && let Err(error) = vm.step(Event::Revoked(epoch)).await
+            {
+                tracing::warn!(%error, "the image of a migration that is over could not be dropped");
+                return;
+            }
+            if let Some(entry) = node.registry.begin_migration(id, MigrationRole::Destination) {
+                entry.end(Ok(None));
+            }
+        }
+        MigrationRole::Destination | MigrationRole::Unspecified => {}
+    }
+}
+
+/// A move that this worker does not (or, after a restart, no longer) carry out as its source.
+async fn give_up(vm: &Arc<crate::vms::ManagedVm>, epoch: Epoch) -> String {
+    let before = vm.status();
+    match vm.step(Event::Cancel(epoch)).await {
+        Err(error) => crate::error::with_causes(&error),
+        Ok(Record::Own { .. }) if before.volatile.guest == pageport_ownership::Guest::Running => {
+            "the source worker restarted or was told to cancel before the migration began".to_owned()
+        }
+        Ok(_) => "the vm does not run at its source".to_owned(),
+    }
+}
+
+async fn start_seeds(node: &Arc<Node>, assignment: &WorkerAssignment) {
+    node.registry.retain_seeds(|vm, site| {
+        assignment.seeds.iter().any(|seed| seed.vm_id == vm.to_string() && seed.to_site == site)
+    });
+    for order in &assignment.seeds {
+        let Ok(vm_id) = order.vm_id.parse::<VmId>() else { continue };
+        let (Some(vm), Some(spec)) = (
+            node.vms.get(vm_id),
+            assignment.vms.iter().find(|it| it.vm_id == order.vm_id).and_then(|it| it.spec.clone()),
+        ) else {
+            continue;
+        };
+        let Some(entry) = node.registry.begin_seed(vm_id, &order.to_site, order.seed_seq) else { continue };
+        tokio::spawn(seed::run(node.clone(), vm, spec, order.clone(), entry));
+    }
+}
+
+fn remove_replica(node: &Arc<Node>, vm_id: &str) {
+    let Ok(id) = vm_id.parse::<VmId>() else { return };
+    let replica = node.vms.get(id).is_none_or(|vm| matches!(vm.status().record, Record::Replica { .. }));
+    if !replica {
+        tracing::error!(vm_id, "told to remove the replica of a vm that this worker may run; it stays");
+        return;
+    }
+    let removed = tokio::task::block_in_place(|| node.replicas.remove(id));
+    if let Err(error) = removed {
+        tracing::warn!(vm_id, error = %crate::error::with_causes(&error), "replica not removed");
+    }
+    node.changed.notify_one();
+}

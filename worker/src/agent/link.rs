@@ -1,0 +1,130 @@
+//! The stream of reports to the leader and of assignments from it; opened again whenever it ends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::Record;
+use pageport_proto::v1::{OwnershipRecord, VmReport, WorkerAssignment, WorkerReport, ownership_record};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::controllers::ControllerError;
+use crate::node::Node;
+use crate::replica::store::image_bytes;
+use crate::vms::ManagedVm;
+
+/// Longest time without a report.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Shortest time between two reports.
+const REPORT_INTERVAL: Duration = Duration::from_millis(50);
+/// The leader says something at least every second.
+const SILENCE_LIMIT: Duration = Duration::from_secs(6);
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+
+/// Keeps the link up for ever.
+pub async fn run(node: Arc<Node>, assignments: watch::Sender<Option<WorkerAssignment>>) {
+    loop {
+        if let Err(error) = session(&node, &assignments).await {
+            tracing::warn!(error = %crate::error::with_causes(&error), "link to the controllers is down");
+        }
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
+}
+
+/// One link, until it ends.
+async fn session(
+    node: &Arc<Node>,
+    assignments: &watch::Sender<Option<WorkerAssignment>>,
+) -> Result<(), ControllerError> {
+    let seq = watch::Sender::new(0);
+    let mut stream = node
+        .controllers
+        .link(|| {
+            let (sender, receiver) = mpsc::channel(1);
+            tokio::spawn(report(node.clone(), seq.subscribe(), sender));
+            ReceiverStream::new(receiver)
+        })
+        .await?;
+    tracing::info!("link to the leader is up");
+    loop {
+        match tokio::time::timeout(SILENCE_LIMIT, stream.message()).await {
+            Ok(Ok(Some(assignment))) => {
+                seq.send_replace(assignment.seq);
+                assignments.send_if_modified(|held| {
+                    let news = held.as_ref() != Some(&assignment);
+                    *held = Some(assignment);
+                    news
+                });
+            }
+            Ok(Ok(None)) => return Ok(()),
+            Ok(Err(status)) => return Err(ControllerError::Refused(Box::new(status))),
+            Err(_) => {
+                return Err(ControllerError::Refused(Box::new(tonic::Status::deadline_exceeded(
+                    "the leader is silent",
+                ))));
+            }
+        }
+    }
+}
+
+/// Sends reports until the link ends.
+async fn report(node: Arc<Node>, seq: watch::Receiver<u64>, reports: mpsc::Sender<WorkerReport>) {
+    loop {
+        let report = build(&node, *seq.borrow());
+        if reports.send(report).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(REPORT_INTERVAL).await;
+        // A heartbeat, unless something changes before.
+        let _ = tokio::time::timeout(HEARTBEAT, node.changed.notified()).await;
+    }
+}
+
+fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
+    let config = &node.config;
+    WorkerReport {
+        worker: config.name.to_string(),
+        site: config.site.to_string(),
+        grpc_address: config.grpc.to_string(),
+        peer_address: config.peer.to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        qemu_version: node.qemu_version.to_string(),
+        accelerator: node.hypervisor.accelerator.to_string(),
+        memory_total_bytes: nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or_default(),
+        vms: node.vms.list().iter().map(|vm| vm_report(node, vm)).collect(),
+        migrations: node.registry.migration_reports(),
+        seeds: node.registry.seed_reports(),
+        assignment_seq,
+    }
+}
+
+fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
+    let status = vm.status();
+    let paths = node.replicas.paths(vm.id());
+    let (disk_bytes, disk_allocated_bytes) = paths
+        .iter()
+        .filter_map(|path| image_bytes(path).ok())
+        .fold((0, 0), |(bytes, allocated), (disk_bytes, disk_allocated)| {
+            (bytes + disk_bytes, allocated + disk_allocated)
+        });
+    VmReport {
+        vm_id: vm.id().to_string(),
+        state: status.state.into(),
+        problem: status.problem,
+        record: Some(record(&status.record)),
+        disk_bytes,
+        disk_allocated_bytes,
+        has_replica: !paths.is_empty() && status.record.owned().is_none(),
+    }
+}
+
+fn record(record: &Record) -> OwnershipRecord {
+    use ownership_record::Kind;
+    let (kind, own, epoch, seen) = match *record {
+        Record::Replica { seen, refused } => (Kind::Replica, 0, refused.map_or(0, |epoch| epoch.raw()), seen.raw()),
+        Record::Own { own, seen } => (Kind::Own, own.raw(), 0, seen.raw()),
+        Record::Prepared { own, epoch } => (Kind::Prepared, own.raw(), epoch.raw(), 0),
+        Record::Released { epoch } => (Kind::Released, 0, epoch.raw(), 0),
+    };
+    OwnershipRecord { kind: kind.into(), own, epoch, seen }
+}

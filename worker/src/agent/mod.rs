@@ -1,0 +1,99 @@
+//! The worker's daemon: brings this host in line with what the controllers assign, and reports what is.
+//!
+//! ```text
+//!   link ──assignment──▶ watch ─▶ one task per VM (vms::converge)
+//!     ▲                    └────▶ dispatch: starts and cancels migrations, seeds, removals
+//!     └──report── everything that this host knows, on each change and as a heartbeat
+//! ```
+//! - [`controllers`]: finds the leader and asks it.
+//! - [`link`]: the stream of reports and assignments.
+//! - [`dispatch`]: from an assignment to tasks.
+//! - [`peers`]: what other workers ask of this one.
+//! - [`console`]: what operators ask of this one.
+
+pub mod console;
+pub mod controllers;
+pub mod dispatch;
+pub mod link;
+pub mod peers;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use pageport_common::store::Store;
+use pageport_common::tls::Identity;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use self::controllers::Controllers;
+use crate::config::{AcceleratorChoice, Config};
+use crate::hypervisor::{self, Accelerator, accel};
+use crate::migration::registry::Registry;
+use crate::node::Node;
+use crate::replica::store::ReplicaStore;
+use crate::replica::view::Views;
+use crate::transport::PeerEndpoint;
+use crate::vms::{Vms, managed};
+
+/// Tasks have this long to end when the worker stops; guests go on without it.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs the worker until `stop`.
+///
+/// # Errors
+/// What kept it from starting; once started it goes on.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let node = Arc::new(start(config).await?);
+    node.vms.restore().await.context("take over the vms of an earlier worker")?;
+    let (assignments, assigned) = watch::channel(None);
+    let tasks = tokio_util::task::TaskTracker::new();
+    tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(dispatch::run(node.clone(), assigned)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
+    tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
+    stop.cancelled().await;
+    tasks.close();
+    if tokio::time::timeout(STOP_LIMIT, tasks.wait()).await.is_err() {
+        tracing::warn!("tasks did not end in time");
+    }
+    node.endpoint.close();
+    Ok(())
+}
+
+async fn start(config: Config) -> anyhow::Result<Node> {
+    let identity = Identity::load(&config.tls)?;
+    for folder in [&config.data_dir, &config.runtime_dir] {
+        std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    }
+    let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
+    let qemu = config.hypervisor.qemu.clone();
+    let qemu_version = accel::qemu_version(&qemu).await?;
+    let accelerator = match config.hypervisor.accelerator {
+        AcceleratorChoice::Auto => accel::probe(&qemu, &config.runtime_dir).await?,
+        AcceleratorChoice::Kvm => Accelerator::Kvm,
+        AcceleratorChoice::Tcg => Accelerator::Tcg,
+    };
+    let hypervisor = hypervisor::Host { qemu, accelerator, runtime_dir: config.runtime_dir.clone() };
+    let changed = Arc::new(Notify::new());
+    let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
+    let vms = Vms::new(managed::Shared {
+        store,
+        hypervisor: hypervisor.clone(),
+        replicas: replicas.clone(),
+        changed: changed.clone(),
+    });
+    Ok(Node {
+        endpoint: PeerEndpoint::bind(config.peer, &identity)?,
+        controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
+        registry: Registry::new(changed.clone()),
+        views: Views::default(),
+        hypervisor,
+        qemu_version,
+        replicas,
+        vms,
+        changed,
+        config,
+    })
+}

@@ -1,0 +1,108 @@
+//! What other workers ask of this one: to receive a migration, to keep a replica.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::Guest;
+use pageport_proto::VmId;
+use pageport_proto::ids::is_name;
+use pageport_proto::v1::{DiskFailure, DiskHello, DiskReply, StreamHello, disk_reply, stream_hello};
+use tracing::Instrument;
+
+use crate::migration::destination;
+use crate::node::Node;
+use crate::replica::serve::serve_disk;
+use crate::transport::{MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection};
+
+/// A stream that says nothing for this long after it was opened is closed.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why a disk stream is refused.
+#[derive(Debug, thiserror::Error)]
+enum RefusedDisk {
+    #[error("the request names no vm")]
+    Vm,
+    #[error("{name:?} is not a disk name")]
+    Name { name: String },
+    #[error("this site runs vm {vm} itself: its disks are no replicas")]
+    Owned { vm: VmId },
+    #[error(transparent)]
+    Replica(#[from] crate::replica::store::ReplicaError),
+    #[error(transparent)]
+    Known(#[from] crate::vms::VmError),
+}
+
+/// Serves peers for ever.
+pub async fn run(node: Arc<Node>) {
+    while let Some(connection) = node.endpoint.accept().await {
+        tokio::spawn(serve(node.clone(), connection));
+    }
+}
+
+async fn serve(node: Arc<Node>, connection: PeerConnection) {
+    // The connection's end is how a peer says that it is done.
+    while let Ok((send, recv)) = connection.accept_bi().await {
+        let (node, connection) = (node.clone(), connection.clone());
+        tokio::spawn(async move {
+            let (mut reader, writer) = (MessageReader::new(recv), MessageWriter::new(send));
+            let hello: StreamHello = match reader.receive_within(HELLO_LIMIT).await {
+                Ok(hello) => hello,
+                Err(error) => {
+                    tracing::warn!(error = %crate::error::with_causes(&error), "a peer's stream has no beginning");
+                    return;
+                }
+            };
+            if hello.protocol_version != PROTOCOL_VERSION {
+                tracing::warn!(
+                    theirs = hello.protocol_version,
+                    ours = PROTOCOL_VERSION,
+                    "peer speaks another protocol"
+                );
+                connection.close("protocol version not supported");
+                return;
+            }
+            match hello.kind {
+                Some(stream_hello::Kind::Migration(migration)) => {
+                    destination::serve(node, connection, migration, &hello.traceparent, reader, writer).await;
+                }
+                Some(stream_hello::Kind::Disk(disk)) => {
+                    let span = tracing::info_span!("replica", vm_id = %disk.vm_id, disk = %disk.disk);
+                    pageport_common::telemetry::adopt_traceparent(&span, &hello.traceparent);
+                    keep_replica(node, disk, reader, writer).instrument(span).await;
+                }
+                _ => connection.close("unexpected stream"),
+            }
+        });
+    }
+}
+
+async fn keep_replica(node: Arc<Node>, hello: DiskHello, mut reader: MessageReader, mut writer: MessageWriter) {
+    let served = match open(&node, &hello) {
+        Ok(replica) => serve_disk(&hello, replica, &mut reader, &mut writer).await,
+        Err(refused) => {
+            let reason = crate::error::with_causes(&refused);
+            tracing::warn!(reason, "disk stream refused");
+            let failure = DiskReply { kind: Some(disk_reply::Kind::Failure(DiskFailure { reason })) };
+            writer.send(&failure).await.map_err(Into::into)
+        }
+    };
+    if let Err(error) = served {
+        tracing::warn!(error = %crate::error::with_causes(&error), "disk stream ended early");
+    }
+    node.changed.notify_one();
+}
+
+fn open(node: &Node, hello: &DiskHello) -> Result<Arc<crate::replica::store::ReplicaDisk>, RefusedDisk> {
+    let vm: VmId = hello.vm_id.parse().map_err(|_| RefusedDisk::Vm)?;
+    if !is_name(&hello.disk) {
+        return Err(RefusedDisk::Name { name: hello.disk.clone() });
+    }
+    let status = node.vms.get_or_create(vm)?.status();
+    let ours = status.record.owned().is_some() || matches!(status.volatile.guest, Guest::Running | Guest::Paused);
+    if ours {
+        return Err(RefusedDisk::Owned { vm });
+    }
+    tokio::task::block_in_place(|| {
+        Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
+    })
+}

@@ -1,0 +1,126 @@
+//! The worker's configuration: `worker.toml`, validated. `deploy/config/worker.toml` is the commented example.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use pageport_common::config::ConfigError;
+use pageport_common::telemetry::TelemetryConfig;
+use pageport_common::tls::TlsPaths;
+use pageport_proto::{SiteName, WorkerName};
+use serde::Deserialize;
+
+/// The file as written.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    name: String,
+    site: String,
+    data_dir: PathBuf,
+    runtime_dir: PathBuf,
+    controllers: Vec<String>,
+    listen: RawListen,
+    tls: TlsPaths,
+    #[serde(default)]
+    hypervisor: HypervisorConfig,
+    #[serde(default)]
+    telemetry: TelemetryConfig,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawListen {
+    grpc: SocketAddr,
+    peer: SocketAddr,
+}
+
+/// `[hypervisor]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HypervisorConfig {
+    /// The binary.
+    pub qemu: String,
+    /// What runs the guests.
+    pub accelerator: AcceleratorChoice,
+}
+
+impl Default for HypervisorConfig {
+    fn default() -> Self {
+        Self { qemu: "qemu-system-x86_64".to_owned(), accelerator: AcceleratorChoice::Auto }
+    }
+}
+
+/// `hypervisor.accelerator`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    /// KVM if a guest really runs under it, else software emulation.
+    Auto,
+    /// KVM, unchecked.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+}
+
+/// A configuration that can work.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This worker.
+    pub name: WorkerName,
+    /// Its site.
+    pub site: SiteName,
+    /// Durable records and replicas.
+    pub data_dir: PathBuf,
+    /// Sockets and pid files; gone after a reboot.
+    pub runtime_dir: PathBuf,
+    /// `host:port` of every controller.
+    pub controllers: Vec<String>,
+    /// mTLS gRPC for operators (console).
+    pub grpc: SocketAddr,
+    /// QUIC for other workers.
+    pub peer: SocketAddr,
+    /// This worker's identity.
+    pub tls: TlsPaths,
+    /// The hypervisor.
+    pub hypervisor: HypervisorConfig,
+    /// Logs and traces.
+    pub telemetry: TelemetryConfig,
+}
+
+/// A unix socket's path must fit into 107 bytes; this is what the longest one adds to `runtime_dir`.
+const LONGEST_SOCKET_BYTES: usize = "/vm/01234567-89ab-cdef-0123-456789abcdef/nbd-01234567890123456789.sock".len();
+const SOCKET_PATH_LIMIT: usize = 107;
+
+impl TryFrom<RawConfig> for Config {
+    type Error = ConfigError;
+
+    fn try_from(raw: RawConfig) -> Result<Self, ConfigError> {
+        let invalid = |key, problem: String| ConfigError::Invalid { key, problem };
+        if raw.controllers.is_empty() {
+            return Err(invalid("controllers", "name at least one controller, as \"IP:7400\"".to_owned()));
+        }
+        for (key, path) in [("data_dir", &raw.data_dir), ("runtime_dir", &raw.runtime_dir)] {
+            if !path.is_absolute() {
+                return Err(invalid(key, format!("{} is not an absolute path", path.display())));
+            }
+        }
+        let socket_bytes = raw.runtime_dir.as_os_str().len() + LONGEST_SOCKET_BYTES;
+        if socket_bytes > SOCKET_PATH_LIMIT {
+            let room = SOCKET_PATH_LIMIT - LONGEST_SOCKET_BYTES;
+            let problem =
+                format!("{} is too long for unix sockets below it: at most {room} bytes", raw.runtime_dir.display());
+            return Err(invalid("runtime_dir", problem));
+        }
+        Ok(Self {
+            name: raw.name.parse().map_err(|error| invalid("name", format!("{error}")))?,
+            site: raw.site.parse().map_err(|error| invalid("site", format!("{error}")))?,
+            data_dir: raw.data_dir,
+            runtime_dir: raw.runtime_dir,
+            controllers: raw.controllers,
+            grpc: raw.listen.grpc,
+            peer: raw.listen.peer,
+            tls: raw.tls,
+            hypervisor: raw.hypervisor,
+            telemetry: raw.telemetry,
+        })
+    }
+}

@@ -1,0 +1,249 @@
+//! The destination's memory stream: QUIC to hypervisor socket.
+//!
+//! ```text
+//!   memory stream ───▶ [read task] ─┐
+//!                                   ├─▶ [decode thread] ─ in order ─▶ unix socket ─▶ QEMU
+//!   fallback stream ─▶ [read task] ─┘        │ reads the replica
+//!                                            └─▶ BatchAck, FallbackRequest ─▶ control stream
+//! ```
+//! A batch that does not verify holds back only the *writing* of those behind it; they are decoded and kept, bounded by
+//! the source's window ([`HELD_LIMIT_BYTES`] enforces it).
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pageport_proto::v1::{BatchAck, FallbackRequest, to_source};
+use pageport_teleport::{
+    BlockRef, DecodeError, Decoded, Decoder, FrameError, FrameReader, OutOfOrder, ReplicaRead, StreamDigest, Verified,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::window::RAW_LIMIT_BYTES;
+use crate::replica::store::{BLOCK_BYTES, ReplicaDisk};
+
+/// Verified bytes that may wait for a batch before them: the source's window and one batch.
+const HELD_LIMIT_BYTES: u64 = RAW_LIMIT_BYTES + (16 << 20);
+/// Read from QUIC at a time.
+const CHUNK_BYTES: usize = 256 << 10;
+/// Chunks between QUIC and the decoder.
+const CHUNK_QUEUE: usize = 8;
+/// A hypervisor that takes nothing for this long is given up.
+const WRITE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why the memory stream ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum IncomingError {
+    /// QUIC failed.
+    #[error("receive memory from the source")]
+    Receive(#[from] quinn::ReadError),
+    /// The stream is no stream of frames.
+    #[error("read the frames of the source")]
+    Frame(#[from] FrameError),
+    /// A frame cannot be decoded.
+    #[error("decode the migration stream")]
+    Decode(#[from] DecodeError),
+    /// The stream ends in the middle of a frame.
+    #[error("the source's stream is cut off after batch {batches}")]
+    Cut {
+        /// Whole batches that came.
+        batches: u64,
+    },
+    /// The hypervisor took nothing more.
+    #[error("write the migration stream to the hypervisor")]
+    Hypervisor(#[source] io::Error),
+    /// The source sends beyond its window.
+    #[error("the source sends more than {HELD_LIMIT_BYTES} bytes past a batch that does not verify")]
+    BeyondWindow,
+    /// Batches out of order: a bug.
+    #[error("put the batches in order")]
+    Order(#[from] OutOfOrder),
+    /// The pipeline's thread ended on its own.
+    #[error("the memory pipeline ended early")]
+    Ended,
+}
+
+enum Input {
+    Memory(Bytes),
+    MemoryEnd,
+    Fallback(Bytes),
+    Failed(quinn::ReadError),
+}
+
+/// The running pipeline. Dropping it ends it.
+#[derive(Debug)]
+pub struct Incoming {
+    done: oneshot::Receiver<Result<StreamDigest, IncomingError>>,
+    socket: UnixStream,
+    _readers: [AbortOnDropHandle<()>; 2],
+}
+
+impl Incoming {
+    /// Starts to write what the streams bring to `socket` (the hypervisor's, blocking). What the source must know goes
+    /// to `answers`, which is bounded by the source's window.
+    ///
+    /// # Errors
+    /// The socket cannot be used.
+    pub fn start(
+        memory: quinn::RecvStream,
+        fallback: quinn::RecvStream,
+        socket: UnixStream,
+        disks: Vec<Arc<ReplicaDisk>>,
+        answers: mpsc::UnboundedSender<to_source::Kind>,
+    ) -> Result<Self, IncomingError> {
+        socket.set_write_timeout(Some(WRITE_LIMIT)).map_err(IncomingError::Hypervisor)?;
+        let writing = socket.try_clone().map_err(IncomingError::Hypervisor)?;
+        let decoder = Decoder::new()?;
+        let (inputs, received) = mpsc::channel(CHUNK_QUEUE);
+        let readers = [
+            AbortOnDropHandle::new(tokio::spawn(read(memory, inputs.clone(), Input::Memory, Some(Input::MemoryEnd)))),
+            AbortOnDropHandle::new(tokio::spawn(read(fallback, inputs, Input::Fallback, None))),
+        ];
+        let (done_sender, done) = oneshot::channel();
+        let rebuilding = Rebuilding {
+            decoder,
+            disks: Disks(disks),
+            socket: writing,
+            answers,
+            held: BTreeMap::new(),
+            held_bytes: 0,
+            next: 0,
+            digest: StreamDigest::new(),
+        };
+        tokio::task::spawn_blocking(move || {
+            // Who waits may have given up.
+            let _ = done_sender.send(rebuilding.run(received));
+        });
+        Ok(Self { done, socket, _readers: readers })
+    }
+
+    /// Waits until the whole stream is verified and written. Cancel-safe.
+    ///
+    /// # Errors
+    /// Why it did not come to that.
+    pub async fn written_all(&mut self) -> Result<StreamDigest, IncomingError> {
+        (&mut self.done).await.map_err(|_| IncomingError::Ended)?
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        // The hypervisor sees the end of the stream, and a thread that still writes wakes up.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+async fn read(
+    mut stream: quinn::RecvStream,
+    inputs: mpsc::Sender<Input>,
+    wrap: fn(Bytes) -> Input,
+    end: Option<Input>,
+) {
+    loop {
+        let input = match stream.read_chunk(CHUNK_BYTES, true).await {
+            Ok(Some(chunk)) => wrap(chunk.bytes),
+            Ok(None) => break,
+            Err(error) => Input::Failed(error),
+        };
+        let failed = matches!(input, Input::Failed(_));
+        if inputs.send(input).await.is_err() || failed {
+            return;
+        }
+    }
+    if let Some(end) = end {
+        // Without a thread to take it the end matters to nobody.
+        let _ = inputs.send(end).await;
+    }
+}
+
+/// The replicas as the decoder reads them, by number of the disk.
+struct Disks(Vec<Arc<ReplicaDisk>>);
+
+impl ReplicaRead for Disks {
+    fn read(&mut self, at: BlockRef, _count: u32, into: &mut [u8]) -> io::Result<()> {
+        let disk = self.0.get(usize::from(at.disk)).ok_or(io::ErrorKind::NotFound)?;
+        let offset = at.block.checked_mul(BLOCK_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
+        // The last block of a disk that ends inside it reads as if it went on with zeros.
+        let held = disk.size_bytes().saturating_sub(offset).min(into.len() as u64) as usize;
+        let (inside, beyond) = into.split_at_mut(held);
+        beyond.fill(0);
+        disk.read(offset, inside)
+    }
+}
+
+struct Rebuilding {
+    decoder: Decoder,
+    disks: Disks,
+    socket: UnixStream,
+    answers: mpsc::UnboundedSender<to_source::Kind>,
+    /// Verified, but behind a batch that is not.
+    held: BTreeMap<u64, Verified>,
+    held_bytes: u64,
+    next: u64,
+    digest: StreamDigest,
+}
+
+impl Rebuilding {
+    fn run(mut self, mut received: mpsc::Receiver<Input>) -> Result<StreamDigest, IncomingError> {
+        let (mut memory, mut fallback) = (FrameReader::new(), FrameReader::new());
+        let mut ended = false;
+        while !(ended && self.decoder.pending() == 0) {
+            match received.blocking_recv().ok_or(IncomingError::Ended)? {
+                Input::Memory(bytes) => {
+                    memory.push(&bytes);
+                    while let Some(frame) = memory.next_frame()? {
+                        match self.decoder.decode(&frame, &mut self.disks)? {
+                            Decoded::Verified(batch) => self.take(batch)?,
+                            Decoded::Mismatch { sequence, teleported_pages } => {
+                                tracing::debug!(
+                                    sequence,
+                                    teleported_pages,
+                                    "batch did not verify; asked for its bytes"
+                                );
+                                self.answer(to_source::Kind::FallbackRequest(FallbackRequest { sequence }));
+                            }
+                        }
+                    }
+                }
+                Input::Fallback(bytes) => {
+                    fallback.push(&bytes);
+                    while let Some(frame) = fallback.next_frame()? {
+                        let batch = self.decoder.decode_fallback(&frame)?;
+                        self.take(batch)?;
+                    }
+                }
+                Input::MemoryEnd if !memory.is_at_boundary() => {
+                    return Err(IncomingError::Cut { batches: self.next });
+                }
+                Input::MemoryEnd => ended = true,
+                Input::Failed(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.digest)
+    }
+
+    fn take(&mut self, batch: Verified) -> Result<(), IncomingError> {
+        self.held_bytes += batch.bytes.len() as u64;
+        self.held.insert(batch.summary.sequence, batch);
+        let first = self.next;
+        while let Some(batch) = self.held.remove(&self.next) {
+            self.held_bytes -= batch.bytes.len() as u64;
+            self.socket.write_all(&batch.bytes).map_err(IncomingError::Hypervisor)?;
+            self.digest.append(&batch.summary)?;
+            self.next += 1;
+        }
+        if self.next > first {
+            self.answer(to_source::Kind::BatchAck(BatchAck { sequence: self.next - 1 }));
+        }
+        if self.held_bytes > HELD_LIMIT_BYTES { Err(IncomingError::BeyondWindow) } else { Ok(()) }
+    }
+
+    fn answer(&self, kind: to_source::Kind) {
+        // A control stream that is gone ends the migration by itself.
+        let _ = self.answers.send(kind);
+    }
+}

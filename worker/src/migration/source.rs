@@ -1,0 +1,552 @@
+//! The source of a move: its phases in order, and how each is undone.
+//!
+//! | phase | does | undone by |
+//! |---|---|---|
+//! | `connect` | connects, is admitted, compares clocks | abort, close |
+//! | `disk-sync` | mirrors every disk until it keeps up | cancel mirrors |
+//! | `memory` | writes `Prepared`, streams memory until the guest is stopped | cancel, write `revoked`, resume |
+//! | `switchover` | finishes the mirrors, sends the rest, waits for `Ready`, writes `Released` | the same |
+//! | `hand-over` | releases, waits for `Resumed`, ends its guest | not: the commit point is passed |
+//!
+//! The phases run through one wrapper ([`Move::phase`]) that gives the span, the timing and the seam for cancelling.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageport_common::telemetry;
+use pageport_ownership::{Epoch, Event, Record};
+use pageport_proto::v1::{
+    Abort, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord, PhaseTiming, Release, StreamEnd,
+    VmSpec, to_destination, to_source,
+};
+use tracing::Instrument;
+
+use super::control::{Control, ControlError};
+use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
+use super::registry::MigrationEntry;
+use crate::clock::{self, Offset};
+use crate::hypervisor::migrate::SourceSettings;
+use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
+use crate::node::Node;
+use crate::replica::copy::{CopyError, DiskCopies};
+use crate::transport::{PeerConnection, TransportError};
+use crate::vms::{ManagedVm, VmError};
+
+/// The destination starts a hypervisor and touches all of its memory before it admits.
+const ADMIT_LIMIT: Duration = Duration::from_secs(90);
+const CLOCK_LIMIT: Duration = Duration::from_secs(5);
+/// A full comparison of large disks takes its time; a stalled one is noticed by the disk stream.
+const DISK_SYNC_LIMIT: Duration = Duration::from_secs(24 * 3600);
+/// The hypervisor has this long to connect to our socket.
+const STREAM_CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Longest move of memory; one that does not converge is ended by its operator.
+const MEMORY_LIMIT: Duration = Duration::from_secs(24 * 3600);
+/// The guest stands still: what is not done by then goes back.
+const SWITCHOVER_LIMIT: Duration = Duration::from_secs(30);
+/// The pause that QEMU plans for.
+const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
+/// Between two looks at the hypervisor's figures.
+const OBSERVE_INTERVAL: Duration = Duration::from_millis(200);
+/// What a link is taken to carry until it has shown more, in bytes per second.
+const RATE_FLOOR_BYTES_PER_S: u64 = 1_000_000;
+const UNDO_LIMIT: Duration = Duration::from_secs(20);
+
+/// Why a move did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] TransportError),
+    /// The control stream.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The disks.
+    #[error("bring the replica up to date")]
+    Disks(#[from] CopyError),
+    /// The memory.
+    #[error("move the memory")]
+    Memory(#[from] OutgoingError),
+    /// The hypervisor.
+    #[error("drive the hypervisor")]
+    Hypervisor(#[from] HypervisorError),
+    /// The VM at this host.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The socket towards the hypervisor.
+    #[error("listen for the hypervisor's migration stream")]
+    Socket(#[source] std::io::Error),
+    /// Asked to.
+    #[error("cancelled")]
+    Cancelled,
+    /// The record does not permit a move.
+    #[error("the vm's ownership record does not permit this move: {record:?}")]
+    NotPermitted {
+        /// The record.
+        record: Record,
+    },
+    /// The destination rebuilt something else.
+    #[error("the destination rebuilt another stream than was sent: nothing was switched over")]
+    DigestMismatch,
+    /// Not in time.
+    #[error("{what} took longer than {} s", limit.as_secs())]
+    TooLong {
+        /// What.
+        what: &'static str,
+        /// The limit.
+        limit: Duration,
+    },
+}
+
+/// What a move needs.
+#[derive(Debug)]
+pub struct Order {
+    /// This worker.
+    pub node: Arc<Node>,
+    /// The VM.
+    pub vm: Arc<ManagedVm>,
+    /// Its definition.
+    pub spec: VmSpec,
+    /// The controllers' words.
+    pub assignment: MigrationAssignment,
+    /// Where progress goes, and where cancelling comes from.
+    pub entry: Arc<MigrationEntry>,
+}
+
+/// Moves the VM. When this returns, the VM runs here as before (an error), has been handed over (a record), or is
+/// in the controllers' hands ([`None`]: the commit point is passed and the destination could not be heard any more).
+///
+/// # Errors
+/// Why it runs here still.
+pub async fn run(order: Order) -> Result<Option<MigrationRecord>, SourceError> {
+    let assignment = &order.assignment;
+    let span = tracing::info_span!(
+        "migration",
+        migration_id = %assignment.migration_id,
+        vm_id = %assignment.vm_id,
+        epoch = assignment.epoch,
+        role = "source"
+    );
+    telemetry::adopt_traceparent(&span, &assignment.traceparent);
+    Move::new(order).run().instrument(span).await
+}
+
+struct Move {
+    order: Order,
+    epoch: Epoch,
+    started: Instant,
+    waited_before: Duration,
+    timings: Vec<PhaseTiming>,
+    connection: Option<PeerConnection>,
+    control: Option<Control>,
+    offset: Offset,
+    disks: Option<DiskCopies>,
+    outgoing: Option<Outgoing>,
+    memory_started: Option<Instant>,
+    downtime_marks: Vec<(&'static str, Instant)>,
+}
+
+/// What the switchover brought.
+struct Switched {
+    totals: StreamTotals,
+    digest_match: bool,
+}
+
+impl Move {
+    fn new(order: Order) -> Self {
+        let ordered_ms = u64::try_from(order.assignment.ordered_unix_ms).unwrap_or(0);
+        let since_order = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH + Duration::from_millis(ordered_ms))
+            .unwrap_or_default();
+        Self {
+            epoch: Epoch::from_raw(order.assignment.epoch),
+            order,
+            started: Instant::now(),
+            waited_before: since_order.min(Duration::from_secs(3600)),
+            timings: Vec::new(),
+            connection: None,
+            control: None,
+            offset: Offset::default(),
+            disks: None,
+            outgoing: None,
+            memory_started: None,
+            downtime_marks: Vec::new(),
+        }
+    }
+
+    async fn run(mut self) -> Result<Option<MigrationRecord>, SourceError> {
+        match self.until_released().await {
+            Ok(switched) => Ok(self.phase_uncancelled("hand-over", async |this| this.hand_over(switched).await).await),
+            Err(error) => {
+                self.undo(&error).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn until_released(&mut self) -> Result<Switched, SourceError> {
+        let qemu = self.order.vm.qemu().await?;
+        self.phase("connect", async |this| this.connect().await).await?;
+        self.phase("disk-sync", async |this| this.sync_disks(&qemu).await).await?;
+        self.phase("memory", async |this| this.move_memory(&qemu).await).await?;
+        self.phase("switchover", async |this| this.switch_over(&qemu).await).await
+    }
+
+    /// One phase: span, timing, and the seam where a cancel is noticed.
+    async fn phase<T>(
+        &mut self,
+        name: &'static str,
+        body: impl AsyncFnOnce(&mut Self) -> Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        let cancel = self.order.entry.cancel.clone();
+        self.phase_uncancelled(name, async |this| {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => Err(SourceError::Cancelled),
+                outcome = body(this) => outcome,
+            }
+        })
+        .await
+    }
+
+    async fn phase_uncancelled<T>(&mut self, name: &'static str, body: impl AsyncFnOnce(&mut Self) -> T) -> T {
+        let began = Instant::now();
+        tracing::info!(phase = name, "phase begins");
+        self.timings.push(PhaseTiming { name: name.to_owned(), duration_ms: 0 });
+        self.report_progress(None);
+        let outcome = body(self).instrument(tracing::info_span!("phase", phase = name)).await;
+        let duration_ms = began.elapsed().as_millis() as u64;
+        if let Some(timing) = self.timings.last_mut() {
+            timing.duration_ms = duration_ms;
+        }
+        tracing::info!(phase = name, duration_ms, "phase ended");
+        outcome
+    }
+
+    async fn connect(&mut self) -> Result<(), SourceError> {
+        if !self.order.vm.may_prepare(self.epoch) {
+            return Err(SourceError::NotPermitted { record: self.order.vm.status().record });
+        }
+        let assignment = &self.order.assignment;
+        let connection = self.order.node.endpoint.connect(&assignment.peer_worker, &assignment.peer_address).await?;
+        let hello = MigrationHello {
+            migration_id: assignment.migration_id.clone(),
+            vm_id: assignment.vm_id.clone(),
+            epoch: assignment.epoch,
+            spec: Some(self.order.spec.clone()),
+            source_worker: self.order.node.config.name.to_string(),
+        };
+        let traceparent = telemetry::traceparent_of(&tracing::Span::current());
+        self.connection = Some(connection.clone());
+        let control = self.control.insert(Control::open(&connection, hello, &traceparent).await?);
+        control
+            .expect("admission", ADMIT_LIMIT, |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(()))
+            .await?;
+        self.offset = control.probe_clock(CLOCK_LIMIT).await?;
+        Ok(())
+    }
+
+    async fn sync_disks(&mut self, qemu: &Vm) -> Result<(), SourceError> {
+        let assignment = &self.order.assignment;
+        let copies = DiskCopies::start(
+            &self.order.node,
+            qemu,
+            &self.order.spec,
+            &assignment.peer_worker,
+            &assignment.peer_address,
+            &assignment.migration_id,
+        )
+        .await?;
+        let disks = self.disks.insert(copies);
+        let entry = &self.order.entry;
+        let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
+        let (started, waited) = (self.started, self.waited_before);
+        let ready = disks.wait_ready(DISK_SYNC_LIMIT, |progress| {
+            entry.set_progress(MigrationProgress {
+                phase: "disk-sync".to_owned(),
+                disk_done_bytes: progress.done_bytes,
+                disk_total_bytes: progress.total_bytes,
+                disk_wan_bytes: progress.wan_bytes,
+                rate_bps: progress.rate_bps,
+                elapsed_ms: (started.elapsed() + waited).as_millis() as u64,
+                ..MigrationProgress::default()
+            });
+        });
+        tokio::select! {
+            ready = ready => Ok(ready?),
+            trouble = control.trouble() => Err(trouble.into()),
+        }
+    }
+
+    async fn move_memory(&mut self, qemu: &Vm) -> Result<(), SourceError> {
+        self.memory_started = Some(Instant::now());
+        let record = self.order.vm.step(Event::Authorise(self.epoch)).await?;
+        if !matches!(record, Record::Prepared { epoch, .. } if epoch == self.epoch) {
+            return Err(SourceError::NotPermitted { record });
+        }
+        let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
+        let socket = begin_stream(qemu).await?;
+        let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker);
+        let traceparent = telemetry::traceparent_of(&tracing::Span::current());
+        let migration_id = self.order.assignment.migration_id.clone();
+        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, view).await?;
+        if let Some(control) = &self.control {
+            control.attach(outgoing.answers());
+        }
+        self.outgoing = Some(outgoing);
+
+        let paused = qemu.wait_migration(MigrationStatus::PreSwitchover, MEMORY_LIMIT);
+        tokio::pin!(paused);
+        let mut tick = tokio::time::interval(OBSERVE_INTERVAL);
+        loop {
+            let (Some(control), Some(outgoing)) = (self.control.as_mut(), self.outgoing.as_mut()) else {
+                return Err(ControlError::OutOfTurn { expected: "a connection" }.into());
+            };
+            tokio::select! {
+                paused = &mut paused => return Ok(paused?),
+                trouble = control.trouble() => return Err(trouble.into()),
+                ended = outgoing.sent_all() => return Err(ended.err().unwrap_or(OutgoingError::Ended).into()),
+                _ = tick.tick() => self.observe(qemu, &connection).await?,
+            }
+        }
+    }
+
+    /// Tells the hypervisor what the link really carries, and the watchers how it goes.
+    async fn observe(&mut self, qemu: &Vm, connection: &PeerConnection) -> Result<(), SourceError> {
+        let Some(outgoing) = &self.outgoing else { return Ok(()) };
+        let (lately, peak) = outgoing.rates_bytes_per_s();
+        let carried = peak.max(lately).max(connection.path_bytes_per_s()).max(RATE_FLOOR_BYTES_PER_S);
+        qemu.set_switchover_bandwidth(carried).await?;
+        let info = qemu.migration_info().await?;
+        let Some(ram) = info.ram else { return Ok(()) };
+        let dirty_bytes_per_s = ram.dirty_pages_rate * ram.page_size;
+        let sent_bytes_per_s = outgoing.sent().raw_bytes as f64
+            / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
+        let rest_s = ram.remaining as f64 / sent_bytes_per_s.max(1.0);
+        let not_converging = ram.dirty_sync_count >= 3 && dirty_bytes_per_s > carried;
+        self.report_progress(Some(MigrationProgress {
+            rate_bps: lately * 8,
+            remaining_bytes: ram.remaining,
+            dirty_rate_bps: dirty_bytes_per_s * 8,
+            eta_ms: (!not_converging).then_some((rest_s * 1000.0) as u64),
+            not_converging,
+            round: ram.dirty_sync_count as u32,
+            ..MigrationProgress::default()
+        }));
+        Ok(())
+    }
+
+    async fn switch_over(&mut self, qemu: &Vm) -> Result<Switched, SourceError> {
+        let limit = SWITCHOVER_LIMIT;
+        tokio::time::timeout(limit, self.switch_over_in_time(qemu))
+            .await
+            .map_err(|_| SourceError::TooLong { what: "the switchover", limit })?
+    }
+
+    async fn switch_over_in_time(&mut self, qemu: &Vm) -> Result<Switched, SourceError> {
+        let stopped = qemu.marks().borrow().stopped.map_or_else(Instant::now, |at| at.received);
+        self.downtime_marks.push(("stop", stopped));
+        if let Some(disks) = &mut self.disks {
+            disks.finish().await?;
+        }
+        self.mark("disks");
+        qemu.continue_switchover().await?;
+        let outgoing = self.outgoing.as_mut().ok_or(OutgoingError::Ended)?;
+        let totals = outgoing.sent_all().await?;
+        self.mark("last-pages");
+        qemu.wait_migration(MigrationStatus::Completed, SWITCHOVER_LIMIT).await?;
+        self.order.vm.step(Event::Paused).await?;
+        let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
+        let end =
+            StreamEnd { digest: totals.digest.to_vec().into(), batches: totals.batches, raw_bytes: totals.raw_bytes };
+        control.send(to_destination::Kind::StreamEnd(end)).await?;
+        let ready = control
+            .expect("readiness", SWITCHOVER_LIMIT, |kind| match kind {
+                to_source::Kind::Ready(ready) => Some(ready),
+                _ => None,
+            })
+            .await?;
+        self.mark("ready");
+        let digest_match = ready.digest[..] == totals.digest[..];
+        if !digest_match || ready.epoch != self.epoch.raw() {
+            return Err(SourceError::DigestMismatch);
+        }
+        let record = self.order.vm.step(Event::Ready(self.epoch)).await?;
+        match record {
+            Record::Released { epoch } if epoch == self.epoch => {
+                self.mark("released");
+                Ok(Switched { totals, digest_match })
+            }
+            record => Err(SourceError::NotPermitted { record }),
+        }
+    }
+
+    /// Past the commit point: nothing here may fail the move any more.
+    async fn hand_over(&mut self, switched: Switched) -> Option<MigrationRecord> {
+        let mut status = self.order.vm.watch();
+        let resumed = async {
+            let control = self.control.as_mut()?;
+            control.send(to_destination::Kind::Release(Release { epoch: self.epoch.raw() })).await.ok()?;
+            control
+                .expect("resumption", Duration::from_secs(3600), |kind| match kind {
+                    to_source::Kind::Resumed(resumed) => Some(resumed),
+                    _ => None,
+                })
+                .await
+                .inspect_err(|error| tracing::warn!(%error, "the destination is not heard; the controllers relay"))
+                .ok()
+        };
+        let settled = status.wait_for(|status| !matches!(status.record, Record::Released { .. }));
+        let resumed = tokio::select! {
+            resumed = resumed => resumed,
+            _ = settled => None,
+        };
+        let Some(resumed) = resumed else {
+            // The record leaves `Released` by what the controllers relay.
+            let _ = self.order.vm.watch().wait_for(|status| !matches!(status.record, Record::Released { .. })).await;
+            self.close("the commit point is passed");
+            return None;
+        };
+        let record = self.record(&switched, resumed.resumed_ns, resumed.parts);
+        if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
+            tracing::error!(%error, "the guest that was handed over could not be ended");
+        }
+        self.close("migration complete");
+        tracing::info!(
+            total_time_ms = record.total_time_ms,
+            memory_time_ms = record.memory_time_ms,
+            downtime_ms = record.downtime_ms,
+            wan_bytes = record.wan_bytes,
+            "migration complete"
+        );
+        Some(record)
+    }
+
+    fn record(&self, switched: &Switched, resumed_ns: u64, parts: Vec<PhaseTiming>) -> MigrationRecord {
+        let ms = |duration: Duration| duration.as_millis() as u64;
+        let since = |moment: Instant| self.offset.between(clock::at_ns(moment), resumed_ns);
+        let sent = self.outgoing.as_ref().map(Outgoing::sent).unwrap_or_default();
+        let steps = self.downtime_marks.windows(2).map(|pair| PhaseTiming {
+            name: pair[1].0.to_owned(),
+            duration_ms: ms(pair[1].1.duration_since(pair[0].1)),
+        });
+        let last = self.downtime_marks.last().map(|(_, at)| since(*at)).unwrap_or_default();
+        let hand_over = PhaseTiming { name: "resume".to_owned(), duration_ms: ms(last) };
+        let mut phases = self.timings.clone();
+        if let Some(current) = phases.last_mut() {
+            current.duration_ms = ms(last);
+        }
+        MigrationRecord {
+            total_time_ms: ms(since(self.started) + self.waited_before),
+            memory_time_ms: self.memory_started.map_or(0, |began| ms(since(began))),
+            downtime_ms: self.downtime_marks.first().map_or(0, |(_, stopped)| ms(since(*stopped))),
+            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
+            disk_wan_bytes: self.disks.as_ref().map_or(0, DiskCopies::wan_bytes),
+            memory_bytes: switched.totals.raw_bytes,
+            pages: Some(super::page_counts(sent.pages)),
+            stream_digest_match: switched.digest_match,
+            phases,
+            stream_digest: blake3::Hash::from_bytes(switched.totals.digest).to_hex().to_string(),
+            downtime_parts: steps.chain([hand_over]).chain(parts).collect(),
+        }
+    }
+
+    /// Before the commit point: the guest goes on here, durably, and nothing is left behind.
+    async fn undo(&mut self, why: &SourceError) {
+        let reason = crate::error::with_causes(why);
+        tracing::warn!(reason, "migration given up; the guest goes on here");
+        self.outgoing = None;
+        let undone = tokio::time::timeout(UNDO_LIMIT, async {
+            if let Ok(qemu) = self.order.vm.qemu().await {
+                cancel_stream(&qemu).await;
+                // Stopped by the hypervisor for the switchover, perhaps without our having taken note.
+                if !matches!(qemu.run_state().await, Ok(RunState::Running)) {
+                    self.order.vm.step(Event::Paused).await?;
+                }
+            }
+            if let Some(disks) = &mut self.disks {
+                disks.cancel().await;
+            }
+            Ok::<(), VmError>(())
+        });
+        if !matches!(undone.await, Ok(Ok(()))) {
+            tracing::warn!("the hypervisor did not give the migration up in time");
+        }
+        // Durable first: from here on the destination may never acquire this epoch, then the guest resumes.
+        if let Err(error) = self.order.vm.step(Event::Cancel(self.epoch)).await {
+            tracing::error!(%error, "the migration could not be revoked; it is tried again");
+        }
+        if let Some(control) = &mut self.control {
+            // The destination may be the reason; then it knows.
+            let _ = control.send(to_destination::Kind::Abort(Abort { reason: reason.clone() })).await;
+        }
+        self.disks = None;
+        self.close(&reason);
+    }
+
+    fn close(&mut self, reason: &str) {
+        if let Some(connection) = &self.connection {
+            connection.close(reason);
+        }
+    }
+
+    fn mark(&mut self, name: &'static str) {
+        self.downtime_marks.push((name, Instant::now()));
+    }
+
+    fn report_progress(&self, live: Option<MigrationProgress>) {
+        let sent = self.outgoing.as_ref().map(Outgoing::sent).unwrap_or_default();
+        self.order.entry.set_progress(MigrationProgress {
+            phase: self.timings.last().map(|timing| timing.name.clone()).unwrap_or_default(),
+            pages: Some(super::page_counts(sent.pages)),
+            memory_bytes: sent.raw_bytes,
+            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
+            disk_wan_bytes: self.disks.as_ref().map_or(0, DiskCopies::wan_bytes),
+            elapsed_ms: (self.started.elapsed() + self.waited_before).as_millis() as u64,
+            ..live.unwrap_or_default()
+        });
+    }
+}
+
+/// Has the hypervisor connect to a socket of ours.
+async fn begin_stream(qemu: &Vm) -> Result<UnixStream, SourceError> {
+    let path = qemu.paths().outgoing();
+    remove_socket(&path)?;
+    let listener = tokio::net::UnixListener::bind(&path).map_err(SourceError::Socket)?;
+    let settings = SourceSettings { downtime_limit: DOWNTIME_LIMIT, switchover_bandwidth: RATE_FLOOR_BYTES_PER_S };
+    let accepted = tokio::time::timeout(STREAM_CONNECT_LIMIT, async {
+        let (ordered, accepted) = tokio::join!(qemu.migrate_to(&path, settings), listener.accept());
+        ordered?;
+        let (stream, _) = accepted.map_err(SourceError::Socket)?;
+        let stream = stream.into_std().map_err(SourceError::Socket)?;
+        stream.set_nonblocking(false).map_err(SourceError::Socket)?;
+        Ok(stream)
+    });
+    let limit = STREAM_CONNECT_LIMIT;
+    let outcome = accepted.await.map_err(|_| SourceError::TooLong { what: "the hypervisor's connection", limit })?;
+    remove_socket(&path)?;
+    outcome
+}
+
+fn remove_socket(path: &std::path::Path) -> Result<(), SourceError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(SourceError::Socket(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Gives the hypervisor's migration up, wherever it is.
+async fn cancel_stream(qemu: &Vm) {
+    let under_way = qemu.marks().borrow().migration.is_some_and(|status| !status.is_final());
+    if !under_way {
+        return;
+    }
+    if let Err(error) = qemu.cancel_migration().await {
+        tracing::warn!(%error, "the hypervisor's migration could not be cancelled");
+        return;
+    }
+    let ended = async { qemu.marks().wait_for(|marks| marks.migration.is_none_or(|s| s.is_final())).await.is_ok() };
+    if tokio::time::timeout(UNDO_LIMIT, ended).await.is_err() {
+        tracing::warn!("the hypervisor's migration has not ended after it was cancelled");
+    }
+}

@@ -1,0 +1,300 @@
+//! All disks of a running VM copied to a peer at once: what a seed does, and what a migration does while it moves memory.
+//!
+//! ```text
+//!   QEMU ─blockdev-mirror─▶ NbdServer ─▶ DiskSession ═QUIC═▶ the peer's replica          one of each per disk
+//! ```
+//! Guarantees: no guest write waits for it; what the replica holds does not cross the link; after `finish` the replicas
+//! hold what the disks held when it was called (with the guest stopped: what they hold), on stable storage.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pageport_common::telemetry;
+use pageport_proto::v1::{DiskHello, VmSpec};
+
+use super::session::{DiskSession, SessionError};
+use super::store::{ReplicaError, image_bytes};
+use crate::hypervisor::{HypervisorError, MirrorHandle, Vm};
+use crate::nbd::{BlockTarget, ExportError, NbdServer};
+use crate::node::Node;
+use crate::transport::{PeerConnection, TransportError};
+
+/// Time for the last writes to reach the peer once the mirror keeps up.
+const FINISH_LIMIT: Duration = Duration::from_secs(20);
+const CANCEL_LIMIT: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Why the disks were not copied.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] TransportError),
+    /// A disk's stream did not begin.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A disk's stream ended.
+    #[error("the copy of disk {disk:?} ended: {reason}")]
+    Ended {
+        /// The disk.
+        disk: String,
+        /// Why.
+        reason: String,
+    },
+    /// The disk's image is not where it should be.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// The image cannot be looked at.
+    #[error("look at the image of disk {disk:?}")]
+    Image {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The NBD server did not start.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// The hypervisor's mirror failed.
+    #[error(transparent)]
+    Mirror(#[from] HypervisorError),
+}
+
+/// How far the copy is, over all disks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CopyProgress {
+    /// Looked at so far.
+    pub done_bytes: u64,
+    /// In all; grows with the guest's writes.
+    pub total_bytes: u64,
+    /// Sent by the transport.
+    pub wan_bytes: u64,
+    /// Of `wan_bytes`, lately.
+    pub rate_bps: u64,
+}
+
+struct DiskCopy {
+    name: String,
+    session: Arc<DiskSession>,
+    server: Option<NbdServer>,
+    mirror: Option<MirrorHandle>,
+}
+
+/// The copies under way. [`Self::finish`] or [`Self::cancel`] ends them; dropped, their servers close, which ends the
+/// hypervisor's jobs with an error that the guest does not notice.
+pub struct DiskCopies {
+    connection: PeerConnection,
+    disks: Vec<DiskCopy>,
+}
+
+impl DiskCopies {
+    /// Connects, opens a session per disk and starts the mirrors.
+    ///
+    /// # Errors
+    /// Nothing is left running.
+    pub async fn start(
+        node: &Node,
+        qemu: &Vm,
+        spec: &VmSpec,
+        peer: &str,
+        address: &str,
+        migration_id: &str,
+    ) -> Result<Self, CopyError> {
+        let connection = node.endpoint.connect(peer, address).await?;
+        let mut copies = Self { connection, disks: Vec::new() };
+        for number in 0..spec.disks.len() {
+            if let Err(error) = copies.start_disk(node, qemu, spec, peer, number, migration_id).await {
+                copies.cancel().await;
+                return Err(error);
+            }
+        }
+        Ok(copies)
+    }
+
+    async fn start_disk(
+        &mut self,
+        node: &Node,
+        qemu: &Vm,
+        spec: &VmSpec,
+        peer: &str,
+        number: usize,
+        migration_id: &str,
+    ) -> Result<(), CopyError> {
+        let (vm, name) = (qemu.id(), &spec.disks[number].name);
+        let missing = || ReplicaError::Missing { vm, disk: name.clone() };
+        let path = node.replicas.locate(vm, name)?.ok_or_else(missing)?.path;
+        let (size_bytes, allocated_bytes) =
+            image_bytes(&path).map_err(|source| CopyError::Image { disk: name.clone(), source })?;
+        let hello = DiskHello {
+            vm_id: vm.to_string(),
+            disk: name.clone(),
+            size_bytes,
+            allocated_bytes,
+            spec: Some(spec.clone()),
+            migration_id: migration_id.to_owned(),
+            ..DiskHello::default()
+        };
+        let traceparent = telemetry::traceparent_of(&tracing::Span::current());
+        let view = node.views.of(vm, peer);
+        let session = Arc::new(DiskSession::open(&self.connection, number as u16, hello, traceparent, view).await?);
+        let server = NbdServer::bind(&qemu.paths().nbd(name), name, session.clone())?;
+        let socket = server.socket().to_owned();
+        self.disks.push(DiskCopy { name: name.clone(), session, server: Some(server), mirror: None });
+        let mirror = qemu.start_mirror(name, &socket, name).await?;
+        if let Some(copy) = self.disks.last_mut() {
+            copy.mirror = Some(mirror);
+        }
+        Ok(())
+    }
+
+    /// Waits until every mirror has caught up with its disk.
+    ///
+    /// # Errors
+    /// A mirror or a session ended, or it took too long.
+    pub async fn wait_ready(
+        &mut self,
+        limit: Duration,
+        mut progress: impl FnMut(CopyProgress),
+    ) -> Result<(), CopyError> {
+        let mut rate = Rate::new(self.connection.sent_bytes());
+        let began = Instant::now();
+        let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
+        loop {
+            tick.tick().await;
+            let wan_bytes = self.connection.sent_bytes();
+            let mut now = CopyProgress { wan_bytes, rate_bps: rate.bps(wan_bytes), ..CopyProgress::default() };
+            let mut ready = true;
+            for copy in &self.disks {
+                let Some(mirror) = &copy.mirror else { continue };
+                let job = mirror.progress().await.map_err(|error| copy.explain(error))?;
+                now.done_bytes += job.done_bytes;
+                now.total_bytes += job.total_bytes;
+                ready &= job.ready;
+            }
+            progress(now);
+            if ready {
+                return Ok(());
+            }
+            if began.elapsed() > limit {
+                let (disk, reason) = (String::new(), format!("it took longer than {} s", limit.as_secs()));
+                return Err(CopyError::Ended { disk, reason });
+            }
+        }
+    }
+
+    /// Ends the mirrors with their last writes, and brings the replicas to stable storage.
+    ///
+    /// # Errors
+    /// A mirror or a session failed.
+    pub async fn finish(&mut self) -> Result<(), CopyError> {
+        for copy in &mut self.disks {
+            let Some(mut mirror) = copy.mirror.take() else { continue };
+            // The job drains all that is in flight before it ends; the limit bounds the guest's pause.
+            if let Err(error) = mirror.wait_ready(FINISH_LIMIT, |_| {}).await {
+                copy.mirror = Some(mirror);
+                return Err(copy.explain(error));
+            }
+            if let Err(error) = mirror.finish(FINISH_LIMIT).await {
+                copy.mirror = Some(mirror);
+                return Err(copy.explain(error));
+            }
+            let flushed = copy.session.flush().await;
+            flushed.map_err(|error| copy.ended(error.to_string()))?;
+        }
+        for copy in &mut self.disks {
+            if let Some(server) = copy.server.take() {
+                server.close().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends everything at once.
+    pub async fn cancel(&mut self) {
+        for mut copy in self.disks.drain(..) {
+            // The socket goes first: a peer that hangs must not hold up the hypervisor.
+            if let Some(server) = copy.server.take() {
+                server.close().await;
+            }
+            if let Some(mut mirror) = copy.mirror.take()
+                && let Err(error) = mirror.cancel(CANCEL_LIMIT).await
+            {
+                tracing::warn!(disk = copy.name, error = %crate::error::with_causes(&error), "mirror not cancelled");
+            }
+        }
+        self.connection.close("disk copy ended");
+    }
+
+    /// Bytes that the transport sent for disks.
+    pub fn wan_bytes(&self) -> u64 {
+        self.connection.sent_bytes()
+    }
+}
+
+impl DiskCopy {
+    /// A session that ended says more than the mirror that it ended.
+    fn explain(&self, error: HypervisorError) -> CopyError {
+        match self.session.failure() {
+            Some(reason) => CopyError::Ended { disk: self.name.clone(), reason },
+            None => error.into(),
+        }
+    }
+
+    fn ended(&self, reason: String) -> CopyError {
+        CopyError::Ended { disk: self.name.clone(), reason: self.session.failure().unwrap_or(reason) }
+    }
+}
+
+impl std::fmt::Debug for DiskCopies {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.disks.iter().map(|copy| &copy.name).collect();
+        f.debug_struct("DiskCopies").field("disks", &names).finish()
+    }
+}
+
+impl BlockTarget for DiskSession {
+    fn size(&self) -> u64 {
+        self.size_bytes()
+    }
+
+    async fn read(&self, _offset: u64, _length: u32) -> io::Result<Bytes> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a replica is not read back over the link"))
+    }
+
+    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        Self::write(self, offset, data).await
+    }
+
+    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
+        Self::zero(self, offset, length.into()).await
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        Self::flush(self).await
+    }
+}
+
+/// Bits per second between two looks.
+struct Rate {
+    at: Instant,
+    bytes: u64,
+    bps: u64,
+}
+
+impl Rate {
+    fn new(bytes: u64) -> Self {
+        Self { at: Instant::now(), bytes, bps: 0 }
+    }
+
+    fn bps(&mut self, bytes: u64) -> u64 {
+        let elapsed = self.at.elapsed();
+        if elapsed >= Duration::from_secs(1) {
+            self.bps = ((bytes - self.bytes) as f64 * 8.0 / elapsed.as_secs_f64()) as u64;
+            *self = Self { at: Instant::now(), bytes, bps: self.bps };
+        }
+        self.bps
+    }
+}

@@ -1,0 +1,119 @@
+//! From what the controllers want of a VM to steps of its record: level-triggered, called again and again.
+//!
+//! | assignment says | this worker |
+//! |---|---|
+//! | owned by another worker, newer | ends its guest, becomes a replica |
+//! | released / refused evidence | acquires or refuses / revokes |
+//! | run, and it may | asks for a grant (twice for a cold boot), boots or resumes |
+//! | stop, kill | asks the guest, pulls the plug |
+//! | deleted | removes everything but the original disk |
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_ownership::{Epoch, Event, Nonce, Owner, Record, needs_grant};
+use pageport_proto::v1::{AskGrantRequest, VmAssignment, vm_assignment::Power};
+
+use super::managed::{ManagedVm, PowerOff, VmError};
+use crate::agent::controllers::{ControllerError, Controllers};
+
+/// How long a guest has to shut down when asked; then it is asked again.
+const ACPI_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a VM is not where it should be yet.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvergeError {
+    /// This host.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The controllers.
+    #[error("ask the controllers for a grant")]
+    Controllers(#[from] ControllerError),
+    /// The controllers said no.
+    #[error("the controllers do not let this worker run the vm: {reason}")]
+    Denied {
+        /// Their words.
+        reason: String,
+    },
+}
+
+/// What became of a VM that was looked after once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Converged {
+    /// It is as it should be, or on its way.
+    Kept,
+    /// Nothing of it is left here.
+    Gone,
+}
+
+/// Brings one VM a step closer to its assignment.
+///
+/// # Errors
+/// [`ConvergeError`]: try again later.
+pub async fn converge(
+    vm: &Arc<ManagedVm>,
+    wanted: &VmAssignment,
+    me: &str,
+    controllers: &Controllers,
+) -> Result<Converged, ConvergeError> {
+    if let Some(spec) = &wanted.spec {
+        vm.set_spec(spec).await;
+    }
+    let owner = if wanted.owner_worker == me { Owner::Me } else { Owner::Other };
+    let owned = Epoch::from_raw(wanted.owner_epoch);
+    vm.step(Event::Owned { epoch: owned, owner }).await?;
+    if wanted.deleted {
+        vm.purge().await?;
+        return Ok(Converged::Gone);
+    }
+    if wanted.released_epoch != 0 {
+        vm.step(Event::Release(Epoch::from_raw(wanted.released_epoch))).await?;
+    }
+    if wanted.refused_epoch != 0 {
+        vm.step(Event::Refused(Epoch::from_raw(wanted.refused_epoch))).await?;
+    }
+    power(vm, wanted.power(), (owner == Owner::Me).then_some(owned), controllers).await?;
+    Ok(Converged::Kept)
+}
+
+async fn power(
+    vm: &Arc<ManagedVm>,
+    wanted: Power,
+    owned: Option<Epoch>,
+    controllers: &Controllers,
+) -> Result<(), ConvergeError> {
+    if wanted != Power::Run {
+        vm.clear_halt();
+    }
+    let status = vm.status();
+    match (wanted, status.record) {
+        (Power::Stop, Record::Own { .. }) => {
+            vm.power_off(PowerOff::Ask { patience: ACPI_PATIENCE }).await?;
+        }
+        (Power::Kill, Record::Own { .. }) => vm.power_off(PowerOff::Kill).await?,
+        _ => {}
+    }
+    let power_on = wanted == Power::Run && !status.halted;
+    // A cold boot takes two grants: the first is recorded, the second boots.
+    for _ in 0..2 {
+        let status = vm.status();
+        if !needs_grant(&status.record, &status.volatile, power_on, owned) {
+            return Ok(());
+        }
+        ask_grant(vm, controllers).await?;
+    }
+    Ok(())
+}
+
+async fn ask_grant(vm: &Arc<ManagedVm>, controllers: &Controllers) -> Result<(), ConvergeError> {
+    let nonce = rand::random();
+    vm.step(Event::Asked(Nonce(nonce))).await?;
+    let request = AskGrantRequest { worker: controllers.worker().to_owned(), vm_id: vm.id().to_string(), nonce };
+    let answer = controllers.ask_grant(request).await?;
+    if !answer.granted {
+        return Err(ConvergeError::Denied { reason: answer.reason });
+    }
+    let own = Epoch::from_raw(answer.own);
+    vm.step(Event::Grant { nonce: Nonce(answer.nonce), own }).await?;
+    Ok(())
+}

@@ -1,0 +1,472 @@
+//! One VM at this worker: its record, its hypervisor, and the only way to change either.
+//!
+//! ```text
+//!   event ─▶ worker_step (pure) ─▶ record to disk ─▶ effects: boot, resume, pause, kill ─▶ events of their own
+//! ```
+//! Guarantees: one step at a time; effects only after the record is durable; a guest is booted or resumed only with the
+//! proof of a durable `Own` in hand.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pageport_common::store::{Store, StoreError};
+use pageport_ownership::{Durable, Effect, Epoch, Event, Guest, MayRun, Record, Volatile, worker_step};
+use pageport_proto::VmId;
+use pageport_proto::v1::{VmSpec, VmState};
+use tokio::sync::{Mutex, Notify, watch};
+
+use super::records::{self, RecordError};
+use crate::hypervisor::console::ConsoleError;
+use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm};
+use crate::replica::store::{ReplicaError, ReplicaStore};
+
+/// Why a VM could not be brought to where it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The ownership record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The hypervisor.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// The disks.
+    #[error(transparent)]
+    Disk(#[from] ReplicaError),
+    /// The serial console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The store.
+    #[error("forget the vm")]
+    Store(#[from] StoreError),
+    /// A step asked for what the record does not permit: a bug, and nothing was done.
+    #[error("the ownership record of vm {vm} does not permit it to run")]
+    NotPermitted {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Nobody has said what the VM is.
+    #[error("the definition of vm {vm} has not arrived yet")]
+    Undefined {
+        /// The VM.
+        vm: VmId,
+    },
+    /// No hypervisor.
+    #[error("vm {vm} does not run here")]
+    NotHere {
+        /// The VM.
+        vm: VmId,
+    },
+}
+
+/// What all VMs of a host share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Records.
+    pub store: Arc<Store>,
+    /// How QEMU is run.
+    pub hypervisor: hypervisor::Host,
+    /// Disks and replicas.
+    pub replicas: Arc<ReplicaStore>,
+    /// Notified when a report would differ from the one before.
+    pub changed: Arc<Notify>,
+}
+
+/// What can be known of a VM without waiting for its turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmStatus {
+    /// The durable record.
+    pub record: Record,
+    /// The hypervisor.
+    pub volatile: Volatile,
+    /// For people.
+    pub state: VmState,
+    /// For people; empty when all is well.
+    pub problem: String,
+    /// The hypervisor ended under an order to run; a new order to run is needed.
+    pub halted: bool,
+}
+
+#[derive(Debug)]
+struct State {
+    durable: Durable,
+    volatile: Volatile,
+    qemu: Option<Vm>,
+    console: Option<Console>,
+    spec: Option<VmSpec>,
+}
+
+/// One VM.
+#[derive(Debug)]
+pub struct ManagedVm {
+    id: VmId,
+    shared: Arc<Shared>,
+    state: Mutex<State>,
+    status: watch::Sender<VmStatus>,
+}
+
+impl ManagedVm {
+    pub(super) fn open(id: VmId, shared: Arc<Shared>) -> Result<Self, VmError> {
+        let durable = Durable::read(|| records::read(&shared.store, id))?;
+        let volatile = Volatile::default();
+        let (status, _) = watch::channel(VmStatus {
+            record: durable.record(),
+            volatile,
+            state: VmState::Stopped,
+            problem: String::new(),
+            halted: false,
+        });
+        let state = State { durable, volatile, qemu: None, console: None, spec: None };
+        Ok(Self { id, shared, state: Mutex::new(state), status })
+    }
+
+    /// Which VM.
+    pub fn id(&self) -> VmId {
+        self.id
+    }
+
+    /// What is known of it now.
+    pub fn status(&self) -> VmStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Follows what is known of it.
+    pub fn watch(&self) -> watch::Receiver<VmStatus> {
+        self.status.subscribe()
+    }
+
+    /// The definition, once it has arrived.
+    pub async fn set_spec(&self, spec: &VmSpec) {
+        let mut state = self.state.lock().await;
+        if state.spec.as_ref() != Some(spec) {
+            state.spec = Some(spec.clone());
+        }
+    }
+
+    /// The running hypervisor.
+    ///
+    /// # Errors
+    /// [`VmError::NotHere`].
+    pub async fn qemu(&self) -> Result<Vm, VmError> {
+        self.state.lock().await.qemu.clone().ok_or(VmError::NotHere { vm: self.id })
+    }
+
+    /// The serial console; one bridge serves all viewers.
+    ///
+    /// # Errors
+    /// The VM does not run here, or its console does not answer.
+    pub async fn console(&self) -> Result<Console, VmError> {
+        let mut state = self.state.lock().await;
+        if let Some(console) = &state.console {
+            return Ok(console.clone());
+        }
+        let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
+        let console = Console::open(&qemu.paths().console()).await?;
+        state.console = Some(console.clone());
+        Ok(console)
+    }
+
+    /// One event: the record is persisted, then its effects are carried out. Returns the new record.
+    ///
+    /// # Errors
+    /// The record could not be written (nothing changed), or an effect failed (the record stands).
+    pub async fn step(self: &Arc<Self>, event: Event) -> Result<Record, VmError> {
+        let mut state = self.state.lock().await;
+        let effects = self.commit(&mut state, event)?;
+        let outcome = self.carry_out(&mut state, effects).await;
+        self.publish(&state);
+        outcome?;
+        Ok(state.durable.record())
+    }
+
+    /// Starts a hypervisor that waits for the image of a move, as [`Effect::LoadImage`] asks.
+    ///
+    /// # Errors
+    /// The disks are not here, or the hypervisor did not start.
+    pub async fn load_image(self: &Arc<Self>, spec: &VmSpec) -> Result<Vm, VmError> {
+        let mut state = self.state.lock().await;
+        state.spec = Some(spec.clone());
+        let qemu = self.launch(&mut state, StartMode::Incoming).await;
+        self.publish(&state);
+        qemu
+    }
+
+    /// Ends an image that was not completed: nobody was told that it is here.
+    ///
+    /// # Errors
+    /// The hypervisor could not be ended.
+    pub async fn drop_image(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        if state.durable.record().owned().is_none() {
+            self.end_qemu(&mut state).await?;
+            self.publish(&state);
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to shut down, or pulls the plug.
+    ///
+    /// # Errors
+    /// It does not listen, or the hypervisor could not be ended.
+    pub async fn power_off(self: &Arc<Self>, how: PowerOff) -> Result<(), VmError> {
+        let Ok(qemu) = self.qemu().await else { return Ok(()) };
+        match how {
+            PowerOff::Ask { patience } => drop(qemu.powerdown(patience).await?),
+            PowerOff::Kill => drop(qemu.kill().await?),
+        }
+        Ok(())
+    }
+
+    /// An order other than to run has come: a later order to run is a new one.
+    pub fn clear_halt(&self) {
+        self.modify(|status| {
+            status.halted = false;
+            if status.state == VmState::Crashed {
+                status.state = VmState::Stopped;
+            }
+        });
+    }
+
+    /// Something that an operator should see; empty: it is over.
+    pub fn set_problem(&self, problem: String) {
+        self.modify(|status| status.problem = problem);
+    }
+
+    /// Removes everything that this worker holds of the VM but its original disk.
+    ///
+    /// # Errors
+    /// The hypervisor could not be ended or files not be removed.
+    pub async fn purge(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        self.end_qemu(&mut state).await?;
+        let (store, replicas, id) = (self.shared.store.clone(), self.shared.replicas.clone(), self.id);
+        tokio::task::block_in_place(|| {
+            replicas.remove(id)?;
+            records::remove(&store, id)?;
+            Ok(())
+        })
+    }
+
+    /// Looks at what an earlier worker left, and takes it over.
+    pub(super) async fn restore(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        let runtime_dir = &self.shared.hypervisor.runtime_dir;
+        let found = match Vm::adopt(runtime_dir, self.id).await {
+            Ok(qemu) => {
+                let found = found_guest(&qemu).await?;
+                self.install(&mut state, qemu);
+                found
+            }
+            Err(HypervisorError::NotRunning { .. }) => {
+                hypervisor::clean_up(runtime_dir, self.id).await?;
+                Guest::Absent
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let effects = self.commit(&mut state, Event::Restarted(found))?;
+        let outcome = self.carry_out(&mut state, effects).await;
+        tracing::info!(vm_id = %self.id, ?found, record = ?state.durable.record(), "vm restored");
+        self.publish(&state);
+        outcome
+    }
+
+    fn commit(&self, state: &mut State, event: Event) -> Result<Vec<Effect>, VmError> {
+        let before = state.durable;
+        let step = worker_step(&before.record(), &state.volatile, event);
+        let committed = tokio::task::block_in_place(|| {
+            step.commit(before, |record| records::write(&self.shared.store, self.id, record))
+        })?;
+        if committed.record != before {
+            tracing::info!(vm_id = %self.id, ?event, record = ?committed.record.record(), "ownership record written");
+        }
+        state.durable = committed.record;
+        state.volatile = committed.volatile;
+        Ok(committed.effects)
+    }
+
+    async fn carry_out(self: &Arc<Self>, state: &mut State, effects: Vec<Effect>) -> Result<(), VmError> {
+        for effect in effects {
+            match effect {
+                Effect::Resume => {
+                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    self.resume(state, permission).await?;
+                }
+                Effect::Boot => {
+                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    self.boot(state, permission).await?;
+                }
+                Effect::Pause => {
+                    if let Some(qemu) = &state.qemu {
+                        qemu.stop().await?;
+                    }
+                }
+                Effect::KillGuest | Effect::DropImage => self.end_qemu(state).await?,
+                // The destination of the move does that: it needs the definition that comes with the move.
+                Effect::LoadImage(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
+        let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
+        // From now on the hypervisor changes the disks.
+        self.shared.replicas.close(self.id);
+        qemu.cont().await?;
+        tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest resumed");
+        self.commit(state, Event::Resumed).map(drop)
+    }
+
+    async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
+        self.modify(|status| status.state = VmState::Starting);
+        self.shared.replicas.close(self.id);
+        self.launch(state, StartMode::Running).await?;
+        tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
+        self.commit(state, Event::Resumed).map(drop)
+    }
+
+    async fn launch(self: &Arc<Self>, state: &mut State, mode: StartMode) -> Result<Vm, VmError> {
+        let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
+        let disk_paths = self.disk_paths(&spec, mode)?;
+        let qemu = Vm::start(&self.shared.hypervisor, &Launch { vm: self.id, spec, disk_paths, mode }).await?;
+        self.install(state, qemu.clone());
+        Ok(qemu)
+    }
+
+    fn disk_paths(&self, spec: &VmSpec, mode: StartMode) -> Result<BTreeMap<String, PathBuf>, VmError> {
+        let locate = |disk: &pageport_proto::v1::DiskSpec| {
+            let path = match mode {
+                // A destination has its replicas; the definition's path is another host's.
+                StartMode::Incoming => {
+                    let found = self.shared.replicas.locate(self.id, &disk.name)?;
+                    let missing = || ReplicaError::Missing { vm: self.id, disk: disk.name.clone() };
+                    found.ok_or_else(missing)?.path
+                }
+                StartMode::Running | StartMode::Paused => {
+                    self.shared.replicas.locate_or_adopt(self.id, &disk.name, disk.path.as_ref())?
+                }
+            };
+            Ok((disk.name.clone(), path))
+        };
+        tokio::task::block_in_place(|| spec.disks.iter().map(locate).collect())
+    }
+
+    fn install(self: &Arc<Self>, state: &mut State, qemu: Vm) {
+        state.qemu = Some(qemu.clone());
+        state.console = None;
+        let vm = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let report = exit_report(&qemu).await;
+            if let (Some(vm), Some(report)) = (vm.upgrade(), report) {
+                vm.qemu_ended(&qemu, &report).await;
+            }
+        });
+    }
+
+    async fn qemu_ended(self: &Arc<Self>, ended: &Vm, report: &hypervisor::ExitReport) {
+        let mut state = self.state.lock().await;
+        if state.qemu.as_ref().is_none_or(|qemu| qemu.pid() != ended.pid()) {
+            return;
+        }
+        let was_owner = state.durable.record().owned().is_some();
+        state.qemu = None;
+        state.console = None;
+        if let Err(error) = self.commit(&mut state, Event::QemuGone) {
+            tracing::error!(vm_id = %self.id, %error, "the end of the hypervisor could not be recorded");
+        }
+        self.publish(&state);
+        if was_owner {
+            self.modify(|status| {
+                status.halted = true;
+                if !report.expected() {
+                    status.state = VmState::Crashed;
+                    status.problem =
+                        format!("the hypervisor ended unexpectedly ({}): {}", report.status, report.log_tail);
+                }
+            });
+        }
+    }
+
+    async fn end_qemu(&self, state: &mut State) -> Result<(), VmError> {
+        if let Some(qemu) = state.qemu.take() {
+            qemu.kill().await?;
+            state.console = None;
+            self.commit(state, Event::QemuGone)?;
+        }
+        Ok(())
+    }
+
+    fn publish(&self, state: &State) {
+        let guest = state.volatile.guest;
+        self.modify(|status| {
+            status.record = state.durable.record();
+            status.volatile = state.volatile;
+            if guest != Guest::Absent || status.state != VmState::Crashed {
+                status.state = match guest {
+                    Guest::Absent => VmState::Stopped,
+                    Guest::Running => VmState::Running,
+                    Guest::Paused | Guest::Loaded(_) => VmState::Paused,
+                };
+            }
+            if guest == Guest::Running {
+                status.problem.clear();
+            }
+        });
+    }
+
+    fn modify(&self, change: impl FnOnce(&mut VmStatus)) {
+        let changed = self.status.send_if_modified(|status| {
+            let before = status.clone();
+            change(status);
+            *status != before
+        });
+        if changed {
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// The record allows a move of this epoch to begin here as its source.
+    pub fn may_prepare(&self, epoch: Epoch) -> bool {
+        let status = self.status.borrow();
+        matches!(status.record, Record::Own { seen, .. } if epoch > seen) && status.volatile.guest == Guest::Running
+    }
+}
+
+/// How to power off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerOff {
+    /// Through ACPI.
+    Ask {
+        /// How long the guest has.
+        patience: std::time::Duration,
+    },
+    /// At once.
+    Kill,
+}
+
+/// Waits for the end of a hypervisor, as long as it takes.
+async fn exit_report(qemu: &Vm) -> Option<hypervisor::ExitReport> {
+    const A_DAY: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+    loop {
+        match qemu.wait_exit(A_DAY).await {
+            Ok(report) => return Some(report),
+            Err(HypervisorError::Deadline { .. }) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// What an adopted hypervisor does. An earlier worker's migration out of it is given up first.
+async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
+    let found = match qemu.run_state().await? {
+        RunState::Running => Guest::Running,
+        // An image that was not vouched for before the worker ended cannot be told from a half one.
+        RunState::Inmigrate => Guest::Paused,
+        _ => Guest::Paused,
+    };
+    let status = qemu.migration_info().await?.status;
+    if let Some(MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::PreSwitchover) = status {
+        qemu.cancel_migration().await?;
+    }
+    Ok(found)
+}

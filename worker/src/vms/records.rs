@@ -1,0 +1,66 @@
+//! Ownership records on stable storage: key `own/<vm>`, value JSON.
+
+use pageport_common::store::{Batch, Store, StoreError};
+use pageport_ownership::Record;
+use pageport_proto::VmId;
+
+const PREFIX: &str = "own/";
+
+/// Why a record could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The store failed.
+    #[error("the ownership record of vm {vm}")]
+    Store {
+        /// The VM.
+        vm: VmId,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// The store failed before any record was read.
+    #[error("list the ownership records")]
+    List(#[source] StoreError),
+    /// The record is damaged.
+    #[error("the ownership record of vm {vm} is damaged")]
+    Damaged {
+        /// The VM.
+        vm: VmId,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// VMs that have a record.
+pub(super) fn all(store: &Store) -> Result<Vec<VmId>, RecordError> {
+    let pairs = store.scan(PREFIX).map_err(RecordError::List)?;
+    let id_of = |key: Vec<u8>| std::str::from_utf8(key.get(PREFIX.len()..)?).ok()?.parse().ok();
+    Ok(pairs.into_iter().filter_map(|(key, _)| id_of(key)).collect())
+}
+
+/// What is on stable storage about a VM.
+pub(super) fn read(store: &Store, vm: VmId) -> Result<Option<Record>, RecordError> {
+    let found = store.get(key(vm)).map_err(|source| RecordError::Store { vm, source })?;
+    let parse = |text: Vec<u8>| serde_json::from_slice(&text);
+    found.map(parse).transpose().map_err(|source| RecordError::Damaged { vm, source })
+}
+
+/// Returns when the record is on stable storage.
+pub(super) fn write(store: &Store, vm: VmId, record: &Record) -> Result<(), RecordError> {
+    let text = serde_json::to_vec(record).map_err(|source| RecordError::Damaged { vm, source })?;
+    let mut batch = Batch::default();
+    batch.put(key(vm), text);
+    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+}
+
+/// Removes the record of a VM that is gone from the fleet.
+pub(super) fn remove(store: &Store, vm: VmId) -> Result<(), RecordError> {
+    let mut batch = Batch::default();
+    batch.remove(key(vm));
+    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+}
+
+fn key(vm: VmId) -> String {
+    format!("{PREFIX}{vm}")
+}
