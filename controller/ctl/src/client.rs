@@ -53,6 +53,12 @@ pub enum ClientError {
         /// Each address with its reason.
         tried: Vec<(String, String)>,
     },
+    /// A stream broke again and again.
+    #[error("the watch was lost {} times in a row, last because: {reason}", crate::watch::MAX_LOSSES)]
+    WatchLost {
+        /// In an operator's words.
+        reason: String,
+    },
     /// A controller refused; its own words.
     #[error("{message}")]
     Refused {

@@ -16,7 +16,7 @@ use tonic::{Response, Status, Streaming};
 use crate::client::{ClientError, Controllers, Verdict, judge};
 
 /// Losses in a row, without a message between them, after which a watch gives up.
-pub const MAX_LOSSES: u32 = 6;
+pub const MAX_LOSSES: u32 = 8;
 /// Longest silence before the stream is opened again.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -64,7 +64,14 @@ where
                     if self.losses > 0 {
                         sleep(pause(self.losses)).await;
                     }
-                    self.controllers.call(&self.open).await?
+                    match self.controllers.call(&self.open).await {
+                        Ok(stream) => stream,
+                        // They may all be restarting: what was followed once is worth some patience.
+                        Err(error @ ClientError::NoAnswer { .. }) if self.losses > 0 => {
+                            return self.lost(error.to_string());
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
             };
             let reason = match timeout(IDLE_LIMIT, stream.message()).await {
@@ -80,15 +87,14 @@ where
                     Verdict::Failed(reason) => reason.text,
                 },
             };
-            self.losses += 1;
-            if self.losses >= MAX_LOSSES {
-                return Err(ClientError::Refused {
-                    message: format!("the watch was lost {MAX_LOSSES} times in a row, last because: {reason}"),
-                });
-            }
             self.controllers.move_on();
-            return Ok(Event::Lost { reason });
+            return self.lost(reason);
         }
+    }
+
+    fn lost(&mut self, reason: String) -> Result<Event<T>, ClientError> {
+        self.losses += 1;
+        if self.losses < MAX_LOSSES { Ok(Event::Lost { reason }) } else { Err(ClientError::WatchLost { reason }) }
     }
 }
 
@@ -103,6 +109,6 @@ mod tests {
     #[test]
     fn pauses_grow_and_are_bounded() {
         let all: Vec<u128> = (1..=MAX_LOSSES).map(|losses| pause(losses).as_millis()).collect();
-        assert_eq!(all, [250, 500, 1000, 2000, 4000, 4000]);
+        assert_eq!(all, [250, 500, 1000, 2000, 4000, 4000, 4000, 4000]);
     }
 }

@@ -117,12 +117,36 @@ async fn a_watch_goes_on_at_another_controller() {
 }
 
 #[tokio::test]
+async fn a_watch_survives_the_restart_of_the_only_controller() {
+    let authority = Authority::new();
+    let fake = scripted(vec![
+        vec![Step::update(update(MigrationState::Running, "memory")), Step::Hang],
+        vec![Step::update(completed())],
+    ]);
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let address = server.address;
+    let mut child = pageportctl(&authority, &address.to_string(), &["migration", "watch", "m1"]).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(stderr.next_line().await.unwrap().unwrap().starts_with("memory"));
+    drop(server);
+    loop {
+        let line = stderr.next_line().await.unwrap().expect("the watch ended");
+        if line.contains("connection refused") {
+            break;
+        }
+    }
+    let _again = fake.serve_at(&authority, "controller.pageport", address).await;
+    let output = tokio::time::timeout(Duration::from_secs(60), child.wait_with_output()).await.unwrap().unwrap();
+    assert!(ended(output).succeeded().stdout.contains("web moved from a to b"));
+}
+
+#[tokio::test]
 async fn a_watch_that_is_lost_again_and_again_gives_up() {
     let fake = scripted((0..20).map(|_| vec![Step::Lose]).collect());
     let authority = Authority::new();
     let server = fake.serve(&authority, "controller.pageport").await;
     let ended = run(&authority, &server.address.to_string(), &["migration", "watch", "m1"]).await;
-    assert!(ended.error().contains("lost 6 times in a row, last because: the leader went away"), "{}", ended.stderr);
+    assert!(ended.error().contains("lost 8 times in a row, last because: the leader went away"), "{}", ended.stderr);
 }
 
 #[tokio::test]

@@ -101,14 +101,17 @@ pub struct Script {
 #[derive(Clone, Default)]
 pub struct Fake(pub Arc<Mutex<Script>>);
 
+/// A server with a runtime of its own, so that dropping it takes its connections along, as a crash does.
 pub struct Running {
     pub address: SocketAddr,
-    task: tokio::task::JoinHandle<()>,
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -133,7 +136,11 @@ impl Fake {
     }
 
     pub async fn serve(&self, authority: &Authority, name: &str) -> Running {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve_at(authority, name, "127.0.0.1:0".parse().unwrap()).await
+    }
+
+    pub async fn serve_at(&self, authority: &Authority, name: &str, address: SocketAddr) -> Running {
+        let listener = TcpListener::bind(address).await.unwrap().into_std().unwrap();
         let address = listener.local_addr().unwrap();
         let server = Server::builder()
             .tls_config(authority.server(name))
@@ -142,10 +149,12 @@ impl Fake {
             .add_service(MigrationServiceServer::new(self.clone()))
             .add_service(ReplicationServiceServer::new(self.clone()))
             .add_service(HostServiceServer::new(self.clone()));
-        let task = tokio::spawn(async move {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
             server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
-        Running { address, task }
+        Running { address, runtime: Some(runtime) }
     }
 }
 
