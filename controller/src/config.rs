@@ -49,6 +49,21 @@ pub struct Member {
     pub address: String,
 }
 
+/// How much of the replicated log is kept; not configurable from the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogLimits {
+    /// A snapshot is made after so many entries.
+    pub snapshot_every: u64,
+    /// Entries kept behind a snapshot, for members that are only a little late.
+    pub keep_entries: u64,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { snapshot_every: 4096, keep_entries: 1024 }
+    }
+}
+
 /// What a controller needs to know.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -64,6 +79,8 @@ pub struct Config {
     pub listen_web: SocketAddr,
     /// All controllers, this one included.
     pub members: Vec<Member>,
+    /// How much of the replicated log is kept.
+    pub log: LogLimits,
     /// Certificates.
     pub tls: TlsPaths,
     /// Logs and traces.
@@ -127,6 +144,7 @@ impl TryFrom<Raw> for Config {
             listen_api: address("listen.api", &raw.listen.api)?,
             listen_web: address("listen.web", &raw.listen.web)?,
             members,
+            log: LogLimits::default(),
             tls: raw.tls,
             telemetry: raw.telemetry,
         })
@@ -165,7 +183,7 @@ mod tests {
         ];
         for (good, bad, expected) in cases {
             assert!(EXAMPLE.contains(good), "the example no longer has {good:?}");
-            match parse(&EXAMPLE.replace(good, bad)) {
+            match parse(&EXAMPLE.replacen(good, bad, 1)) {
                 Err(ConfigError::Invalid { key, .. }) => assert_eq!(key, expected),
                 other => panic!("{bad:?} gave {other:?}"),
             }

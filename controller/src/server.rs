@@ -37,8 +37,6 @@ use crate::link::observation::{Hub, hub};
 use crate::link::service::WorkerLink;
 use crate::web;
 
-const SNAPSHOT_EVERY: u64 = 4096;
-const KEEP_ENTRIES: u64 = 1024;
 const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Streams that do not end by themselves are cut after this when the controller stops.
@@ -149,11 +147,12 @@ pub async fn run(
         id: config.id,
         voters: config.members.iter().map(|member| member.id).collect(),
         folder: config.data_dir.clone(),
-        snapshot_every: SNAPSHOT_EVERY,
-        keep_entries: KEEP_ENTRIES,
+        snapshot_every: config.log.snapshot_every,
+        keep_entries: config.log.keep_entries,
     };
     // The log outlives the ports, so that nothing that was taken in is left without an answer.
     let stop_core = CancellationToken::new();
+    let _stops_core = stop_core.clone().drop_guard();
     let (consensus, mut core_ended) = start(&core, inbox, peers, stop_core.clone())?;
     let hub = hub();
     let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));

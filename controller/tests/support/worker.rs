@@ -1,0 +1,324 @@
+//! A worker without a hypervisor: the real ownership rules and the real worker link, guests that are only a word.
+//!
+//! What workers say to each other goes over a shared board instead of QUIC.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pageport_ownership::{
+    Durable, Effect, Epoch, Event, Guest, Message, Nonce, Owner, Record, Volatile, emits, needs_grant, worker_step,
+};
+use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
+use pageport_proto::v1::{self, MigrationRole, VmState, vm_assignment};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+use super::{Cluster, dial};
+
+/// What all fake workers of one test share.
+#[derive(Default)]
+pub struct Board {
+    said: BTreeMap<(String, String), Vec<Message>>,
+    /// Sources do not pause: migrations stay before the commit point.
+    pub hold: bool,
+    /// Destinations give up with this reason.
+    pub refuse: Option<String>,
+    /// The next running guest crashes with this problem.
+    pub crash: Option<String>,
+    /// Sources report no figures.
+    pub no_record: bool,
+    /// How often each VM was set running, and by whom.
+    pub runs: Vec<(String, String)>,
+}
+
+pub type Shared = Arc<Mutex<Board>>;
+
+struct Vm {
+    record: Durable,
+    volatile: Volatile,
+    has_replica: bool,
+    problem: String,
+    crashed: bool,
+}
+
+struct Worker {
+    name: String,
+    site: String,
+    board: Shared,
+    channels: Vec<Channel>,
+    leader: usize,
+    vms: BTreeMap<String, Vm>,
+    migrations: BTreeMap<String, v1::MigrationReport>,
+    seeds: Vec<v1::SeedReport>,
+    seq: u64,
+    next_nonce: u64,
+}
+
+pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinHandle<()> {
+    let identity = cluster.worker_identity(name);
+    let worker = Worker {
+        name: name.to_owned(),
+        site: site.to_owned(),
+        board: board.clone(),
+        channels: cluster.addresses().iter().map(|address| dial(&identity, address)).collect(),
+        leader: 0,
+        vms: BTreeMap::new(),
+        migrations: BTreeMap::new(),
+        seeds: vec![],
+        seq: 0,
+        next_nonce: 1,
+    };
+    tokio::spawn(worker.run())
+}
+
+impl Worker {
+    async fn run(mut self) {
+        loop {
+            self.link().await;
+            self.leader = (self.leader + 1) % self.channels.len();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn client(&self) -> WorkerLinkServiceClient<Channel> {
+        WorkerLinkServiceClient::new(self.channels[self.leader].clone())
+    }
+
+    async fn link(&mut self) {
+        let (reports, stream) = mpsc::channel(4);
+        let Ok(answer) = self.client().link(ReceiverStream::new(stream)).await else { return };
+        let mut assignments = answer.into_inner();
+        let mut assignment = v1::WorkerAssignment::default();
+        let mut look = tokio::time::interval(Duration::from_millis(30));
+        loop {
+            if reports.send(self.report()).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                next = assignments.message() => match next {
+                    Ok(Some(next)) => assignment = next,
+                    Ok(None) | Err(_) => return,
+                },
+                _ = look.tick() => {}
+            }
+            if assignment.seq != 0 {
+                self.work(&assignment).await;
+            }
+        }
+    }
+
+    async fn work(&mut self, assignment: &v1::WorkerAssignment) {
+        for vm in &assignment.vms {
+            self.work_on_vm(vm).await;
+        }
+        self.migrations.retain(|id, _| assignment.migrations.iter().any(|migration| migration.migration_id == *id));
+        for migration in &assignment.migrations {
+            self.work_on_migration(migration).await;
+        }
+        for seed in &assignment.seeds {
+            self.seeds.retain(|report| report.to_site != seed.to_site);
+            self.seeds.push(v1::SeedReport {
+                vm_id: seed.vm_id.clone(),
+                to_site: seed.to_site.clone(),
+                seed_seq: seed.seed_seq,
+                complete: true,
+                ..v1::SeedReport::default()
+            });
+        }
+        for removal in &assignment.replica_removals {
+            if let Some(vm) = self.vms.get_mut(&removal.vm_id) {
+                vm.has_replica = false;
+            }
+        }
+        self.seq = assignment.seq;
+    }
+
+    async fn work_on_vm(&mut self, assigned: &v1::VmAssignment) {
+        let id = &assigned.vm_id;
+        if assigned.deleted {
+            self.vms.remove(id);
+            return;
+        }
+        self.vms.entry(id.clone()).or_insert_with(|| Vm {
+            record: Durable::read(|| Ok::<_, ()>(None)).unwrap(),
+            volatile: Volatile::default(),
+            has_replica: assigned.owner_worker != self.name,
+            problem: String::new(),
+            crashed: false,
+        });
+        let mine = assigned.owner_worker == self.name;
+        let epoch = Epoch::from_raw(assigned.owner_epoch);
+        let owner = if mine { Owner::Me } else { Owner::Other };
+        self.handle(id, Event::Owned { epoch, owner });
+        if assigned.released_epoch != 0 {
+            self.handle(id, Event::Release(Epoch::from_raw(assigned.released_epoch)));
+        }
+        if assigned.refused_epoch != 0 {
+            self.handle(id, Event::Refused(Epoch::from_raw(assigned.refused_epoch)));
+        }
+        let runs = assigned.power() == vm_assignment::Power::Run;
+        if self.vms[id].volatile.guest == Guest::Running
+            && let Some(problem) = self.board.lock().unwrap().crash.take()
+        {
+            let vm = self.vms.get_mut(id).unwrap();
+            (vm.problem, vm.crashed) = (problem, true);
+            self.handle(id, Event::QemuGone);
+        }
+        let vm = &self.vms[id];
+        if !runs && vm.volatile.guest == Guest::Running {
+            self.handle(id, Event::QemuGone);
+        }
+        if runs
+            && needs_grant(
+                &self.vms[id].record.record(),
+                &self.vms[id].volatile,
+                !self.vms[id].crashed,
+                mine.then_some(epoch),
+            )
+        {
+            self.ask_grant(id).await;
+        }
+        if !runs {
+            let vm = self.vms.get_mut(id).unwrap();
+            (vm.problem, vm.crashed) = (String::new(), false);
+        }
+    }
+
+    async fn ask_grant(&mut self, id: &str) {
+        let nonce = Nonce(self.next_nonce);
+        self.next_nonce += 1;
+        self.handle(id, Event::Asked(nonce));
+        let request = v1::AskGrantRequest { worker: self.name.clone(), vm_id: id.to_owned(), nonce: nonce.0 };
+        if let Ok(answer) = self.client().ask_grant(request).await.map(|answer| answer.into_inner())
+            && answer.granted
+        {
+            self.handle(id, Event::Grant { nonce: Nonce(answer.nonce), own: Epoch::from_raw(answer.own) });
+        }
+    }
+
+    async fn work_on_migration(&mut self, assigned: &v1::MigrationAssignment) {
+        let (id, epoch) = (&assigned.vm_id, Epoch::from_raw(assigned.epoch));
+        let (hold, refuse, no_record) = {
+            let board = self.board.lock().unwrap();
+            (board.hold, board.refuse.clone(), board.no_record)
+        };
+        let mut report = v1::MigrationReport {
+            migration_id: assigned.migration_id.clone(),
+            role: assigned.role,
+            progress: Some(v1::MigrationProgress { phase: "memory".into(), ..v1::MigrationProgress::default() }),
+            ..v1::MigrationReport::default()
+        };
+        if assigned.role() == MigrationRole::Source {
+            self.handle(id, if assigned.cancel { Event::Cancel(epoch) } else { Event::Authorise(epoch) });
+            if !hold && matches!(self.vms[id].record.record(), Record::Prepared { .. }) {
+                self.handle(id, Event::Paused);
+            }
+            self.listen(id, &assigned.peer_worker);
+            let handed_over = matches!(self.vms[id].record.record(), Record::Replica { .. });
+            if handed_over && !no_record {
+                report.record = Some(v1::MigrationRecord { total_time_ms: 1234, ..v1::MigrationRecord::default() });
+            }
+        } else if let Some(reason) = refuse.filter(|_| !assigned.over) {
+            report.failure = reason;
+            self.handle(id, Event::Refuse(epoch));
+        } else {
+            self.listen(id, &assigned.peer_worker);
+            if matches!(self.vms[id].record.record(), Record::Replica { seen, .. } if seen < epoch)
+                && self.vms[id].volatile.guest == Guest::Absent
+            {
+                self.ask_authorisation(assigned).await;
+            }
+        }
+        report.ended = assigned.over;
+        self.migrations.insert(assigned.migration_id.clone(), report);
+    }
+
+    async fn ask_authorisation(&mut self, assigned: &v1::MigrationAssignment) {
+        let nonce = self.next_nonce;
+        self.next_nonce += 1;
+        self.handle(&assigned.vm_id, Event::Asked(Nonce(nonce)));
+        let request = v1::AskAuthorisationRequest {
+            worker: self.name.clone(),
+            vm_id: assigned.vm_id.clone(),
+            migration_id: assigned.migration_id.clone(),
+            epoch: assigned.epoch,
+            nonce,
+        };
+        if let Ok(answer) = self.client().ask_authorisation(request).await.map(|answer| answer.into_inner())
+            && answer.authorised
+        {
+            assert!(answer.spec.is_some(), "an authorisation carries the definition");
+            let epoch = Epoch::from_raw(assigned.epoch);
+            self.handle(&assigned.vm_id, Event::AuthReply { nonce: Nonce(answer.nonce), epoch });
+        }
+    }
+
+    /// Takes in what the peer says.
+    fn listen(&mut self, vm: &str, peer: &str) {
+        let said = self.board.lock().unwrap().said.get(&(peer.to_owned(), vm.to_owned())).cloned();
+        for message in said.unwrap_or_default() {
+            let event = match message {
+                Message::Ready(epoch) => Event::Ready(epoch),
+                Message::Release(epoch) => Event::Release(epoch),
+                Message::Revoked(epoch) => Event::Revoked(epoch),
+                Message::Refused(epoch) => Event::Refused(epoch),
+                Message::Acquired(epoch) => Event::Acquired(epoch),
+            };
+            self.handle(vm, event);
+        }
+    }
+
+    fn handle(&mut self, id: &str, event: Event) {
+        let vm = self.vms.get_mut(id).unwrap();
+        let step = worker_step(&vm.record.record(), &vm.volatile, event);
+        let done = step.commit(vm.record, |_| Ok::<_, ()>(())).unwrap();
+        vm.record = done.record;
+        vm.volatile = done.volatile;
+        let key = (self.name.clone(), id.to_owned());
+        self.board.lock().unwrap().said.insert(key, emits(&vm.record.record(), &vm.volatile));
+        for effect in done.effects {
+            let next = match effect {
+                Effect::Resume | Effect::Boot => {
+                    assert!(self.vms[id].record.may_run().is_some(), "set running without a durable record");
+                    self.board.lock().unwrap().runs.push((id.to_owned(), self.name.clone()));
+                    Event::Resumed
+                }
+                Effect::Pause => Event::Paused,
+                Effect::KillGuest | Effect::DropImage => Event::QemuGone,
+                Effect::LoadImage(epoch) => Event::Loaded(epoch),
+            };
+            self.handle(id, next);
+        }
+    }
+
+    fn report(&self) -> v1::WorkerReport {
+        let vms = self.vms.iter().map(|(id, vm)| v1::VmReport {
+            vm_id: id.clone(),
+            state: match vm.volatile.guest {
+                _ if vm.crashed => VmState::Crashed,
+                Guest::Absent => VmState::Stopped,
+                Guest::Running => VmState::Running,
+                Guest::Paused | Guest::Loaded(_) => VmState::Paused,
+            }
+            .into(),
+            problem: vm.problem.clone(),
+            record: Some(vm.record.record().into()),
+            has_replica: vm.has_replica,
+            ..v1::VmReport::default()
+        });
+        v1::WorkerReport {
+            worker: self.name.clone(),
+            site: self.site.clone(),
+            grpc_address: "127.0.0.1:7500".into(),
+            peer_address: "127.0.0.1:7501".into(),
+            vms: vms.collect(),
+            migrations: self.migrations.values().cloned().collect(),
+            seeds: self.seeds.clone(),
+            assignment_seq: self.seq,
+            ..v1::WorkerReport::default()
+        }
+    }
+}
