@@ -194,3 +194,30 @@ fn literals_are_compressed_across_batches() {
     // 1 MiB of contents that each come four times.
     assert!(outcome.wire_bytes < 1 << 20, "{} bytes", outcome.wire_bytes);
 }
+
+#[test]
+fn the_level_may_change_between_any_two_batches() {
+    use pageport_teleport::{Decoded, Decoder, Encoder, EncoderParams, FrameReader, Level, wire};
+    let mut encoder = Encoder::new(EncoderParams::default()).unwrap();
+    let mut decoder = Decoder::new().unwrap();
+    let mut reader = FrameReader::new();
+    reader.push(&wire::stream_header());
+    let (stream, _) = sequential(200);
+    let (mut bytes, mut lengths) = (Vec::new(), Vec::new());
+    for (piece, level) in stream.chunks(100_000).zip([1, 1, -7, 15, 15, -1, 3, 99, -99].into_iter().cycle()) {
+        encoder.set_level(Level::nearest(level));
+        encoder.push(piece, &EmptyReplica).unwrap();
+        encoder.flush().unwrap();
+        while let Some(batch) = encoder.next_batch() {
+            lengths.push(batch.frame.len());
+            reader.push(&batch.frame);
+            let frame = reader.next_frame().unwrap().unwrap();
+            let decoded = decoder.decode(&frame, &mut MemoryReplica::default()).unwrap();
+            let Decoded::Verified(verified) = decoded else { panic!("{decoded:?}") };
+            bytes.extend_from_slice(&verified.bytes);
+        }
+    }
+    let held_back = stream.len() - bytes.len();
+    assert!(held_back < 5000 && stream.starts_with(&bytes), "{held_back} bytes held back");
+    assert!(lengths[2] > lengths[3], "level -7 is no larger than level 15: {lengths:?}");
+}
