@@ -34,7 +34,7 @@ const GUEST: &[u8] = &[
     0xcd, 0x13,                                           //    int 0x13                  write a sector
     0xb0, b'.', 0x73, 0x02, 0xb0, b'E',                   //    mov al, '.'; jnc 2f; mov al, 'E'
     0xba, 0xf8, 0x03, 0xee,                               // 2: mov dx, 0x3f8; out dx, al serial port
-    0xf4, 0xeb, 0xe5, 0x90,                               //    hlt; jmp 1b               until the next tick
+    0xf4, 0xeb, 0xe5,                                     //    hlt; jmp 1b               until the next tick
     0x10, 0, 1, 0, 0x00, 0x7e, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0, // packet: 1 sector from 0:7e00 to sector 64
 ];
 /// Where the guest's count lies on its disk.
