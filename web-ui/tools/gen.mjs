@@ -6,11 +6,13 @@ import { join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
+// buf's own npm package would also demand its builds for systems that nothing here runs on.
+const buf = { x64: "buf-linux-x64", arm64: "buf-linux-aarch64" }[process.arch] ?? "buf-linux-x64";
 const committed = join(root, "src/gen");
 
 function generate(output) {
   const template = readFileSync(join(root, "buf.gen.yaml"), "utf8").replace("out: src/gen", `out: ${output}`);
-  execFileSync(join(root, "node_modules/.bin/buf"), ["generate", "--template", template], { cwd: root, stdio: "inherit" });
+  execFileSync(join(root, "node_modules/@bufbuild", buf, "bin/buf"), ["generate", "--template", template], { cwd: root, stdio: "inherit" });
 }
 
 function filesOf(folder) {
