@@ -152,12 +152,7 @@ fn path(path: &Path) -> String {
 
 fn example(daemon: &str) -> Result<Table, SettingsError> {
     let path = paths::root().join(format!("deploy/config/{daemon}.toml"));
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        // Everything that a daemon needs is set by the lab.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Table::new()),
-        Err(source) => return Err(SettingsError::Read { path, source }),
-    };
+    let text = std::fs::read_to_string(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
     text.parse().map_err(|source| SettingsError::Parse { path, source })
 }
 
