@@ -14,7 +14,7 @@ const NO_UI: &str = "<!doctype html><title>Pageport</title><p>This controller wa
                      Build it with <code>make web</code>, then build the controller again.</p>";
 
 #[derive(RustEmbed)]
-#[folder = "$CARGO_MANIFEST_DIR/../web-ui/dist"]
+#[folder = "../web-ui/dist"]
 #[allow_missing = true]
 struct Assets;
 

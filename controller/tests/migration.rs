@@ -172,7 +172,8 @@ async fn a_crashed_vm_is_shown_and_stays_down_until_it_is_started_again() {
     lab.board.lock().unwrap().crash = Some("qemu ended by signal 9".into());
     let vm = lab.vm_until(|vm| vm.state() == VmState::Crashed).await;
     assert_eq!(vm.problem, "qemu ended by signal 9");
-    lab.vm_until(|vm| !vm.desired_running).await;
+    let down = lab.vm_until(|vm| !vm.desired_running).await;
+    assert_eq!((down.state(), down.problem), (VmState::Crashed, vm.problem));
     let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
     lab.cluster.fleet(lab.node).start_vm(start).await.unwrap();
     let vm = lab.vm_until(|vm| vm.state() == VmState::Running).await;

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use pageport_controller::model::command::ClientOrder;
+use pageport_controller::model::command::{ClientOrder, Halt};
 use pageport_controller::model::migration::Record;
 use pageport_controller::model::state::{Power, Worker};
 use pageport_controller::model::{Answer, Command, Order, Spec, State, apply};
@@ -86,7 +86,7 @@ fn order() -> impl Strategy<Value = Order> {
             .prop_map(|(number, index)| Order::MigrationEnded { id: uuid(2, number), worker: worker(index) }),
         1 => (0..6_u8)
             .prop_map(|number| Order::MigrationFailing { id: uuid(2, number), reason: "link lost".into() }),
-        1 => (0..2_u8).prop_map(|number| Order::VmCrashed { vm: vm(number), problem: "gone".into() }),
+        1 => (0..2_u8).prop_map(|number| Order::VmHalted { vm: vm(number), cause: Halt::Crashed, problem: "gone".into() }),
         1 => (0..2_u8).prop_map(|number| Order::ForgetVm { vm: vm(number) }),
     ]
 }

@@ -101,6 +101,7 @@ impl<'a> View<'a> {
         let Some(owner) = connected(vm.ownership.owner().0) else { return VmState::Unknown };
         let reported = owner.vm(id).map(|report| report.state()).filter(|state| *state != VmState::Unspecified);
         match (reported, vm.power) {
+            (Some(VmState::Stopped) | None, Power::Crashed) => VmState::Crashed,
             (Some(state), _) => state,
             (None, Power::Run) => VmState::Starting,
             (None, Power::Stop | Power::Kill) => VmState::Stopped,

@@ -54,7 +54,7 @@ fn vm_for(id: VmId, vm: &Vm) -> v1::VmAssignment {
     };
     let power = match vm.power {
         Power::Run => vm_assignment::Power::Run,
-        Power::Stop => vm_assignment::Power::Stop,
+        Power::Stop | Power::Crashed => vm_assignment::Power::Stop,
         Power::Kill => vm_assignment::Power::Kill,
     };
     v1::VmAssignment {

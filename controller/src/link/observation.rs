@@ -30,8 +30,8 @@ pub struct Observed {
     pub at: Instant,
     /// When it came, for people.
     pub at_unix_ms: i64,
-    /// The report takes the newest assignment into account.
-    pub current: bool,
+    /// The assignment that the report takes into account, if it is the newest one sent.
+    pub assigned: Option<Arc<v1::WorkerAssignment>>,
 }
 
 /// All workers' last words.
@@ -67,6 +67,18 @@ impl Observed {
     pub fn vm(&self, id: VmId) -> Option<&v1::VmReport> {
         let id = id.to_string();
         self.report.vms.iter().find(|vm| vm.vm_id == id)
+    }
+
+    /// What the worker had been told about a VM when it reported.
+    pub fn assigned_vm(&self, id: VmId) -> Option<&v1::VmAssignment> {
+        let id = id.to_string();
+        self.assigned.as_ref()?.vms.iter().find(|vm| vm.vm_id == id)
+    }
+
+    /// Had the worker been told to remove its copy of a VM when it reported?
+    pub fn assigned_removal(&self, id: VmId) -> bool {
+        let id = id.to_string();
+        self.assigned.as_ref().is_some_and(|told| told.replica_removals.iter().any(|removal| removal.vm_id == id))
     }
 
     /// What the worker said about a move.

@@ -7,19 +7,21 @@ use std::time::Duration;
 
 use pageport_ownership::{Evidence, Ownership, controller};
 use pageport_proto::v1::VmState;
+use pageport_proto::v1::vm_assignment::Power as AssignedPower;
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
 use super::assignment::concerns;
 use super::observation::{Observations, Observed, record_of};
+use crate::model::command::Halt;
 use crate::model::migration::{Phase, Record};
 use crate::model::state::{Life, Power, ReplicaPhase, Vm, Worker};
 use crate::model::{Migration, Order, State};
 
 /// How long a move whose owner has changed waits for its figures.
 pub const RECORD_WITHIN: Duration = Duration::from_secs(10);
-/// A crash is believed once the order to run is older than this: the report may be from before the order.
-const CRASH_AFTER: Duration = Duration::from_secs(5);
+/// A guest's own end is believed once the order to run is older than this: the report may be from before the order.
+const HALT_AFTER: Duration = Duration::from_secs(5);
 /// Longest text of a worker that goes into the log, in characters.
 const MAX_REASON_CHARS: usize = 500;
 
@@ -47,7 +49,7 @@ pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Or
     for (id, vm) in &state.vms {
         orders.extend(evidence(*id, vm, observations, now));
         orders.extend(copies(*id, vm, observations, now));
-        orders.extend(crash(*id, vm, observations, now));
+        orders.extend(halt(*id, vm, observations, now));
         orders.extend(forget(state, *id, vm, observations, now));
     }
     orders
@@ -100,7 +102,7 @@ fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order
         }
     }
     for (site, worker) in &vm.removals {
-        let holder = observations.connected(worker, now.instant).filter(|observed| observed.current);
+        let holder = observations.connected(worker, now.instant).filter(|observed| observed.assigned_removal(id));
         if holder.is_some_and(|holder| holder.vm(id).is_none_or(|report| !report.has_replica)) {
             orders.push(Order::ReplicaRemoved { vm: id, site: site.clone() });
         }
@@ -108,15 +110,20 @@ fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order
     orders
 }
 
-fn crash(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
+fn halt(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
     let ordered_for = now.unix_ms.saturating_sub(vm.power_unix_ms);
-    if vm.power != Power::Run || vm.migration.is_some() || ordered_for < CRASH_AFTER.as_millis() as i64 {
+    if vm.power != Power::Run || vm.migration.is_some() || ordered_for < HALT_AFTER.as_millis() as i64 {
         return None;
     }
-    let owner = observations.connected(vm.ownership.owner().0, now.instant).filter(|observed| observed.current)?;
-    let report = owner.vm(id).filter(|report| report.state() == VmState::Crashed)?;
-    let problem = if report.problem.is_empty() { "the hypervisor ended unexpectedly" } else { &report.problem };
-    Some(Order::VmCrashed { vm: id, problem: shorten(problem) })
+    let owner = observations.connected(vm.ownership.owner().0, now.instant)?;
+    let told_to_run = owner.assigned_vm(id).is_some_and(|told| told.power() == AssignedPower::Run);
+    let report = owner.vm(id).filter(|report| told_to_run && report.halted)?;
+    let cause = if report.state() == VmState::Crashed { Halt::Crashed } else { Halt::ByItself };
+    let problem = match cause {
+        Halt::Crashed if report.problem.is_empty() => "the hypervisor ended unexpectedly".to_owned(),
+        Halt::Crashed | Halt::ByItself => shorten(&report.problem),
+    };
+    Some(Order::VmHalted { vm: id, cause, problem })
 }
 
 fn forget(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
@@ -124,8 +131,9 @@ fn forget(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: No
         return None;
     }
     let clean = |worker: &WorkerName| {
-        let observed = observations.connected(worker, now.instant).filter(|observed| observed.current);
-        observed.is_some_and(|observed| observed.vm(id).is_none())
+        let observed = observations.connected(worker, now.instant);
+        let told = observed.filter(|observed| observed.assigned_vm(id).is_some_and(|told| told.deleted));
+        told.is_some_and(|observed| observed.vm(id).is_none())
     };
     let mut holders = state.workers.keys().filter(|worker| concerns(vm, worker));
     holders.all(clean).then_some(Order::ForgetVm { vm: id })

@@ -134,7 +134,7 @@ struct Session {
     link: WorkerLink,
     assignments: mpsc::Sender<Result<v1::WorkerAssignment, Status>>,
     seq: u64,
-    last: Option<v1::WorkerAssignment>,
+    last: Option<Arc<v1::WorkerAssignment>>,
 }
 
 impl Session {
@@ -192,8 +192,8 @@ impl Session {
         if !is_bounded(&report) {
             return Err(Status::invalid_argument("the report names too many VMs, migrations or seeds"));
         }
-        let current = self.last.as_ref().is_some_and(|last| last.seq == report.assignment_seq);
-        let observed = Observed { report: Arc::new(report), at: Instant::now(), at_unix_ms: unix_ms(), current };
+        let assigned = self.last.clone().filter(|last| last.seq == report.assignment_seq);
+        let observed = Observed { report: Arc::new(report), at: Instant::now(), at_unix_ms: unix_ms(), assigned };
         self.link.hub.put(worker.clone(), observed).await;
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Session {
     /// A worker that does not read its assignments gets the newest one once it does.
     fn send(&mut self, worker: &WorkerName, send: Send) -> Result<(), Status> {
         let mut now = assignment(&self.link.consensus.applied(), worker);
-        let before = self.last.as_ref();
+        let before = self.last.as_deref();
         now.term = before.map_or(0, |last| last.term);
         now.seq = before.map_or(0, |last| last.seq);
         let changed = before != Some(&now);
@@ -214,7 +214,7 @@ impl Session {
         }
         now.term = self.link.consensus.status().term;
         match self.assignments.try_send(Ok(now.clone())) {
-            Ok(()) => self.last = Some(now),
+            Ok(()) => self.last = Some(Arc::new(now)),
             Err(mpsc::error::TrySendError::Full(_)) => {}
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(Status::cancelled("the worker closed the stream")),
         }

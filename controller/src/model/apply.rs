@@ -6,7 +6,7 @@
 use pageport_ownership::{Evidence, Fact, Ownership};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
-use super::command::{Answer, ClientOrder, Command, Order, Outcome, Rejection};
+use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
 use super::migration::{Cancel, Migration, Phase, Place, Turn};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
@@ -54,9 +54,12 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
                 migration.destination_ended |= migration.to.worker == worker;
             }
         }
-        Order::VmCrashed { vm, problem } => {
+        Order::VmHalted { vm, cause, problem } => {
             if let Some(vm) = state.vms.get_mut(&vm).filter(|vm| vm.power == Power::Run && vm.migration.is_none()) {
-                vm.power = Power::Stop;
+                vm.power = match cause {
+                    Halt::ByItself => Power::Stop,
+                    Halt::Crashed => Power::Crashed,
+                };
                 vm.power_unix_ms = now;
                 vm.problem = problem;
             }

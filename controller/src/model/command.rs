@@ -87,10 +87,12 @@ pub enum Order {
         /// The worker.
         worker: WorkerName,
     },
-    /// The hypervisor of a VM ended without being told to.
-    VmCrashed {
+    /// A VM's guest ended without being told to.
+    VmHalted {
         /// The VM.
         vm: VmId,
+        /// How.
+        cause: Halt,
         /// What the worker said.
         problem: String,
     },
@@ -99,6 +101,15 @@ pub enum Order {
         /// The VM.
         vm: VmId,
     },
+}
+
+/// How a guest ended without being told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Halt {
+    /// It shut itself down.
+    ByItself,
+    /// Its hypervisor ended.
+    Crashed,
 }
 
 /// What a client asks.

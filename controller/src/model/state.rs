@@ -45,6 +45,8 @@ pub enum Power {
     Stop,
     /// Stop at once.
     Kill,
+    /// Stay down: the hypervisor ended without being told to.
+    Crashed,
 }
 
 /// How far a replica is.

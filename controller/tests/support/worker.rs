@@ -160,9 +160,9 @@ impl Worker {
             self.handle(id, Event::Refused(Epoch::from_raw(assigned.refused_epoch)));
         }
         let runs = assigned.power() == vm_assignment::Power::Run;
-        if self.vms[id].volatile.guest == Guest::Running
-            && let Some(problem) = self.board.lock().unwrap().crash.take()
-        {
+        let running = self.vms[id].volatile.guest == Guest::Running;
+        let crash = if running { self.board.lock().unwrap().crash.take() } else { None };
+        if let Some(problem) = crash {
             let vm = self.vms.get_mut(id).unwrap();
             (vm.problem, vm.crashed) = (problem, true);
             self.handle(id, Event::QemuGone);
@@ -307,6 +307,7 @@ impl Worker {
             problem: vm.problem.clone(),
             record: Some(vm.record.record().into()),
             has_replica: vm.has_replica,
+            halted: vm.crashed,
             ..v1::VmReport::default()
         });
         v1::WorkerReport {

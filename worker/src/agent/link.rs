@@ -115,6 +115,7 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         disk_bytes,
         disk_allocated_bytes,
         has_replica: !paths.is_empty() && status.record.owned().is_none(),
+        halted: status.halted,
     }
 }
 
