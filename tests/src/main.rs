@@ -8,6 +8,7 @@ use pageport_lab::baseline::vm::FreePageHints;
 use pageport_lab::demo::{self, DemoConfig, End, opponents};
 use pageport_lab::lab::guest::{DEMO, GuestImages, SMALL};
 use pageport_lab::lab::network::Network;
+use pageport_lab::netns;
 use pageport_lab::paths;
 use pageport_lab::wan::config::WanConfig;
 use pageport_lab::wan::emulator::Emulator;
@@ -55,7 +56,12 @@ enum Cmd {
 async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match Args::parse().command {
+    let Args { command } = Args::parse();
+    if matches!(command, Cmd::Demo { .. } | Cmd::Baseline { .. }) && !netns::available() {
+        tracing::warn!("no root: trying again as root of a user namespace of its own");
+        netns::enter_user_namespace()?;
+    }
+    match command {
         Cmd::Wan { config } => {
             let emulator = Emulator::open(&WanConfig::load(&config)?)?;
             tokio::task::spawn_blocking(|| emulator.run()).await??;

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -89,6 +90,30 @@ impl Drop for Namespace {
             tracing::warn!(namespace = self.name, %error, "namespace not removed");
         }
     }
+}
+
+/// Set for the process that [`enter_user_namespace`] starts.
+const INSIDE: &str = "PAGEPORT_LAB_INSIDE";
+
+/// Without root: runs this program again as root of a user namespace of its own, which may make network namespaces there.
+/// Comes back only when that is not needed, was done already, or cannot be done.
+///
+/// # Errors
+/// Why it cannot be done.
+pub fn enter_user_namespace() -> io::Result<()> {
+    if nix::unistd::geteuid().is_root() || std::env::var_os(INSIDE).is_some() {
+        return Ok(());
+    }
+    // `ip netns` keeps its names below /run, which only the real root may write.
+    let script = "mount -t tmpfs tmpfs /run && mkdir /run/netns && exec \"$0\" \"$@\"";
+    let error = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "--net", "--", "sh", "-c", script])
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(INSIDE, "1")
+        .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
+        .exec();
+    Err(error)
 }
 
 /// Whether this process may make namespaces and devices.
