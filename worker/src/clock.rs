@@ -10,6 +10,11 @@ fn origin() -> Instant {
     *ORIGIN.get_or_init(Instant::now)
 }
 
+/// Begins to look at the clock: once, before anything else happens that will be timed.
+pub fn start() {
+    origin();
+}
+
 /// Now.
 pub fn now_ns() -> u64 {
     at_ns(Instant::now())

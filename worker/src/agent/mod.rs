@@ -27,6 +27,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::controllers::Controllers;
+use crate::clock;
 use crate::config::{AcceleratorChoice, Config};
 use crate::hypervisor::{self, Accelerator, accel};
 use crate::migration::registry::Registry;
@@ -44,6 +45,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// # Errors
 /// What kept it from starting; once started it goes on.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    clock::start();
     let node = Arc::new(start(config).await?);
     node.vms.restore().await.context("take over the vms of an earlier worker")?;
     let (assignments, assigned) = watch::channel(None);

@@ -3,8 +3,8 @@
 //! ```text
 //!  source                                                     destination
 //!  connect     MigrationHello ──────────────────────────────▶ admit    (asks the controllers, starts the hypervisor)
-//!              ◀────────────────────────────────── Accepted
 //!  disk-sync   mirror every disk; only differences cross ───▶          (replica::serve)
+//!              ◀────────────────────────────────── Accepted
 //!  memory      durable Prepared; batches ───────────────────▶ receive  (decode, restore, verify, write)
 //!              ◀────────────── BatchAck, FallbackRequest ────
 //!  switchover  guest stopped; finish mirrors, flush, last

@@ -191,6 +191,12 @@ impl Outgoing {
         *self.shared.sent()
     }
 
+    /// So much of the hypervisor's pass is still to come: the queue on the wire shrinks with it.
+    pub fn set_left(&self, left_bytes: u64) {
+        self.shared.window().set_left(left_bytes);
+        self.shared.room.notify_one();
+    }
+
     /// Wire bytes acknowledged per second: lately, and at best.
     pub fn rates_bytes_per_s(&self) -> (u64, u64) {
         let mut window = self.shared.window();

@@ -2,8 +2,8 @@
 //!
 //! | phase | does | undone by |
 //! |---|---|---|
-//! | `connect` | connects, is admitted, compares clocks | abort, close |
-//! | `disk-sync` | mirrors every disk until it keeps up | cancel mirrors |
+//! | `connect` | connects, says what is to move, compares clocks | abort, close |
+//! | `disk-sync` | mirrors every disk until it keeps up, is admitted | cancel mirrors |
 //! | `memory` | writes `Prepared`, streams memory until the guest is stopped | cancel, write `revoked`, resume |
 //! | `switchover` | finishes the mirrors, sends the rest, waits for `Ready`, writes `Released` | the same |
 //! | `hand-over` | releases, waits for `Resumed`, ends its guest | not: the commit point is passed |
@@ -239,9 +239,6 @@ impl Move {
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         self.connection = Some(connection.clone());
         let control = self.control.insert(Control::open(&connection, hello, &traceparent).await?);
-        control
-            .expect("admission", ADMIT_LIMIT, |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(()))
-            .await?;
         self.offset = control.probe_clock(CLOCK_LIMIT).await?;
         Ok(())
     }
@@ -272,6 +269,20 @@ impl Move {
                 ..MigrationProgress::default()
             });
         });
+        tokio::pin!(ready);
+        // Meanwhile the destination's hypervisor starts; either may be first.
+        {
+            let admitted = control
+                .expect("admission", ADMIT_LIMIT, |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(()));
+            tokio::pin!(admitted);
+            tokio::select! {
+                ready = &mut ready => {
+                    ready?;
+                    return Ok(admitted.await?);
+                }
+                admitted = &mut admitted => admitted?,
+            }
+        }
         tokio::select! {
             ready = ready => Ok(ready?),
             trouble = control.trouble() => Err(trouble.into()),
@@ -319,6 +330,7 @@ impl Move {
         qemu.set_switchover_bandwidth(carried).await?;
         let info = qemu.migration_info().await?;
         let Some(ram) = info.ram else { return Ok(()) };
+        outgoing.set_left(ram.remaining);
         let dirty_bytes_per_s = ram.dirty_pages_rate * ram.page_size;
         let sent_bytes_per_s = outgoing.sent().raw_bytes as f64
             / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
@@ -354,12 +366,12 @@ impl Move {
         let outgoing = self.outgoing.as_mut().ok_or(OutgoingError::Ended)?;
         let totals = outgoing.sent_all().await?;
         self.mark("last-pages");
-        qemu.wait_migration(MigrationStatus::Completed, SWITCHOVER_LIMIT).await?;
-        self.order.vm.step(Event::Paused).await?;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let end =
             StreamEnd { digest: totals.digest.to_vec().into(), batches: totals.batches, raw_bytes: totals.raw_bytes };
         control.send(to_destination::Kind::StreamEnd(end)).await?;
+        qemu.wait_migration(MigrationStatus::Completed, SWITCHOVER_LIMIT).await?;
+        self.order.vm.step(Event::Paused).await?;
         let ready = control
             .expect("readiness", SWITCHOVER_LIMIT, |kind| match kind {
                 to_source::Kind::Ready(ready) => Some(ready),

@@ -2,7 +2,9 @@
 //!
 //! QEMU decides when to stop the guest from the rate at which we take its stream. References are cheap, so a bound on raw
 //! bytes alone would let it believe in a fast link and then wait for slow literals while the guest stands still. The
-//! window is therefore bounded twice: by cost *on the wire* and by raw bytes.
+//! window is therefore bounded twice: by cost *on the wire* and by raw bytes. While much is left the wire may queue for
+//! [`LONGEST_QUEUE`], so that neither link nor processors idle when runs of references and of literals alternate; towards
+//! the end of a pass the queue shrinks to [`SHORTEST_QUEUE`], because what is queued when the guest stops is downtime.
 //!
 //! Pure: time is passed in.
 
@@ -12,11 +14,15 @@ use std::time::{Duration, Instant};
 use pageport_teleport::Retained;
 
 /// Raw bytes of the hypervisor's stream on their way, at most; the destination may have to hold them all.
-pub const RAW_LIMIT_BYTES: u64 = 96 << 20;
+pub const RAW_LIMIT_BYTES: u64 = 160 << 20;
 /// Wire bytes on their way, at least, so that a slow start is not slower still.
 const WIRE_FLOOR_BYTES: u64 = 512 << 10;
-/// What the window holds beyond one round trip: the time that a queue may add to the downtime.
-const QUEUE_TIME: Duration = Duration::from_millis(60);
+/// What the window holds beyond one round trip when the guest may stop any moment: it adds to the downtime.
+pub const SHORTEST_QUEUE: Duration = Duration::from_millis(60);
+/// What it holds while much of the guest's memory is still to be sent.
+pub const LONGEST_QUEUE: Duration = Duration::from_millis(1500);
+/// With this much left the queue may be at its longest; below it shrinks in proportion.
+const MUCH_LEFT_BYTES: u64 = 512 << 20;
 /// Acknowledgements are counted over this time.
 const RATE_SPAN: Duration = Duration::from_secs(1);
 
@@ -34,19 +40,39 @@ pub struct Outstanding {
 }
 
 /// All batches on their way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Window {
     outstanding: BTreeMap<u64, Outstanding>,
     raw_bytes: u64,
     wire_bytes: u64,
     acknowledged: VecDeque<(Instant, u64)>,
     peak_bytes_per_s: u64,
+    queue: Duration,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self {
+            outstanding: BTreeMap::new(),
+            raw_bytes: 0,
+            wire_bytes: 0,
+            acknowledged: VecDeque::new(),
+            peak_bytes_per_s: 0,
+            queue: LONGEST_QUEUE,
+        }
+    }
 }
 
 impl Window {
+    /// So much of the hypervisor's pass is still to come.
+    pub fn set_left(&mut self, left_bytes: u64) {
+        let share = left_bytes.min(MUCH_LEFT_BYTES) as f64 / MUCH_LEFT_BYTES as f64;
+        self.queue = LONGEST_QUEUE.mul_f64(share).max(SHORTEST_QUEUE);
+    }
+
     /// Is there room for another batch, given the path's rate and round trip?
     pub fn has_room(&self, bytes_per_s: u64, round_trip: Duration) -> bool {
-        let span = round_trip + QUEUE_TIME;
+        let span = round_trip + self.queue;
         let wire_limit = ((bytes_per_s as f64 * span.as_secs_f64()) as u64).max(WIRE_FLOOR_BYTES);
         self.outstanding.is_empty() || (self.wire_bytes < wire_limit && self.raw_bytes < RAW_LIMIT_BYTES)
     }
@@ -116,12 +142,25 @@ mod tests {
         assert_eq!(references.raw_bytes, RAW_LIMIT_BYTES);
 
         let mut literals = Window::default();
+        literals.set_left(0);
         while literals.has_room(rate, round_trip) {
             literals.sent(sequence, batch(512 << 10, 128 << 10));
             sequence += 1;
         }
         let seconds = literals.wire_bytes as f64 / rate as f64;
         assert!((0.1..0.13).contains(&seconds), "{seconds} s of wire time are queued");
+    }
+
+    #[test]
+    fn the_queue_shrinks_with_what_is_left() {
+        let mut window = Window::default();
+        let queue = |window: &mut Window, left| {
+            window.set_left(left);
+            window.queue
+        };
+        assert_eq!(queue(&mut window, 4 << 30), LONGEST_QUEUE);
+        assert_eq!(queue(&mut window, MUCH_LEFT_BYTES / 2), LONGEST_QUEUE / 2);
+        assert_eq!(queue(&mut window, 1 << 20), SHORTEST_QUEUE);
     }
 
     #[test]

@@ -185,7 +185,7 @@ impl DiskCopies {
         }
     }
 
-    /// Ends the mirrors with their last writes, and brings the replicas to stable storage.
+    /// Once ready: ends the mirrors with their last writes, and brings the replicas to stable storage.
     ///
     /// # Errors
     /// A mirror or a session failed.
@@ -193,10 +193,6 @@ impl DiskCopies {
         for copy in &mut self.disks {
             let Some(mut mirror) = copy.mirror.take() else { continue };
             // The job drains all that is in flight before it ends; the limit bounds the guest's pause.
-            if let Err(error) = mirror.wait_ready(FINISH_LIMIT, |_| {}).await {
-                copy.mirror = Some(mirror);
-                return Err(copy.explain(error));
-            }
             if let Err(error) = mirror.finish(FINISH_LIMIT).await {
                 copy.mirror = Some(mirror);
                 return Err(copy.explain(error));

@@ -8,6 +8,7 @@
 //! is on stable storage there. When the stream ends, all that waits fails, and the view is distrusted.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -97,6 +98,8 @@ pub struct DiskSession {
     view: Arc<ReplicaView>,
     orders: mpsc::Sender<Order>,
     failure: Arc<Mutex<Option<String>>>,
+    /// Changes that no flush has covered yet; a flush of nothing costs no round trip.
+    unflushed: AtomicU64,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
 
@@ -129,7 +132,9 @@ impl DiskSession {
         let sending = tokio::spawn(send_orders(queue, pending, writer));
         let receiving = tokio::spawn(receive_replies(acknowledged, reader, disk, view.clone(), failure.clone()));
         let tasks = [AbortOnDropHandle::new(sending), AbortOnDropHandle::new(receiving)];
-        Ok(Self { disk, size_bytes, view, orders, failure, _tasks: tasks })
+        // An earlier session may have left changes unflushed.
+        let unflushed = AtomicU64::new(1);
+        Ok(Self { disk, size_bytes, view, orders, failure, unflushed, _tasks: tasks })
     }
 
     /// Size of the disk, in bytes.
@@ -166,12 +171,22 @@ impl DiskSession {
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn flush(&self) -> io::Result<()> {
-        self.send_all(vec![(disk_request::Kind::Flush(DiskFlush {}), Learned::Nothing)]).await
+        let unflushed = self.unflushed.load(Ordering::Acquire);
+        if unflushed == 0 {
+            return Ok(());
+        }
+        self.send_all(vec![(disk_request::Kind::Flush(DiskFlush {}), Learned::Nothing)]).await?;
+        // What came meanwhile is left for the next flush.
+        self.unflushed.fetch_sub(unflushed, Ordering::AcqRel);
+        Ok(())
     }
 
     async fn send_all(&self, planned: Vec<(disk_request::Kind, Learned)>) -> io::Result<()> {
         let mut waiting = Vec::with_capacity(planned.len());
         for (request, learned) in planned {
+            if !matches!(request, disk_request::Kind::Flush(_)) {
+                self.unflushed.fetch_add(1, Ordering::AcqRel);
+            }
             let (done, acknowledged) = oneshot::channel();
             self.orders.send(Order { request, learned, done }).await.map_err(|_| ended())?;
             waiting.push(acknowledged);

@@ -169,7 +169,6 @@ mod tests {
 
     #[test]
     fn a_block_in_flight_is_neither_held_nor_referred_to() {
-        use pageport_proto::VmId;
         use pageport_teleport::index::BlockLookup;
         let view = ReplicaView::default();
         view.start_over(0, 16 * BLOCK_BYTES).unwrap();
