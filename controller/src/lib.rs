@@ -13,6 +13,7 @@
 
 //! | [`api`] | what clients see |
 //! | [`web`] | the same for browsers, and the UI |
+//! | [`peer`] | who is at the other end |
 //! | [`config`] | the configuration, validated |
 //! | [`server`] | all of it, put together |
 
@@ -21,5 +22,6 @@ pub mod config;
 pub mod consensus;
 pub mod link;
 pub mod model;
+pub mod peer;
 pub mod server;
 pub mod web;

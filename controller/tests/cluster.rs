@@ -166,3 +166,29 @@ async fn a_client_with_a_certificate_of_another_authority_gets_nothing() {
     let mut client = pageport_proto::v1::cluster_service_client::ClusterServiceClient::new(channel);
     assert!(within("a refusal", client.get_cluster_status(v1::GetClusterStatusRequest {})).await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_speaks_for_itself_alone_and_raft_is_for_controllers() {
+    use pageport_proto::v1::raft_transport_service_client::RaftTransportServiceClient;
+    use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
+    let cluster = Cluster::start(LogLimits::default()).await;
+    let leader = cluster.leader().await as usize - 1;
+    let channel = support::dial(&cluster.worker_identity("worker-x"), &cluster.addresses()[leader]);
+    let ask = |worker: &str| v1::AskGrantRequest {
+        worker: worker.to_owned(),
+        vm_id: pageport_proto::VmId::generate().to_string(),
+        nonce: 1,
+    };
+    let mut link = WorkerLinkServiceClient::new(channel.clone());
+    let own = within("the answer", link.ask_grant(ask("worker-x"))).await.unwrap().into_inner();
+    assert!(!own.granted, "a VM that nobody knows is granted to nobody");
+    let forged = within("the answer", link.ask_grant(ask("worker-a"))).await.unwrap_err();
+    assert_eq!(forged.code(), Code::PermissionDenied);
+    let report = v1::WorkerReport { worker: "worker-a".into(), site: "a".into(), ..v1::WorkerReport::default() };
+    let mut assignments = link.link(tokio_stream::iter([report])).await.unwrap().into_inner();
+    let forged = within("the answer", assignments.message()).await.unwrap_err();
+    assert_eq!(forged.code(), Code::PermissionDenied);
+    let mut raft = RaftTransportServiceClient::new(channel);
+    let forged = within("the answer", raft.send(tokio_stream::iter([v1::RaftEnvelope::default()]))).await;
+    assert_eq!(forged.unwrap_err().code(), Code::PermissionDenied);
+}

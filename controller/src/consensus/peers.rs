@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use pageport_common::tls::CONTROLLER_NAME;
 use pageport_proto::v1::RaftAck;
 use pageport_proto::v1::RaftEnvelope;
 use pageport_proto::v1::raft_transport_service_client::RaftTransportServiceClient;
@@ -127,6 +128,7 @@ impl RaftTransport {
 #[tonic::async_trait]
 impl RaftTransportService for RaftTransport {
     async fn send(&self, request: Request<Streaming<RaftEnvelope>>) -> Result<Response<RaftAck>, Status> {
+        crate::peer::require(&request, CONTROLLER_NAME)?;
         let mut messages = request.into_inner();
         loop {
             let message = tokio::time::timeout(IDLE, messages.message()).await;

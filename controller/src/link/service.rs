@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_common::tls::worker_name;
 use pageport_ownership::Epoch;
 use pageport_proto::v1;
 use pageport_proto::v1::worker_link_service_server::WorkerLinkService;
@@ -25,6 +26,7 @@ use crate::config::Member;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::State;
 use crate::model::state::Life;
+use crate::peer;
 
 /// Metadata key of the leader's address.
 pub const LEADER_KEY: &str = "pageport-leader";
@@ -80,9 +82,11 @@ impl WorkerLinkService for WorkerLink {
         if !self.consensus.status().serving {
             return Err(self.not_leader());
         }
+        let (metadata, extensions, reports) = request.into_parts();
+        let caller = Request::from_parts(metadata, extensions, ());
         let (assignments, stream) = mpsc::channel(QUEUE);
         let session = Session { link: self.clone(), assignments, seq: unix_ms().unsigned_abs(), last: None };
-        tokio::spawn(session.run(request.into_inner()));
+        tokio::spawn(session.run(caller, reports));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -90,6 +94,7 @@ impl WorkerLinkService for WorkerLink {
         &self,
         request: Request<v1::AskAuthorisationRequest>,
     ) -> Result<Response<v1::AskAuthorisationResponse>, Status> {
+        peer::require(&request, &worker_name(&request.get_ref().worker))?;
         let request = request.into_inner();
         let worker: WorkerName = parse(&request.worker)?;
         let id: VmId = parse(&request.vm_id)?;
@@ -110,6 +115,7 @@ impl WorkerLinkService for WorkerLink {
     }
 
     async fn ask_grant(&self, request: Request<v1::AskGrantRequest>) -> Result<Response<v1::AskGrantResponse>, Status> {
+        peer::require(&request, &worker_name(&request.get_ref().worker))?;
         let request = request.into_inner();
         let worker: WorkerName = parse(&request.worker)?;
         let id: VmId = parse(&request.vm_id)?;
@@ -138,21 +144,22 @@ struct Session {
 }
 
 impl Session {
-    async fn run(mut self, mut reports: Streaming<v1::WorkerReport>) {
-        if let Err(status) = self.serve(&mut reports).await {
+    async fn run(mut self, caller: Request<()>, reports: Streaming<v1::WorkerReport>) {
+        if let Err(status) = self.serve(&caller, reports).await {
             tracing::info!(code = ?status.code(), reason = status.message(), "worker link ended");
             // The worker may be gone: then nobody needs the reason.
             let _ = self.assignments.try_send(Err(status));
         }
     }
 
-    async fn serve(&mut self, reports: &mut Streaming<v1::WorkerReport>) -> Result<(), Status> {
+    async fn serve(&mut self, caller: &Request<()>, mut reports: Streaming<v1::WorkerReport>) -> Result<(), Status> {
         let first = tokio::time::timeout(IDLE, reports.message()).await;
         let Some(first) = first.map_err(|_| silent())?? else { return Ok(()) };
-        let worker: WorkerName = parse(&first.worker)?;
+        let worker: &WorkerName = &parse(&first.worker)?;
         let site: SiteName = parse(&first.site)?;
+        peer::require(caller, &worker_name(worker.as_str()))?;
         tracing::info!(%worker, %site, "worker connected");
-        self.take(&worker, first).await?;
+        self.take(worker, first).await?;
         let mut state = self.link.consensus.watch_state();
         let mut status = self.link.consensus.watch_status();
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -163,11 +170,11 @@ impl Session {
                 report = reports.message() => {
                     let Some(report) = report? else { return Ok(()) };
                     last_report = Instant::now();
-                    self.take(&worker, report).await?;
+                    self.take(worker, report).await?;
                 }
                 changed = state.changed() => {
                     changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
-                    self.send(&worker, Send::IfChanged)?;
+                    self.send(worker, Send::IfChanged)?;
                 }
                 changed = status.changed() => {
                     changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
@@ -179,7 +186,7 @@ impl Session {
                     if last_report.elapsed() > IDLE {
                         return Err(silent());
                     }
-                    self.send(&worker, Send::Always)?;
+                    self.send(worker, Send::Always)?;
                 }
             }
         }
