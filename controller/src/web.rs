@@ -11,7 +11,7 @@ use tonic_web::GrpcWebLayer;
 
 const INDEX: &str = "index.html";
 const NO_UI: &str = "<!doctype html><title>Pageport</title><p>This controller was built without the web UI. \
-                     Build it with <code>make web</code>, then build the controller again.</p>";
+                     Build it with <code>make ui</code>, then build the controller again.</p>";
 
 #[derive(RustEmbed)]
 #[folder = "../web-ui/dist"]

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageport_ownership::Record;
-use pageport_proto::v1::{OwnershipRecord, VmReport, WorkerAssignment, WorkerReport, ownership_record};
+use pageport_proto::v1::{OwnershipRecord, VmReport, WorkerAssignment, WorkerReport};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -111,21 +110,10 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         vm_id: vm.id().to_string(),
         state: status.state.into(),
         problem: status.problem,
-        record: Some(record(&status.record)),
+        record: Some(OwnershipRecord::from(status.record)),
         disk_bytes,
         disk_allocated_bytes,
         has_replica: !paths.is_empty() && status.record.owned().is_none(),
         halted: status.halted,
     }
-}
-
-fn record(record: &Record) -> OwnershipRecord {
-    use ownership_record::Kind;
-    let (kind, own, epoch, seen) = match *record {
-        Record::Replica { seen, refused } => (Kind::Replica, 0, refused.map_or(0, |epoch| epoch.raw()), seen.raw()),
-        Record::Own { own, seen } => (Kind::Own, own.raw(), 0, seen.raw()),
-        Record::Prepared { own, epoch } => (Kind::Prepared, own.raw(), epoch.raw(), 0),
-        Record::Released { epoch } => (Kind::Released, 0, epoch.raw(), 0),
-    };
-    OwnershipRecord { kind: kind.into(), own, epoch, seen }
 }
