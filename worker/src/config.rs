@@ -19,6 +19,8 @@ pub struct RawConfig {
     runtime_dir: PathBuf,
     controllers: Vec<String>,
     listen: RawListen,
+    #[serde(default)]
+    advertise: RawAdvertise,
     tls: TlsPaths,
     #[serde(default)]
     hypervisor: HypervisorConfig,
@@ -31,6 +33,22 @@ pub struct RawConfig {
 struct RawListen {
     grpc: SocketAddr,
     peer: SocketAddr,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawAdvertise {
+    grpc: Option<SocketAddr>,
+    peer: Option<SocketAddr>,
+}
+
+/// Where others reach this worker: as it listens, unless `[advertise]` says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Advertised {
+    /// For consoles.
+    pub grpc: SocketAddr,
+    /// For other workers.
+    pub peer: SocketAddr,
 }
 
 /// `[hypervisor]`.
@@ -78,6 +96,8 @@ pub struct Config {
     pub grpc: SocketAddr,
     /// QUIC for other workers.
     pub peer: SocketAddr,
+    /// What the others are told.
+    pub advertised: Advertised,
     /// This worker's identity.
     pub tls: TlsPaths,
     /// The hypervisor.
@@ -118,9 +138,37 @@ impl TryFrom<RawConfig> for Config {
             controllers: raw.controllers,
             grpc: raw.listen.grpc,
             peer: raw.listen.peer,
+            advertised: Advertised {
+                grpc: raw.advertise.grpc.unwrap_or(raw.listen.grpc),
+                peer: raw.advertise.peer.unwrap_or(raw.listen.peer),
+            },
             tls: raw.tls,
             hypervisor: raw.hypervisor,
             telemetry: raw.telemetry,
         })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../deploy/config/worker.toml");
+
+    fn parse(text: &str) -> Config {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker.toml");
+        std::fs::write(&path, text).unwrap();
+        pageport_common::config::load::<RawConfig>(&path).unwrap().try_into().unwrap()
+    }
+
+    #[test]
+    fn a_worker_is_told_to_others_as_it_listens_unless_it_advertises_another_address() {
+        let Config { grpc, peer, advertised, .. } = parse(EXAMPLE);
+        assert_eq!(advertised, Advertised { grpc, peer });
+        let config = parse(&format!("{EXAMPLE}\n[advertise]\npeer = \"198.51.100.7:9000\"\n"));
+        assert_eq!(config.advertised, Advertised { grpc, peer: "198.51.100.7:9000".parse().unwrap() });
+        assert_eq!(config.peer, peer);
     }
 }

@@ -84,8 +84,8 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
     WorkerReport {
         worker: config.name.to_string(),
         site: config.site.to_string(),
-        grpc_address: config.grpc.to_string(),
-        peer_address: config.peer.to_string(),
+        grpc_address: config.advertised.grpc.to_string(),
+        peer_address: config.advertised.peer.to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         qemu_version: node.qemu_version.to_string(),
         accelerator: node.hypervisor.accelerator.to_string(),

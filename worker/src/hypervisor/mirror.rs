@@ -101,14 +101,7 @@ impl Vm {
         nbd_socket: &Path,
         export: &str,
     ) -> Result<MirrorHandle, HypervisorError> {
-        let mirror = MirrorHandle {
-            vm: self.clone(),
-            disk: disk.to_owned(),
-            job: format!("mirror-{disk}"),
-            node: format!("mirror-{disk}-target"),
-            events: self.events(),
-            ready: false,
-        };
+        let mirror = self.mirror_handle(disk);
         let target = json!({
             "driver": "nbd", "node-name": mirror.node, "export": export, "reconnect-delay": 0, "open-timeout": 0,
             "server": {"type": "unix", "path": nbd_socket.to_string_lossy()},
@@ -129,6 +122,29 @@ impl Vm {
             return Err(error);
         }
         Ok(mirror)
+    }
+
+    /// Ends the mirrors that an earlier worker left when it ended, and removes their sockets: a socket that is still there
+    /// names its disk.
+    pub async fn end_orphaned_mirrors(&self, deadline: Duration) -> Result<(), HypervisorError> {
+        for (disk, socket) in self.paths().nbd_sockets() {
+            self.mirror_handle(&disk).cancel(deadline).await?;
+            tracing::info!(vm_id = %self.id(), disk, "mirror of an earlier worker ended");
+            std::fs::remove_file(&socket)
+                .map_err(|source| HypervisorError::File { operation: "remove", path: socket, source })?;
+        }
+        Ok(())
+    }
+
+    fn mirror_handle(&self, disk: &str) -> MirrorHandle {
+        MirrorHandle {
+            vm: self.clone(),
+            disk: disk.to_owned(),
+            job: format!("mirror-{disk}"),
+            node: format!("mirror-{disk}-target"),
+            events: self.events(),
+            ready: false,
+        }
     }
 }
 

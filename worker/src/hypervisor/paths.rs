@@ -62,6 +62,16 @@ impl VmPaths {
         self.dir.join(format!("nbd-{disk}.sock"))
     }
 
+    /// The NBD sockets that are there, with the disks that they are for.
+    pub fn nbd_sockets(&self) -> Vec<(String, PathBuf)> {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else { return Vec::new() };
+        let disk_of = |path: &Path| {
+            let name = path.file_name()?.to_str()?;
+            Some(name.strip_prefix("nbd-")?.strip_suffix(".sock")?.to_owned())
+        };
+        entries.flatten().map(|entry| entry.path()).filter_map(|path| Some((disk_of(&path)?, path))).collect()
+    }
+
     /// QEMU's process id.
     pub fn pid(&self) -> PathBuf {
         self.dir.join("pid")

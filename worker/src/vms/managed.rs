@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pageport_common::store::{Store, StoreError};
 use pageport_ownership::{Durable, Effect, Epoch, Event, Guest, MayRun, Record, Volatile, worker_step};
@@ -20,6 +21,9 @@ use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm};
 use crate::replica::store::{ReplicaError, ReplicaStore};
+
+/// A mirror that an earlier worker left has this long to end.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a VM could not be brought to where it should be.
 #[derive(Debug, thiserror::Error)]
@@ -438,7 +442,7 @@ pub enum PowerOff {
     /// Through ACPI.
     Ask {
         /// How long the guest has.
-        patience: std::time::Duration,
+        patience: Duration,
     },
     /// At once.
     Kill,
@@ -446,7 +450,7 @@ pub enum PowerOff {
 
 /// Waits for the end of a hypervisor, as long as it takes.
 async fn exit_report(qemu: &Vm) -> Option<hypervisor::ExitReport> {
-    const A_DAY: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+    const A_DAY: Duration = Duration::from_secs(24 * 3600);
     loop {
         match qemu.wait_exit(A_DAY).await {
             Ok(report) => return Some(report),
@@ -456,17 +460,17 @@ async fn exit_report(qemu: &Vm) -> Option<hypervisor::ExitReport> {
     }
 }
 
-/// What an adopted hypervisor does. An earlier worker's migration out of it is given up first.
+/// What an adopted hypervisor does. What an earlier worker had under way in it is given up. An image that was received
+/// counts as a guest that must not run: whether the earlier worker had vouched for it is not known any more.
 async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
     let found = match qemu.run_state().await? {
         RunState::Running => Guest::Running,
-        // An image that was not vouched for before the worker ended cannot be told from a half one.
-        RunState::Inmigrate => Guest::Paused,
         _ => Guest::Paused,
     };
     let status = qemu.migration_info().await?.status;
     if let Some(MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::PreSwitchover) = status {
         qemu.cancel_migration().await?;
     }
+    qemu.end_orphaned_mirrors(ORPHAN_LIMIT).await?;
     Ok(found)
 }
