@@ -244,7 +244,7 @@ impl Arrival {
             self.phase("load", async |this| this.load(&admitted, &end).await).await
         };
         if let Err(error) = loaded.await {
-            admitted.vm.drop_image().await?;
+            admitted.vm.drop_image(&admitted.qemu).await?;
             return Err(error);
         }
         self.phase("resume", async |this| this.resume(&admitted).await).await
@@ -283,17 +283,15 @@ impl Arrival {
         check_memory(spec.memory_bytes)?;
         // The definition comes from the controllers, not from the peer.
         let qemu = vm.load_image(&spec).await?;
-        let disks = self.replica_disks(id, &spec).await;
-        match disks {
-            Ok(disks) => match qemu.listen_incoming(&qemu.paths().incoming()).await {
-                Ok(()) => Ok(Admitted { vm, epoch, qemu, disks }),
-                Err(error) => {
-                    vm.drop_image().await?;
-                    Err(error.into())
-                }
-            },
+        let prepared = async {
+            let disks = self.replica_disks(id, &spec)?;
+            qemu.listen_incoming(&qemu.paths().incoming()).await?;
+            Ok(disks)
+        };
+        match prepared.await {
+            Ok(disks) => Ok(Admitted { vm, epoch, qemu, disks }),
             Err(error) => {
-                vm.drop_image().await?;
+                vm.drop_image(&qemu).await?;
                 Err(error)
             }
         }
@@ -322,7 +320,7 @@ impl Arrival {
     }
 
     /// The replicas, opened as the disk sessions will find them.
-    async fn replica_disks(&self, vm: VmId, spec: &VmSpec) -> Result<Vec<Arc<ReplicaDisk>>, DestinationError> {
+    fn replica_disks(&self, vm: VmId, spec: &VmSpec) -> Result<Vec<Arc<ReplicaDisk>>, DestinationError> {
         let replicas = self.node.replicas.clone();
         let names: Vec<String> = spec.disks.iter().map(|disk| disk.name.clone()).collect();
         tokio::task::block_in_place(|| {

@@ -195,13 +195,14 @@ impl ManagedVm {
         qemu
     }
 
-    /// Ends an image that was not completed: nobody was told that it is here.
+    /// Ends an image that was not completed: nobody was told that it is here. A later move's image is left alone.
     ///
     /// # Errors
     /// The hypervisor could not be ended.
-    pub async fn drop_image(self: &Arc<Self>) -> Result<(), VmError> {
+    pub async fn drop_image(self: &Arc<Self>, image: &Vm) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
-        if state.durable.record().owned().is_none() {
+        let same = state.qemu.as_ref().is_some_and(|qemu| qemu.pid() == image.pid());
+        if same && state.durable.record().owned().is_none() {
             self.end_qemu(&mut state).await?;
             self.publish(&state);
         }
