@@ -44,6 +44,9 @@ const STREAM_CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const MEMORY_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// The guest stands still: what is not done by then goes back.
 const SWITCHOVER_LIMIT: Duration = Duration::from_secs(30);
+/// After the controllers have said that the guest runs elsewhere, the destination's word about it has this long; they wait
+/// 10 s for the figures.
+const FIGURES_LIMIT: Duration = Duration::from_secs(5);
 /// The pause that QEMU plans for.
 const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 /// Between two looks at the hypervisor's figures.
@@ -408,10 +411,20 @@ impl Move {
                 .inspect_err(|error| tracing::warn!(%error, "the destination is not heard; the controllers relay"))
                 .ok()
         };
-        let settled = status.wait_for(|status| !matches!(status.record, Record::Released { .. }));
-        let resumed = tokio::select! {
-            resumed = resumed => resumed,
-            _ = settled => None,
+        let settled_elsewhere = async {
+            let settled = status.wait_for(|status| !matches!(status.record, Record::Released { .. })).await;
+            settled.is_ok_and(|status| matches!(status.record, Record::Replica { .. }))
+        };
+        let resumed = {
+            let mut resumed = std::pin::pin!(resumed);
+            tokio::select! {
+                resumed = &mut resumed => resumed,
+                // The controllers' relay was quicker than the destination's own word, which carries the figures.
+                elsewhere = settled_elsewhere => match elsewhere {
+                    true => tokio::time::timeout(FIGURES_LIMIT, resumed).await.ok().flatten(),
+                    false => None,
+                },
+            }
         };
         let Some(resumed) = resumed else {
             // The record leaves `Released` by what the controllers relay.
