@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use pageport_lab::baseline::vm::FreePageHints;
 use pageport_lab::demo::{self, DemoConfig, End, opponents};
 use pageport_lab::lab::guest::{DEMO, GuestImages, SMALL};
-use pageport_lab::lab::network::Network;
+use pageport_lab::lab::network::{Mode, Network};
 use pageport_lab::netns;
 use pageport_lab::paths;
 use pageport_lab::wan::config::WanConfig;
@@ -40,6 +40,9 @@ enum Cmd {
         /// Let them skip what the guest says is free.
         #[arg(long)]
         free_page_hints: bool,
+        /// On the loopback, even when there could be namespaces.
+        #[arg(long)]
+        loopback: bool,
     },
     /// Move a guest over the WAN and compare with QEMU's own ways.
     Demo {
@@ -49,6 +52,9 @@ enum Cmd {
         /// Let QEMU's own ways skip what the guest says is free.
         #[arg(long)]
         free_page_hints: bool,
+        /// On the loopback, even when there could be namespaces.
+        #[arg(long)]
+        loopback: bool,
     },
 }
 
@@ -57,10 +63,6 @@ async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let Args { command } = Args::parse();
-    if matches!(command, Cmd::Demo { .. } | Cmd::Baseline { .. }) && !netns::available() {
-        tracing::warn!("no root: trying again as root of a user namespace of its own");
-        netns::enter_user_namespace()?;
-    }
     match command {
         Cmd::Wan { config } => {
             let emulator = Emulator::open(&WanConfig::load(&config)?)?;
@@ -70,11 +72,16 @@ async fn main() -> anyhow::Result<()> {
             GuestImages::build(SMALL)?;
             GuestImages::build(DEMO)?;
         }
-        Cmd::Baseline { small, free_page_hints } => {
-            let DemoConfig { variant, link, hints, .. } = DemoConfig::from_environment(small, hints(free_page_hints));
+        Cmd::Baseline { small, free_page_hints, loopback } => {
+            let mode = mode(loopback);
+            let DemoConfig { variant, link, hints, .. } =
+                DemoConfig::from_environment(small, hints(free_page_hints), mode);
             let images = GuestImages::build(variant)?;
             let (folder, disks) = (tempfile::tempdir()?, tempfile::tempdir_in(paths::lab())?);
-            let network = Network::create(folder.path(), link)?;
+            let network = match mode {
+                Mode::Namespaces => Network::create(folder.path(), link)?,
+                Mode::Loopback => Network::on_loopback(folder.path(), link)?,
+            };
             let (precopy, zstd) = opponents::run(
                 &network,
                 folder.path(),
@@ -88,8 +95,8 @@ async fn main() -> anyhow::Result<()> {
             let figures = serde_json::json!({"qemu_precopy": precopy, "qemu_multifd_zstd": zstd});
             writeln!(std::io::stdout(), "{figures:#}")?;
         }
-        Cmd::Demo { small, free_page_hints } => {
-            let config = DemoConfig::from_environment(small, hints(free_page_hints));
+        Cmd::Demo { small, free_page_hints, loopback } => {
+            let config = DemoConfig::from_environment(small, hints(free_page_hints), mode(loopback));
             let unattended = config.end == End::AtOnce;
             let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
             // Leaving the select drops the demo, and with it the lab.
@@ -103,6 +110,20 @@ async fn main() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Namespaces, as root or in a user namespace of our own; the loopback when that cannot be or is asked for.
+fn mode(loopback: bool) -> Mode {
+    if loopback {
+        return Mode::Loopback;
+    }
+    match netns::enter() {
+        Ok(()) => Mode::Namespaces,
+        Err(reason) => {
+            tracing::warn!(%reason, "no network namespaces: falling back to the loopback");
+            Mode::Loopback
+        }
+    }
 }
 
 fn hints(on: bool) -> FreePageHints {

@@ -92,28 +92,44 @@ impl Drop for Namespace {
     }
 }
 
-/// Set for the process that [`enter_user_namespace`] starts.
+/// Set for the process that [`enter`] starts.
 const INSIDE: &str = "PAGEPORT_LAB_INSIDE";
 
-/// Without root: runs this program again as root of a user namespace of its own, which may make network namespaces there.
-/// Comes back only when that is not needed, was done already, or cannot be done.
+/// Mounts over /run, where `ip netns` keeps its names and only the real root may write; then makes a device.
+const PROBE: &str =
+    "mount -t tmpfs tmpfs /run && mkdir /run/netns && ip netns add pp && ip -n pp tuntap add dev pp mode tun";
+/// As the probe, then becomes the program that is given.
+const BECOME: &str = "mount -t tmpfs tmpfs /run && mkdir /run/netns && exec \"$0\" \"$@\"";
+
+fn unshare(script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command
+        .args(["--mount", "--net", "--", "sh", "-c", script])
+        .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
+    command
+}
+
+/// Makes sure that this process may make namespaces and devices: tries it, apart from everything else. Without root it then
+/// runs this program again as root of a user namespace of its own, and does not come back.
 ///
 /// # Errors
-/// Why it cannot be done.
-pub fn enter_user_namespace() -> io::Result<()> {
-    if nix::unistd::geteuid().is_root() || std::env::var_os(INSIDE).is_some() {
+/// Why there can be none.
+pub fn enter() -> io::Result<()> {
+    let output = unshare(PROBE).stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(said.lines().next().unwrap_or("no reason given").to_owned()));
+    }
+    if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    // `ip netns` keeps its names below /run, which only the real root may write.
-    let script = "mount -t tmpfs tmpfs /run && mkdir /run/netns && exec \"$0\" \"$@\"";
-    let error = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "--net", "--", "sh", "-c", script])
-        .arg(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .env(INSIDE, "1")
-        .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
-        .exec();
-    Err(error)
+    if std::env::var_os(INSIDE).is_some() {
+        return Err(io::Error::other("the user namespace does not make root"));
+    }
+    Err(unshare(BECOME).arg(std::env::current_exe()?).args(std::env::args_os().skip(1)).env(INSIDE, "1").exec())
 }
 
 /// Whether this process may make namespaces and devices.

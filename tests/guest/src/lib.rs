@@ -5,6 +5,7 @@
 //! | `protocol` | the commands and replies; the lab's client uses the same types |
 //! | `memory`, `records`, `files` | memory that stays and memory that changes, the writing load, the static files |
 //! | `server` | the TCP servers |
+//! | `serial` | the commands over a serial port, for guests without a network |
 //!
 //! Trusts the segment that it is attached to: it is a test fixture. Does not mount or configure anything: the initramfs does.
 
@@ -12,4 +13,5 @@ pub mod files;
 pub mod memory;
 pub mod protocol;
 pub mod records;
+pub mod serial;
 pub mod server;

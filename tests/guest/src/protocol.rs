@@ -1,4 +1,5 @@
-//! What the guest's control server is asked and answers: one JSON object per line, over TCP port [`CONTROL_PORT`].
+//! What the guest's control server is asked and answers: one JSON object per line, over TCP port [`CONTROL_PORT`] or, with
+//! a tag before it (see [`crate::serial`]), over a serial port.
 
 use std::collections::BTreeMap;
 

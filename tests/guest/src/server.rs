@@ -52,6 +52,14 @@ impl Guest {
         self.carry_out(request).unwrap_or_else(|error| Reply::Refused { reason: error.to_string() })
     }
 
+    /// Carries out a command in its written form.
+    pub fn answer_text(&self, text: &[u8]) -> Reply {
+        match serde_json::from_slice(text) {
+            Ok(request) => self.answer(request),
+            Err(error) => Reply::Refused { reason: error.to_string() },
+        }
+    }
+
     fn carry_out(&self, request: Request) -> io::Result<Reply> {
         Ok(match request {
             Request::Uptime => uptime()?,
@@ -166,10 +174,7 @@ fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
 fn commands(guest: &Guest, stream: TcpStream) -> io::Result<()> {
     let mut reader = BufReader::new(stream);
     while let Some(line) = read_line(&mut reader)? {
-        let reply = match serde_json::from_str(&line) {
-            Ok(request) => guest.answer(request),
-            Err(error) => Reply::Refused { reason: error.to_string() },
-        };
+        let reply = guest.answer_text(line.as_bytes());
         let mut text = serde_json::to_vec(&reply)?;
         text.push(b'\n');
         reader.get_mut().write_all(&text)?;
@@ -208,15 +213,14 @@ fn accept(guest: &Arc<Guest>, listener: &TcpListener, service: Service) {
 ///
 /// # Errors
 /// When a port cannot be had.
-pub fn serve(guest: Guest) -> io::Result<()> {
-    let guest = Arc::new(guest);
+pub fn serve(guest: &Arc<Guest>) -> io::Result<()> {
     let control = TcpListener::bind((Ipv4Addr::UNSPECIFIED, CONTROL_PORT))?;
     let counter = TcpListener::bind((Ipv4Addr::UNSPECIFIED, COUNTER_PORT))?;
     std::thread::spawn({
-        let guest = Arc::clone(&guest);
+        let guest = Arc::clone(guest);
         move || accept(&guest, &counter, counting)
     });
-    accept(&guest, &control, commands);
+    accept(guest, &control, commands);
     Ok(())
 }
 

@@ -20,7 +20,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::lab::network::{Network, NetworkError};
+use crate::lab::guest::client::{GuestClient, GuestError};
+use crate::lab::guest::line::SerialPort;
+use crate::lab::network::{Mode, Network, NetworkError};
 use crate::wan::flow::TCP;
 
 pub mod qmp;
@@ -28,7 +30,7 @@ pub mod vm;
 
 use vm::{PlainSpec, PlainVm, Start, VmError};
 
-/// The port that baseline migrations use; the WAN emulator counts it apart.
+/// The port that baseline migrations use, or are counted as on the loopback; the WAN counts it apart.
 pub const MIGRATION_PORT: u16 = 4444;
 /// As the figures have it.
 const DOWNTIME_LIMIT_MS: u64 = 300;
@@ -117,12 +119,12 @@ impl<'a> Baseline<'a> {
         for vm in [&mut self.vm, &mut destination] {
             set_up(vm, method).await?;
         }
-        let listen = json!({"uri": format!("tcp:0.0.0.0:{MIGRATION_PORT}")});
+        let listen = json!({"uri": format!("tcp:{}", self.network.addresses().of(to).migration)});
         destination.execute("migrate-incoming", listen).await?;
 
         let carried_before = self.carried(to)?;
         let ordered_us = now_us();
-        let uri = format!("tcp:{}:{MIGRATION_PORT}", Network::host_address(to));
+        let uri = format!("tcp:{}", self.network.migration_target(&self.site, to));
         self.vm.execute("migrate", json!({"uri": uri})).await?;
         let stop = self.vm.context();
         let stopped = self.vm.qmp().wait_for("STOP", deadline, |event| {
@@ -144,6 +146,19 @@ impl<'a> Baseline<'a> {
         self.vm = destination;
         to.clone_into(&mut self.site);
         Ok(figures)
+    }
+
+    /// Connects to the guest once it has booted, however it can be reached.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn reach(&self, deadline: Duration) -> Result<GuestClient, GuestError> {
+        match self.network.mode() {
+            Mode::Namespaces => {
+                GuestClient::connect(self.network.namespace(&self.site), self.spec.address, deadline).await
+            }
+            Mode::Loopback => GuestClient::attach(SerialPort::Socket(self.vm.console().to_owned()), deadline).await,
+        }
     }
 
     async fn ended(&mut self, to: &str) -> BaselineError {

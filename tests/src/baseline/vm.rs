@@ -7,8 +7,8 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use super::qmp::{Qmp, QmpError};
-use crate::lab::guest::{GuestImages, command_line};
-use crate::lab::network::{GUEST_BRIDGE, Network};
+use crate::lab::guest::{Attachment, GuestImages, command_line};
+use crate::lab::network::{GUEST_BRIDGE, Network, Place};
 use crate::netns;
 
 /// How long QEMU may take to answer for the first time; preallocating memory takes a moment.
@@ -88,6 +88,7 @@ pub enum Start {
 pub struct PlainVm {
     name: String,
     log: PathBuf,
+    console: PathBuf,
     child: Child,
     qmp: Qmp,
 }
@@ -108,37 +109,38 @@ impl PlainVm {
             let name = spec.name.clone();
             move |source| VmError::Prepare { step, name, source }
         };
-        let namespace = network.namespace(site);
-        let tap = format!("tap{}", spec.name);
-        for command in [
-            format!("-n {namespace} tuntap add dev {tap} mode tap"),
-            format!("-n {namespace} link set {tap} master {GUEST_BRIDGE} up"),
-        ] {
-            // The device of an earlier VM of this name is as good.
-            match netns::ip(command.split(' ')) {
-                Err(error) if !error.to_string().contains("busy") => return Err(prepare("make tap device")(error)),
-                _ => {}
-            }
-        }
+        let place = network.place(site);
+        let tap = match &place {
+            Place::Namespace(namespace) => Some(make_tap(namespace, &spec.name).map_err(prepare("make tap device"))?),
+            Place::Host => None,
+        };
         let socket = folder.join(format!("{}-{site}.qmp", spec.name));
         std::fs::remove_file(&socket).ok();
         let log = folder.join(format!("{}-{site}.log", spec.name));
         let output = File::options().create(true).append(true).open(&log).map_err(prepare("make log"))?;
         let errors = output.try_clone().map_err(prepare("make log"))?;
-        let mut child = netns::command(namespace, "qemu-system-x86_64")
-            .args(arguments(spec, start, &tap, &socket, &folder.join(format!("{}-{site}.console", spec.name))))
+        let console = folder.join(format!("{}-{site}.console", spec.name));
+        let mut child = place
+            .command("qemu-system-x86_64")
+            .args(arguments(spec, start, tap.as_deref(), &socket, &console))
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)
             .spawn()
             .map_err(prepare("start qemu"))?;
         match Qmp::connect(&socket, START_DEADLINE).await {
-            Ok(qmp) => Ok(Self { name: spec.name.clone(), log, child, qmp }),
+            Ok(qmp) => Ok(Self { name: spec.name.clone(), log, console, child, qmp }),
             Err(source) => {
                 child.kill().and_then(|()| child.wait()).ok();
                 Err(VmError::Qmp { name: spec.name.clone(), log, source })
             }
         }
+    }
+
+    /// Its serial port: a file of what it said, or without a network card a unix socket.
+    #[must_use]
+    pub fn console(&self) -> &Path {
+        &self.console
     }
 
     /// The connection to QEMU.
@@ -168,7 +170,22 @@ impl Drop for PlainVm {
     }
 }
 
-fn arguments(spec: &PlainSpec, start: Start, tap: &str, socket: &Path, console: &Path) -> Vec<String> {
+fn make_tap(namespace: &str, name: &str) -> io::Result<String> {
+    let tap = format!("tap{name}");
+    for command in [
+        format!("-n {namespace} tuntap add dev {tap} mode tap"),
+        format!("-n {namespace} link set {tap} master {GUEST_BRIDGE} up"),
+    ] {
+        // The device of an earlier VM of this name is as good.
+        match netns::ip(command.split(' ')) {
+            Err(error) if !error.to_string().contains("busy") => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(tap)
+}
+
+fn arguments(spec: &PlainSpec, start: Start, tap: Option<&str>, socket: &Path, console: &Path) -> Vec<String> {
     let PlainSpec { images, memory_bytes, mac_suffix, accelerator, .. } = spec;
     let prealloc = if start == Start::Incoming { "on" } else { "off" };
     let mut args: Vec<String> =
@@ -179,19 +196,25 @@ fn arguments(spec: &PlainSpec, start: Start, tap: &str, socket: &Path, console: 
     option("-m", format!("{}k", memory_bytes / 1024));
     option("-object", format!("memory-backend-ram,id=pc.ram,size={memory_bytes},prealloc={prealloc}"));
     option("-qmp", format!("unix:{},server=on,wait=off", socket.display()));
-    option("-serial", format!("file:{}", console.display()));
+    let serial = match tap {
+        Some(_) => format!("file:{}", console.display()),
+        None => format!("unix:{},server=on,wait=off", console.display()),
+    };
+    option("-serial", serial);
     option("-object", "iothread,id=balloon-io".into());
     let hints = if spec.hints == FreePageHints::On { "on" } else { "off" };
     option("-device", format!("virtio-balloon-pci,id=balloon,free-page-hint={hints},iothread=balloon-io,addr=0x2"));
     option("-blockdev", format!("driver=file,node-name=file-root,filename={},discard=unmap", spec.disk.display()));
     option("-blockdev", "driver=raw,node-name=disk-root,file=file-root,discard=unmap".into());
     option("-device", "virtio-blk-pci,id=blk-root,drive=disk-root,serial=root,addr=0x4".into());
-    option("-netdev", format!("tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off"));
-    let mac = format!("52:54:00:70:70:{mac_suffix:02x}");
-    option("-device", format!("virtio-net-pci,id=nic0,netdev=net0,mac={mac},romfile=,addr=0x10"));
+    if let Some(tap) = tap {
+        option("-netdev", format!("tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off"));
+        let mac = format!("52:54:00:70:70:{mac_suffix:02x}");
+        option("-device", format!("virtio-net-pci,id=nic0,netdev=net0,mac={mac},romfile=,addr=0x10"));
+    }
     option("-kernel", images.kernel.display().to_string());
     option("-initrd", images.initrd.display().to_string());
-    option("-append", command_line(spec.address));
+    option("-append", command_line(tap.map_or(Attachment::Serial, |_| Attachment::Segment(spec.address))));
     if start == Start::Incoming {
         option("-incoming", "defer".into());
     }

@@ -67,14 +67,14 @@ pub async fn page_cache(guest: &mut GuestClient) -> Result<u64, GuestError> {
     Ok((figure("Cached") + figure("Buffers")).saturating_sub(figure("Dirty") + figure("Shmem")))
 }
 
-/// Stops the loads and compares with what was seen before.
+/// Stops the loads and compares with what was seen before; whether the session survived is known only where there was one.
 ///
 /// # Errors
 /// When the guest does not answer.
 pub async fn compare(
     guest: &mut GuestClient,
     before: &Before,
-    tcp_session_survived: bool,
+    tcp_session_survived: impl Into<Option<bool>>,
 ) -> Result<GuestChecks, GuestError> {
     let (uptime_s, boot_id, _) = guest.uptime().await?;
     let memory = guest.checksum(&Request::ChecksumMemory, SHORT).await?;
@@ -86,6 +86,6 @@ pub async fn compare(
         memory_checksum_equal: memory == before.memory
             && matches!(dirty, Reply::Dirty { corrupt_pages: 0, writes: 1.. }),
         uptime_continued: boot_id == before.boot_id && uptime_s > before.uptime_s,
-        tcp_session_survived,
+        tcp_session_survived: tcp_session_survived.into(),
     })
 }

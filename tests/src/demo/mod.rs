@@ -4,7 +4,8 @@
 //! set up ─▶ lab ─▶ define, start ─▶ seed the replica ─▶ warm, loads, look ─▶ migrate --watch ─▶ look again
 //!        ─▶ opponents on the same link ─▶ table, demo.json ─▶ stay until Ctrl-C (DEMO_EXIT=1: end)
 //! ```
-//! The seed runs over a faster link so that the demo does not take its time for what is not being shown; it says so.
+//! Without namespaces (see [`crate::lab::network`]) the same story is told on the loopback, and what it then does not show is
+//! said. The seed runs over a faster link so that the demo does not take its time for what is not being shown; it says so.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use crate::baseline::BaselineError;
 use crate::baseline::vm::FreePageHints;
 use crate::lab::guest::client::{CountingSession, GuestError};
 use crate::lab::guest::{BuildError, DEMO, GUEST_ADDRESS, GuestImages, SMALL, Variant};
-use crate::lab::network::NetworkError;
+use crate::lab::network::{Mode, NetworkError};
 use crate::lab::{CtlError, Lab, LabConfig, LabError, VmFile};
 use crate::paths;
 use crate::wan::control::Request;
@@ -39,6 +40,14 @@ const SEED_RATE_BPS: u64 = 1_000_000_000;
 const SEED_DEADLINE: Duration = Duration::from_secs(1200);
 const MIGRATE_DEADLINE: Duration = Duration::from_secs(900);
 
+/// What is different without namespaces.
+const LOOPBACK: &str = "\
+LOOPBACK MODE: there are no network namespaces, so all daemons run on 127.0.0.1. What the workers send each other (memory
+and disks, QUIC over UDP) and QEMU's own migrations (TCP) cross a relay with this rate, delay, loss and queue.
+Not shown in this mode: the guest has no network card, so no TCP session moves with it (it is steered over its serial
+port); the controllers, pageportctl and the web interface talk without the delay of a WAN; QEMU's TCP ends at the relay,
+so it always fills the link, and loss costs it bytes but no time.";
+
 /// How the demo is to be.
 #[derive(Clone, Debug)]
 pub struct DemoConfig {
@@ -50,6 +59,10 @@ pub struct DemoConfig {
     pub hints: FreePageHints,
     /// Whether to end after the table.
     pub end: End,
+    /// How the sites are told apart.
+    pub mode: Mode,
+    /// Where the figures go.
+    pub figures: PathBuf,
 }
 
 /// When the demo ends.
@@ -62,15 +75,17 @@ pub enum End {
 }
 
 impl DemoConfig {
-    /// The issue's figures: 2 GiB guest, 200 Mbit/s, 25 ms each way. `DEMO_EXIT=1` ends it after the table.
+    /// A 2 GiB guest, 200 Mbit/s, 25 ms each way. `DEMO_EXIT=1` ends it after the table.
     #[must_use]
-    pub fn from_environment(small: bool, hints: FreePageHints) -> Self {
+    pub fn from_environment(small: bool, hints: FreePageHints, mode: Mode) -> Self {
         let unattended = std::env::var_os("DEMO_EXIT").is_some_and(|value| value == "1");
         Self {
             variant: if small { SMALL } else { DEMO },
             link: LabConfig::default().link,
             hints,
             end: if unattended { End::AtOnce } else { End::Interrupted },
+            mode,
+            figures: paths::lab().join("demo.json"),
         }
     }
 }
@@ -153,24 +168,33 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         config.link.rate_bps / 1_000_000,
         config.link.one_way_delay_ms
     ));
-    let lab = Lab::start(LabConfig { link: config.link, ..LabConfig::default() }).await?;
+    if config.mode == Mode::Loopback {
+        say(LOOPBACK);
+    }
+    let lab = Lab::start(LabConfig { link: config.link, mode: config.mode, ..LabConfig::default() }).await?;
     say(&format!("logs: {}", lab.logs().display()));
 
     say(&format!("defining and starting {VM} at a: {} MiB of memory", memory_bytes >> 20));
     let file = VmFile::new(&lab, VM, &images, config.variant)?;
     lab.ctl(["vm", "define", "-f", file.path(), "--site", "a"]).await?;
     lab.ctl(["vm", "start", VM]).await?;
-    let mut guest = lab.guest("a", GUEST_ADDRESS).await?;
+    let mut guest = lab.reach(VM).await?;
 
     say(&format!("seeding the replica at b (over {} Mbit/s, to save time here)", SEED_RATE_BPS / 1_000_000));
     set_link(&lab, Shape { rate_bps: SEED_RATE_BPS, queue_bytes: None, ..config.link })?;
     watched(&lab, &["replica", "seed", VM, "--to", "b", "--watch"], SEED_DEADLINE).await?;
     set_link(&lab, config.link)?;
 
-    say("warming the page cache, dirtying memory, writing files, counting over TCP");
+    say("warming the page cache, dirtying memory, writing files");
     let before = loads::begin(&mut guest, config.variant).await?;
-    let session = CountingSession::open(lab.network().namespace("a"), GUEST_ADDRESS).await?;
-    let session = BusySession::start(session);
+    let session = match config.mode {
+        Mode::Namespaces => {
+            say("counting over TCP");
+            let session = CountingSession::open(lab.network().namespace("a"), GUEST_ADDRESS).await?;
+            Some(BusySession::start(session))
+        }
+        Mode::Loopback => None,
+    };
     say(&format!(
         "clean page cache: {} MB; now: pageportctl migrate {VM} --to b --watch",
         before.page_cache_bytes / 1_000_000
@@ -178,19 +202,10 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
     watched(&lab, &["migrate", VM, "--to", "b", "--watch"], MIGRATE_DEADLINE).await?;
 
     say("checking the guest at b");
-    let survived = match session.finish().await {
-        Ok(summary) => {
-            say(&format!(
-                "the TCP session got {} numbers, each once; its longest wait was {} ms",
-                summary.numbers,
-                summary.longest_wait.as_millis()
-            ));
-            true
-        }
-        Err(error) => {
-            say(&format!("the TCP session broke: {error}"));
-            false
-        }
+    guest.follow().await?;
+    let survived = match session {
+        Some(session) => Some(survived(session).await),
+        None => None,
     };
     let guest_checks = loads::compare(&mut guest, &before, survived).await?;
     let found = lab.qemu_pids(VM);
@@ -215,7 +230,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
     let guest_figures = GuestFigures { memory_bytes, page_cache_bytes: before.page_cache_bytes, kernel: before.kernel };
     let link = config.link.into();
     let report = Report { pageport, qemu_precopy, qemu_multifd_zstd, guest: guest_figures, link, guest_checks };
-    let path = paths::lab().join("demo.json");
+    let path = config.figures;
     let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::from);
     text.and_then(|text| std::fs::write(&path, text + "\n"))
         .map_err(|source| DemoError::Write { path: path.clone(), source })?;
@@ -232,6 +247,23 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         tokio::signal::ctrl_c().await.ok();
     }
     Ok(())
+}
+
+async fn survived(session: BusySession) -> bool {
+    match session.finish().await {
+        Ok(summary) => {
+            say(&format!(
+                "the TCP session got {} numbers, each once; its longest wait was {} ms",
+                summary.numbers,
+                summary.longest_wait.as_millis()
+            ));
+            true
+        }
+        Err(error) => {
+            say(&format!("the TCP session broke: {error}"));
+            false
+        }
+    }
 }
 
 fn set_link(lab: &Lab, shape: Shape) -> Result<(), DemoError> {

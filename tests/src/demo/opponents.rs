@@ -7,7 +7,6 @@ use std::time::Duration;
 use super::{DemoError, loads, say};
 use crate::baseline::vm::{FreePageHints, PlainSpec};
 use crate::baseline::{Baseline, Figures, Method};
-use crate::lab::guest::client::GuestClient;
 use crate::lab::guest::{GuestImages, Variant};
 use crate::lab::network::Network;
 
@@ -40,7 +39,7 @@ pub async fn run(
         hints,
     };
     let mut baseline = Baseline::boot(network, "a", spec, folder).await?;
-    let mut guest = GuestClient::connect(network.namespace("a"), ADDRESS, BOOT_DEADLINE).await?;
+    let mut guest = baseline.reach(BOOT_DEADLINE).await?;
     say("  an identical guest boots at a, fills its page cache and runs the same loads");
     loads::warm(&mut guest, variant).await?;
     say("  QEMU pre-copy, a to b ...");

@@ -43,15 +43,18 @@ pub struct GuestChecks {
     pub memory_checksum_equal: bool,
     /// It did not boot anew.
     pub uptime_continued: bool,
-    /// No number of the session was lost or repeated.
-    pub tcp_session_survived: bool,
+    /// No number of the session was lost or repeated; none when the guest had no network card.
+    pub tcp_session_survived: Option<bool>,
 }
 
 impl GuestChecks {
-    /// Whether all is well.
+    /// Whether all that could be checked is well.
     #[must_use]
     pub fn all(&self) -> bool {
-        self.files_checksum_equal && self.memory_checksum_equal && self.uptime_continued && self.tcp_session_survived
+        self.files_checksum_equal
+            && self.memory_checksum_equal
+            && self.uptime_continued
+            && self.tcp_session_survived != Some(false)
     }
 }
 
@@ -124,7 +127,7 @@ impl Report {
             word(checks.files_checksum_equal),
             word(checks.memory_checksum_equal),
             word(checks.uptime_continued),
-            word(checks.tcp_session_survived),
+            checks.tcp_session_survived.map_or("not checked: no network namespaces", word),
         );
         text
     }
@@ -152,7 +155,7 @@ mod tests {
                 files_checksum_equal: true,
                 memory_checksum_equal: true,
                 uptime_continued: true,
-                tcp_session_survived: false,
+                tcp_session_survived: Some(false),
             },
         }
     }
@@ -163,6 +166,17 @@ mod tests {
         for part in ["16.6x", "28.8x", "6.5x", "11.2x", "405574 teleported", "TCP session survived: NO"] {
             assert!(table.contains(part), "{part} is not in\n{table}");
         }
+    }
+
+    #[test]
+    fn what_was_not_checked_is_said_and_fails_nothing() {
+        let mut report = report();
+        report.guest_checks.tcp_session_survived = None;
+        assert!(report.guest_checks.all());
+        assert!(report.table().contains("TCP session survived: not checked: no network namespaces"));
+        let value = serde_json::to_value(report).unwrap();
+        assert_eq!(value["guest_checks"]["tcp_session_survived"], Value::Null);
+        assert!(value["guest_checks"].as_object().unwrap().contains_key("tcp_session_survived"));
     }
 
     #[test]

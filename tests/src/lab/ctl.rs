@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::{Lab, settings};
+use super::Lab;
 use crate::paths;
 
 /// How long a command that does not watch may take.
@@ -72,8 +72,7 @@ impl Lab {
     /// A `pageportctl` at a site with the operator's identity, ready to be given arguments.
     #[must_use]
     pub fn ctl_command(&self, site: &str) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", self.network.namespace(site)]).arg(paths::program("pageportctl"));
+        let mut command = Command::from(self.network.place(site).command(paths::program("pageportctl")));
         for (key, value) in self.ctl_environment() {
             command.env(key, value);
         }
@@ -86,7 +85,7 @@ impl Lab {
     pub fn ctl_environment(&self) -> [(&'static str, String); 4] {
         let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
         [
-            ("PAGEPORT_CONTROLLERS", settings::controllers().join(",")),
+            ("PAGEPORT_CONTROLLERS", self.network.addresses().controllers().join(",")),
             ("PAGEPORT_CA", path(&self.operator.ca)),
             ("PAGEPORT_CERT", path(&self.operator.cert)),
             ("PAGEPORT_KEY", path(&self.operator.key)),
@@ -104,8 +103,10 @@ impl Lab {
             script += &format!("export {key}={}\n", quoted(&value));
         }
         let program = paths::program("pageportctl");
-        let namespace = self.network.namespace("a");
-        script += &format!("exec ip netns exec {namespace} {} \"$@\"\n", quoted(&program.to_string_lossy()));
+        let command = self.network.place("a").command(program);
+        let words = [command.get_program()].into_iter().chain(command.get_args());
+        let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();
+        script += &format!("exec {} \"$@\"\n", words.join(" "));
         let path = paths::lab().join("ctl");
         std::fs::write(&path, script)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
@@ -121,11 +122,10 @@ impl Lab {
         arguments: impl IntoIterator<Item = S>,
         deadline: Duration,
     ) -> Result<Output, CtlError> {
+        let words: Vec<_> = arguments.into_iter().map(|word| word.as_ref().to_owned()).collect();
         let mut command = self.ctl_command("a");
-        command.args(arguments).stdin(Stdio::null());
-        let words: Vec<_> =
-            command.as_std().get_args().skip(4).map(|word| word.to_string_lossy().into_owned()).collect();
-        let arguments = words.join(" ");
+        command.args(&words).stdin(Stdio::null());
+        let arguments = words.join(OsStr::new(" ")).to_string_lossy().into_owned();
         let output = timeout(deadline, command.output())
             .await
             .map_err(|_| CtlError::Late { arguments: arguments.clone(), seconds: deadline.as_secs() })?

@@ -1,4 +1,4 @@
-//! One daemon of the lab: started in its site's namespace, killed, stopped, frozen and started again at will.
+//! One daemon of the lab: started at its site, killed, stopped, frozen and started again at will.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::netns;
+use super::network::Place;
 
 /// How long a daemon may take to end when it is asked to.
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
@@ -62,7 +62,7 @@ pub enum DaemonError {
 #[derive(Debug)]
 pub struct Daemon {
     name: String,
-    namespace: String,
+    place: Place,
     program: PathBuf,
     config: PathBuf,
     log: PathBuf,
@@ -70,14 +70,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `program --config config` in `namespace`, its output going to `log`.
+    /// Starts `program --config config` at `place`, its output going to `log`.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(name: &str, namespace: &str, program: &Path, config: &Path, log: &Path) -> Result<Self, DaemonError> {
+    pub fn start(name: &str, place: Place, program: &Path, config: &Path, log: &Path) -> Result<Self, DaemonError> {
         let mut daemon = Self {
             name: name.to_owned(),
-            namespace: namespace.to_owned(),
+            place,
             program: program.to_owned(),
             config: config.to_owned(),
             log: log.to_owned(),
@@ -91,7 +91,9 @@ impl Daemon {
         let error = |source| DaemonError::Start { name: self.name.clone(), source };
         let output = File::options().create(true).append(true).open(&self.log).map_err(error)?;
         let errors = output.try_clone().map_err(error)?;
-        let child = netns::command(&self.namespace, &self.program)
+        let child = self
+            .place
+            .command(&self.program)
             .arg("--config")
             .arg(&self.config)
             .stdin(Stdio::null())

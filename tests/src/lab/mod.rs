@@ -27,8 +27,9 @@
 //! | `/tmp/<run>` | runtime folders (unix sockets need short paths), removed at the end |
 //!
 //! Guarantees: when a [`Lab`] is dropped (also by a panic) every process in its namespaces has been killed, guests included,
-//! and namespaces and large files are gone; what a killed run left is removed by the next. Needs root and `/dev/net/tun`:
-//! ask [`crate::netns::available`] first. Does not build the daemons: `cargo build --workspace` does.
+//! and namespaces and large files are gone; what a killed run left is removed by the next. Needs root and `/dev/net/tun`
+//! (ask [`crate::netns::available`] first), or [`Mode::Loopback`]: see [`network`] for what that cannot do. Does not build the
+//! daemons: `cargo build --workspace` does.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,8 +46,10 @@ use crate::paths;
 use crate::wan::link::Shape;
 
 mod ctl;
+mod processes;
 mod vm_file;
 
+pub mod addresses;
 pub mod daemon;
 pub mod guest;
 pub mod network;
@@ -58,7 +61,8 @@ pub use vm_file::VmFile;
 
 use daemon::{Daemon, DaemonError};
 use guest::client::{GuestClient, GuestError};
-use network::{Network, NetworkError, SITES};
+use guest::line::SerialPort;
+use network::{Mode, Network, NetworkError, SITES};
 use settings::{SettingsError, Shared};
 use tls::{Authority, Identity, TlsError};
 
@@ -82,6 +86,8 @@ pub struct LabConfig {
     pub log: String,
     /// `auto`, `kvm` or `tcg`.
     pub accelerator: String,
+    /// How sites are told apart.
+    pub mode: Mode,
 }
 
 impl Default for LabConfig {
@@ -92,6 +98,7 @@ impl Default for LabConfig {
             otlp_endpoint: None,
             log: "info".into(),
             accelerator: "auto".into(),
+            mode: Mode::default(),
         }
     }
 }
@@ -188,12 +195,13 @@ impl Lab {
                 source,
             })?;
         }
-        let network = Network::create_as(run, &folders.runtime, config.link)?;
+        let network = Network::create_in(config.mode, run, &folders.runtime, config.link)?;
         let authority = Authority::create(&folders.run.join("tls"))?;
         let operator = authority.issue("operator", "operator.pageport")?;
         let mut lab = Self { controllers: BTreeMap::new(), workers: BTreeMap::new(), network, folders, operator };
 
-        let shared = Shared { otlp_endpoint: config.otlp_endpoint, log: config.log, accelerator: config.accelerator };
+        let LabConfig { otlp_endpoint, log, accelerator, .. } = config;
+        let shared = Shared { otlp_endpoint, log, accelerator, addresses: lab.network.addresses().clone() };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;
@@ -223,7 +231,7 @@ impl Lab {
         let path = self.folders.run.join("config").join(format!("{name}.toml"));
         fs::write(&path, config).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
         let log = self.logs().join(format!("{name}.log"));
-        Ok(Daemon::start(name, self.network.namespace(site), program, &path, &log)?)
+        Ok(Daemon::start(name, self.network.place(site), program, &path, &log)?)
     }
 
     /// Waits until every worker is connected.
@@ -304,23 +312,31 @@ impl Lab {
         GuestClient::connect(self.network.namespace(from), address, BOOT_DEADLINE).await
     }
 
+    /// Connects to a guest's control server once it has booted, however it can be reached: from site a's segment at the
+    /// usual address, or over its serial port.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn reach(&self, vm: &str) -> Result<GuestClient, GuestError> {
+        match self.network.mode() {
+            Mode::Namespaces => self.guest("a", guest::GUEST_ADDRESS).await,
+            Mode::Loopback => {
+                let port = SerialPort::Console { environment: self.ctl_environment().into(), vm: vm.to_owned() };
+                GuestClient::attach(port, BOOT_DEADLINE).await
+            }
+        }
+    }
+
     /// The processes of a VM's QEMUs and the sites they are at.
     #[must_use]
     pub fn qemu_pids(&self, vm: &str) -> Vec<(&'static str, i32)> {
         let guest = format!("guest={vm}");
         let is_its_qemu = |pid: &i32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let mut words = line.split(|byte| *byte == 0);
-            let program = words.next().unwrap_or_default();
-            program.windows(4).any(|part| part == b"qemu") && words.any(|word| word == guest.as_bytes())
+            let line = processes::command_line(*pid);
+            line.first().is_some_and(|program| program.contains("qemu")) && line.contains(&guest)
         };
-        SITES
-            .iter()
-            .flat_map(|site| {
-                network::processes_in(self.network.namespace(site)).into_iter().map(move |pid| (*site, pid))
-            })
-            .filter(|(_, pid)| is_its_qemu(pid))
-            .collect()
+        let at_sites = SITES.iter().map(|site| (*site, self.network.processes_at(site)));
+        at_sites.flat_map(|(site, pids)| pids.into_iter().filter(is_its_qemu).map(move |pid| (site, pid))).collect()
     }
 }
 
@@ -331,10 +347,11 @@ fn connected_workers(answer: &Value) -> usize {
 
 /// Removes what killed runs left in the file system, and the oldest logs.
 fn remove_old_runs() {
-    let dead = |name: &str| network::owner_of_run(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
     let listed = |folder: &Path| -> Vec<PathBuf> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        entries.filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(dead)).collect()
+        entries
+            .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(network::is_dead_run))
+            .collect()
     };
     for runtime in listed(Path::new("/tmp")) {
         fs::remove_dir_all(runtime).ok();

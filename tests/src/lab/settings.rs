@@ -1,22 +1,14 @@
 //! The daemons' configuration files: the examples of `deploy/config`, with what the lab must set put over them.
 
-use std::net::Ipv4Addr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::network::{Network, SITES};
+use super::addresses::Addresses;
+use super::network::SITES;
 use super::tls::Identity;
 use crate::paths;
-
-/// Port of the controllers' API.
-pub const API_PORT: u16 = 7400;
-/// Port of the controllers' web interface.
-pub const WEB_PORT: u16 = 7480;
-/// Port of the workers' gRPC.
-pub const WORKER_PORT: u16 = 7500;
-/// Port of the workers' QUIC, over which memory and disks travel.
-pub const PEER_PORT: u16 = 7501;
 
 /// Why a configuration cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +34,7 @@ pub enum SettingsError {
 }
 
 /// What all daemons of a lab share.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Shared {
     /// Where spans go.
     pub otlp_endpoint: Option<String>,
@@ -50,24 +42,19 @@ pub struct Shared {
     pub log: String,
     /// `auto`, `kvm` or `tcg`.
     pub accelerator: String,
-}
-
-/// `host:port` of every controller.
-#[must_use]
-pub fn controllers() -> Vec<String> {
-    SITES.iter().map(|site| format!("{}:{API_PORT}", Network::host_address(site))).collect()
+    /// Where everybody is.
+    pub addresses: Addresses,
 }
 
 /// The configuration of the controller at a site.
 pub fn controller(site: &str, data: &Path, identity: &Identity, shared: &Shared) -> Result<String, SettingsError> {
     let mut config = example("controller")?;
-    let address = Network::host_address(site);
+    let addresses = shared.addresses.of(site);
     set(&mut config, "id", member_id(site));
     set(&mut config, "site", site);
     set(&mut config, "data_dir", path(data));
-    let listen = [("api", API_PORT), ("web", WEB_PORT)];
-    set(&mut config, "listen", listeners(address, &listen));
-    let members = SITES.iter().zip(controllers()).map(|(site, address)| {
+    set(&mut config, "listen", socket_addresses(&[("api", addresses.api), ("web", addresses.web)]));
+    let members = SITES.iter().zip(shared.addresses.controllers()).map(|(site, address)| {
         let mut member = Table::new();
         set(&mut member, "id", member_id(site));
         set(&mut member, "site", *site);
@@ -92,9 +79,12 @@ pub fn worker(
     set(&mut config, "site", site);
     set(&mut config, "data_dir", path(data));
     set(&mut config, "runtime_dir", path(runtime));
-    set(&mut config, "controllers", controllers());
-    let listen = [("grpc", WORKER_PORT), ("peer", PEER_PORT)];
-    set(&mut config, "listen", listeners(Network::host_address(site), &listen));
+    set(&mut config, "controllers", shared.addresses.controllers());
+    let addresses = shared.addresses.of(site);
+    set(&mut config, "listen", socket_addresses(&[("grpc", addresses.grpc), ("peer", addresses.peer)]));
+    if let Some(peer) = addresses.advertised_peer {
+        set(&mut config, "advertise", socket_addresses(&[("peer", peer)]));
+    }
     let hypervisor = section(&mut config, "hypervisor");
     set(hypervisor, "accelerator", shared.accelerator.as_str());
     set_common(&mut config, identity, shared);
@@ -138,8 +128,8 @@ fn section<'a>(config: &'a mut Table, key: &str) -> &'a mut Table {
     }
 }
 
-fn listeners(address: Ipv4Addr, ports: &[(&str, u16)]) -> Table {
-    ports.iter().map(|(key, port)| ((*key).to_owned(), Value::from(format!("{address}:{port}")))).collect()
+fn socket_addresses(addresses: &[(&str, SocketAddr)]) -> Table {
+    addresses.iter().map(|(key, address)| ((*key).to_owned(), Value::from(address.to_string()))).collect()
 }
 
 fn set(table: &mut Table, key: &str, value: impl Into<Value>) {
@@ -165,9 +155,14 @@ mod tests {
         Identity { ca: "/t/ca.pem".into(), cert: "/t/x.pem".into(), key: "/t/x.key".into() }
     }
 
+    fn shared() -> Shared {
+        let addresses = Addresses::of_namespaces();
+        Shared { otlp_endpoint: None, log: "debug".into(), accelerator: "auto".into(), addresses }
+    }
+
     #[test]
     fn a_controller_knows_itself_and_all_members() {
-        let shared = Shared { log: "debug".into(), ..Shared::default() };
+        let shared = shared();
         let config: Table = controller("b", Path::new("/d"), &identity(), &shared).unwrap().parse().unwrap();
         assert_eq!(config["id"].as_integer(), Some(2));
         assert_eq!(config["listen"]["api"].as_str(), Some("10.77.2.1:7400"));
@@ -180,8 +175,7 @@ mod tests {
 
     #[test]
     fn a_worker_knows_every_controller() {
-        let shared =
-            Shared { accelerator: "tcg".into(), otlp_endpoint: Some("http://x:1".into()), ..Shared::default() };
+        let mut shared = Shared { accelerator: "tcg".into(), otlp_endpoint: Some("http://x:1".into()), ..shared() };
         let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared).unwrap();
         let config: Table = text.parse().unwrap();
         assert_eq!(config["name"].as_str(), Some("worker-c"));
@@ -190,5 +184,11 @@ mod tests {
         assert_eq!(config["hypervisor"]["accelerator"].as_str(), Some("tcg"));
         assert_eq!(config["telemetry"]["otlp_endpoint"].as_str(), Some("http://x:1"));
         assert_eq!(config["tls"]["key"].as_str(), Some("/t/x.key"));
+        assert!(config.get("advertise").is_none());
+
+        shared.addresses.of_mut("c").advertised_peer = Some(SocketAddr::from(([127, 0, 0, 1], 9)));
+        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared).unwrap();
+        let config: Table = text.parse().unwrap();
+        assert_eq!(config["advertise"]["peer"].as_str(), Some("127.0.0.1:9"));
     }
 }

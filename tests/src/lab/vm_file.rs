@@ -4,8 +4,8 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
-use super::guest::{GUEST_ADDRESS, GuestImages, Variant, command_line};
-use super::network::GUEST_BRIDGE;
+use super::guest::{Attachment, GUEST_ADDRESS, GuestImages, Variant, command_line};
+use super::network::{GUEST_BRIDGE, Mode};
 use super::{Lab, LabError};
 
 /// A VM that is ready to be defined.
@@ -24,7 +24,7 @@ impl VmFile {
         Self::with_address(lab, name, images, variant, GUEST_ADDRESS)
     }
 
-    /// As [`VmFile::new`] with an address of the guests' segment, 10.88.0.0/16.
+    /// As [`VmFile::new`] with an address of the guests' segment, 10.88.0.0/16. Without a segment it has no network card.
     ///
     /// # Errors
     /// When there is no room.
@@ -42,7 +42,11 @@ impl VmFile {
             source: std::io::Error::other(error),
         })?;
         let path = lab.folder().join("config").join(format!("{name}.yaml"));
-        fs::write(&path, description(name, &disk, images, variant, address)).map_err(|source| LabError::Io {
+        let attachment = match lab.network().mode() {
+            Mode::Namespaces => Attachment::Segment(address),
+            Mode::Loopback => Attachment::Serial,
+        };
+        fs::write(&path, description(name, &disk, images, variant, attachment)).map_err(|source| LabError::Io {
             operation: "write",
             path: path.clone(),
             source,
@@ -66,14 +70,20 @@ impl VmFile {
     }
 }
 
-fn description(name: &str, disk: &Path, images: &GuestImages, variant: Variant, address: Ipv4Addr) -> String {
-    let [.., c, d] = address.octets();
+fn description(name: &str, disk: &Path, images: &GuestImages, variant: Variant, attachment: Attachment) -> String {
+    let nics = match attachment {
+        Attachment::Segment(address) => {
+            let [.., c, d] = address.octets();
+            format!("nics:\n  - mac: 52:54:00:70:{c:02x}:{d:02x}\n    bridge: {GUEST_BRIDGE}\n")
+        }
+        Attachment::Serial => String::new(),
+    };
     format!(
-        "name: {name}\nmemory: {}MiB\nvcpus: 1\ndisks:\n  - name: root\n    path: {}\nnics:\n  - mac: 52:54:00:70:{c:02x}:{d:02x}\n    bridge: {GUEST_BRIDGE}\ndirect_boot:\n  kernel: {}\n  initrd: {}\n  cmdline: {}\n",
+        "name: {name}\nmemory: {}MiB\nvcpus: 1\ndisks:\n  - name: root\n    path: {}\n{nics}direct_boot:\n  kernel: {}\n  initrd: {}\n  cmdline: {}\n",
         variant.memory_bytes >> 20,
         disk.display(),
         images.kernel.display(),
         images.initrd.display(),
-        command_line(address),
+        command_line(attachment),
     )
 }

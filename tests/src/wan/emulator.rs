@@ -9,21 +9,18 @@
 //! to the delay.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use pageport_tun::Kind;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::config::{ConfigError, TAP_DEVICE, TUN_DEVICE, WanConfig};
-use super::control::{REPLY_DEADLINE, Reply, Request, read_line};
 use super::fabric::{Fabric, Plane};
+use super::steer::{Steering, Told};
 use crate::netns;
 
 /// How long packets gather while there are some.
@@ -32,8 +29,6 @@ pub const TICK: Duration = Duration::from_micros(250);
 const MAX_BATCH: usize = 512;
 /// Larger than any packet of a device with an MTU of up to 9000.
 const PACKET_BUFFER: usize = 9216;
-/// Control connections at a time.
-const MAX_CONTROL_CONNECTIONS: usize = 32;
 
 /// Why the emulator cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -76,14 +71,11 @@ struct Device {
     file: File,
 }
 
-type Call = (Request, SyncSender<Reply>);
-
 /// An emulator with its devices open and its socket listening, not yet carrying packets.
 pub struct Emulator {
     fabric: Fabric,
     devices: Vec<Device>,
-    calls: Receiver<Call>,
-    wake: UnixStream,
+    steering: Steering,
     start: Instant,
 }
 
@@ -112,15 +104,10 @@ impl Emulator {
                 devices.push(Device { site, plane, file });
             }
         }
-        let listen_error = |source| EmulatorError::Listen { path: config.control.clone(), source };
-        let (calls_in, calls) = channel();
-        let (wake_in, wake) = UnixStream::pair().map_err(listen_error)?;
-        wake.set_nonblocking(true).map_err(listen_error)?;
-        wake_in.set_nonblocking(true).map_err(listen_error)?;
-        let listener = UnixListener::bind(&config.control).map_err(listen_error)?;
-        std::thread::spawn(move || accept(&listener, &calls_in, &wake_in));
+        let steering = Steering::listen(&config.control)
+            .map_err(|source| EmulatorError::Listen { path: config.control.clone(), source })?;
         info!(sites = config.sites.len(), links = config.links.len(), "wan emulator is up");
-        Ok(Self { fabric: Fabric::new(config), devices, calls, wake, start: Instant::now() })
+        Ok(Self { fabric: Fabric::new(config), devices, steering, start: Instant::now() })
     }
 
     /// Carries packets until it is asked to stop.
@@ -130,14 +117,8 @@ impl Emulator {
     pub fn run(mut self) -> Result<(), EmulatorError> {
         let mut buffer = [0; PACKET_BUFFER];
         loop {
-            while let Ok((request, reply_to)) = self.calls.try_recv() {
-                let stop = request == Request::Stop;
-                let reply = self.answer(request);
-                // The connection may have given up meanwhile.
-                drop(reply_to.send(reply));
-                if stop {
-                    return Ok(());
-                }
+            if self.steering.serve(self.fabric.lines(), drop) == Told::Stop {
+                return Ok(());
             }
             let read = self.read_packets(&mut buffer);
             self.deliver();
@@ -147,21 +128,6 @@ impl Emulator {
                 self.wait().map_err(|source| EmulatorError::Wait { source })?;
             }
         }
-    }
-
-    fn answer(&mut self, request: Request) -> Reply {
-        debug!(?request, "control request");
-        let result = match request {
-            Request::Stop => return Reply::Done,
-            Request::Counters => return Reply::Counters { links: self.fabric.counters(), cpu_ms: cpu_ms() },
-            Request::SetLink { from, to, shape } => match shape.validate() {
-                Ok(()) => self.fabric.set_shape(&from, &to, shape),
-                Err(error) => return Reply::Refused { reason: error.to_string() },
-            },
-            Request::Cut { from, to } => self.fabric.cut(&from, &to),
-            Request::Heal { from, to } => self.fabric.heal(&from, &to),
-        };
-        result.map_or_else(|error| Reply::Refused { reason: error.to_string() }, |()| Reply::Done)
     }
 
     fn read_packets(&mut self, buffer: &mut [u8]) -> usize {
@@ -197,7 +163,7 @@ impl Emulator {
         let timeout = self.fabric.next_due().map(|due| due.saturating_sub(self.start.elapsed()).max(TICK));
         let mut waits: Vec<PollFd<'_>> =
             self.devices.iter().map(|d| PollFd::new(d.file.as_fd(), PollFlags::POLLIN)).collect();
-        waits.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
+        waits.push(PollFd::new(self.steering.as_fd(), PollFlags::POLLIN));
         match ppoll(&mut waits, timeout.map(TimeSpec::from), None) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -206,57 +172,7 @@ impl Emulator {
         if waits.iter().any(|w| w.revents().is_some_and(|e| e.contains(PollFlags::POLLERR))) {
             std::thread::sleep(TICK);
         }
-        let mut drained = [0; 64];
-        while matches!((&self.wake).read(&mut drained), Ok(1..)) {}
+        self.steering.woken();
         Ok(())
     }
-}
-
-/// CPU time that this thread has used.
-fn cpu_ms() -> u64 {
-    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    stat.split_whitespace().next().and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0) / 1_000_000
-}
-
-fn accept(listener: &UnixListener, calls: &Sender<Call>, wake: &UnixStream) {
-    let open = Arc::new(Mutex::new(0usize));
-    for connection in listener.incoming() {
-        let (Ok(connection), Ok(wake)) = (connection, wake.try_clone()) else { continue };
-        let (open, calls) = (Arc::clone(&open), calls.clone());
-        let Ok(mut count) = open.lock() else { return };
-        if *count >= MAX_CONTROL_CONNECTIONS {
-            warn!("too many control connections, one refused");
-            continue;
-        }
-        *count += 1;
-        drop(count);
-        std::thread::spawn(move || {
-            if let Err(error) = serve(&connection, &calls, &wake) {
-                debug!(%error, "control connection ended");
-            }
-            if let Ok(mut count) = open.lock() {
-                *count -= 1;
-            }
-        });
-    }
-}
-
-fn serve(connection: &UnixStream, calls: &Sender<Call>, mut wake: &UnixStream) -> io::Result<()> {
-    let mut reader = BufReader::new(connection);
-    while let Some(line) = read_line(&mut reader)? {
-        let reply = match serde_json::from_str::<Request>(&line) {
-            Ok(request) => {
-                let (reply_to, reply) = sync_channel(1);
-                calls.send((request, reply_to)).map_err(io::Error::other)?;
-                // A full pipe already holds a wake-up.
-                drop(wake.write(&[1]));
-                reply.recv_timeout(REPLY_DEADLINE).map_err(io::Error::other)?
-            }
-            Err(error) => Reply::Refused { reason: error.to_string() },
-        };
-        let mut text = serde_json::to_vec(&reply)?;
-        text.push(b'\n');
-        (&mut &*connection).write_all(&text)?;
-    }
-    Ok(())
 }

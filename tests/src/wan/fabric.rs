@@ -10,8 +10,8 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use super::config::{SiteConfig, WanConfig};
-use super::flow::{Class, Counters, Meter, parse_ipv4};
-use super::link::{Fate, Link, Shape};
+use super::flow::{Class, parse_ipv4};
+use super::lines::Lines;
 use super::switch::{Route, Switch};
 
 /// Buffers that are kept for reuse.
@@ -35,52 +35,22 @@ pub struct Packet {
     pub bytes: Vec<u8>,
 }
 
-#[derive(Debug)]
-struct Direction {
-    from: usize,
-    to: usize,
-    link: Link<Packet>,
-    meter: Meter,
-}
-
 /// The emulated network.
 #[derive(Debug)]
 pub struct Fabric {
     sites: Vec<SiteConfig>,
-    directions: Vec<Direction>,
+    lines: Lines<Packet>,
     switch: Switch,
     pool: Vec<Vec<u8>>,
-}
-
-/// A pair of sites without a link.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("find link: there is none from {from} to {to}")]
-pub struct NoSuchLink {
-    /// Source site.
-    pub from: String,
-    /// Destination site.
-    pub to: String,
 }
 
 impl Fabric {
     /// The network that `config` describes; pairs of sites without a link do not reach each other.
     #[must_use]
     pub fn new(config: &WanConfig) -> Self {
-        let index = |name: &str| config.sites.iter().position(|site| site.name == name);
-        let directions = config
-            .links
-            .iter()
-            .enumerate()
-            .filter_map(|(n, link)| {
-                Some(Direction {
-                    from: index(&link.from)?,
-                    to: index(&link.to)?,
-                    link: Link::new(link.shape, config.seed.wrapping_add(n as u64)),
-                    meter: Meter::default(),
-                })
-            })
-            .collect();
-        Self { sites: config.sites.clone(), directions, switch: Switch::default(), pool: Vec::new() }
+        let names = config.sites.iter().map(|site| site.name.clone()).collect();
+        let lines = Lines::new(names, &config.links, config.seed);
+        Self { sites: config.sites.clone(), lines, switch: Switch::default(), pool: Vec::new() }
     }
 
     /// Takes in what a site's device sent.
@@ -109,29 +79,24 @@ impl Fabric {
     }
 
     fn send(&mut self, now: Duration, pair: (usize, usize), plane: Plane, class: Class, bytes: &[u8]) {
-        let Some(direction) = self.directions.iter_mut().find(|d| (d.from, d.to) == pair) else { return };
         let mut buffer = self.pool.pop().unwrap_or_default();
         buffer.clear();
         buffer.extend_from_slice(bytes);
-        let fate = match direction.link.offer(now, bytes.len(), Packet { plane, bytes: buffer }) {
-            Ok(()) => Fate::Carried,
-            Err((fate, packet)) => {
-                self.pool.push(packet.bytes);
-                fate
-            }
-        };
-        direction.meter.count(class, bytes.len(), fate);
+        let packet = Packet { plane, bytes: buffer };
+        if let Err((_, packet)) = self.lines.offer(now, pair, class, bytes.len(), packet) {
+            self.recycle(packet);
+        }
     }
 
     /// The next packet that has arrived by `now`, and the site that it arrived at. Hand it to [`Fabric::recycle`] after use.
     pub fn pop_due(&mut self, now: Duration) -> Option<(usize, Packet)> {
-        self.directions.iter_mut().find_map(|d| d.link.pop_due(now).map(|packet| (d.to, packet)))
+        self.lines.pop_due(now).map(|((_, to), packet)| (to, packet))
     }
 
     /// When the next packet arrives anywhere.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
-        self.directions.iter().filter_map(|d| d.link.next_due()).min()
+        self.lines.next_due()
     }
 
     /// Takes a delivered packet's buffer back.
@@ -141,48 +106,16 @@ impl Fabric {
         }
     }
 
-    /// Changes a link from now on.
-    ///
-    /// # Errors
-    /// When there is no such link.
-    pub fn set_shape(&mut self, from: &str, to: &str, shape: Shape) -> Result<(), NoSuchLink> {
-        self.find(from, to).map(|d| d.link.set_shape(shape))
-    }
-
-    /// Cuts a link; what is under way is lost.
-    ///
-    /// # Errors
-    /// When there is no such link.
-    pub fn cut(&mut self, from: &str, to: &str) -> Result<(), NoSuchLink> {
-        self.find(from, to).map(|d| d.link.cut().for_each(drop))
-    }
-
-    /// Joins a link again.
-    ///
-    /// # Errors
-    /// When there is no such link.
-    pub fn heal(&mut self, from: &str, to: &str) -> Result<(), NoSuchLink> {
-        self.find(from, to).map(|d| d.link.heal())
-    }
-
-    fn find(&mut self, from: &str, to: &str) -> Result<&mut Direction, NoSuchLink> {
-        let sites = &self.sites;
-        self.directions
-            .iter_mut()
-            .find(|d| sites[d.from].name == from && sites[d.to].name == to)
-            .ok_or_else(|| NoSuchLink { from: from.to_owned(), to: to.to_owned() })
-    }
-
-    /// What every direction has carried so far.
-    #[must_use]
-    pub fn counters(&self) -> Vec<Counters> {
-        self.directions.iter().map(|d| d.meter.read(&self.sites[d.from].name, &self.sites[d.to].name)).collect()
+    /// The links, to be steered and read.
+    pub fn lines(&mut self) -> &mut Lines<Packet> {
+        &mut self.lines
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::link::Shape;
     use super::*;
 
     const SHAPE: Shape = Shape { rate_bps: 8_000_000, one_way_delay_ms: 10, loss: 0.0, queue_bytes: None };
@@ -222,11 +155,10 @@ mod tests {
         fabric.ingress(Duration::ZERO, 0, Plane::Segment, &[0xff; 1000]);
         fabric.ingress(Duration::ZERO, 0, Plane::Underlay, &ip_to([2, 1]));
         assert!(fabric.pop_due(Duration::from_micros(11_000)).is_some());
-        fabric.cut("a", "b").unwrap();
+        fabric.lines().cut("a", "b").unwrap();
         fabric.ingress(LATER, 0, Plane::Underlay, &ip_to([2, 1]));
-        let counters = fabric.counters();
+        let counters = fabric.lines().counters();
         let a_b = counters.iter().find(|c| c.from == "a" && c.to == "b").unwrap();
         assert_eq!((a_b.total.packets, a_b.segment.packets, a_b.cut.packets), (2, 1, 1));
-        assert_eq!(fabric.cut("a", "x"), Err(NoSuchLink { from: "a".into(), to: "x".into() }));
     }
 }

@@ -141,6 +141,14 @@ impl<P> Link<P> {
         self.cut = false;
     }
 
+    /// Whether a packet of `size` bytes would find room in the queue.
+    #[must_use]
+    pub fn has_room(&self, now: Duration, size: usize) -> bool {
+        let bits = size as u128 * 8;
+        let waiting = self.last_depart.saturating_sub(now).as_nanos() * u128::from(self.shape.rate_bps);
+        waiting + bits * 1_000_000_000 <= u128::from(self.shape.queue_limit()) * 8_000_000_000
+    }
+
     /// Takes a packet of `size` bytes in. A packet that is not carried is handed back with the reason.
     ///
     /// # Errors
@@ -149,12 +157,11 @@ impl<P> Link<P> {
         if self.cut {
             return Err((Fate::Cut, packet));
         }
-        let bits = size as u128 * 8;
-        let waiting = self.last_depart.saturating_sub(now).as_nanos() * u128::from(self.shape.rate_bps);
-        if waiting + bits * 1_000_000_000 > u128::from(self.shape.queue_limit()) * 8_000_000_000 {
+        if !self.has_room(now, size) {
             return Err((Fate::QueueFull, packet));
         }
-        let serialise = u64::try_from(bits * 1_000_000_000 / u128::from(self.shape.rate_bps)).unwrap_or(u64::MAX);
+        let serialise =
+            u64::try_from(size as u128 * 8_000_000_000 / u128::from(self.shape.rate_bps)).unwrap_or(u64::MAX);
         self.last_depart = self.last_depart.max(now) + Duration::from_nanos(serialise);
         if self.shape.loss > 0.0 && self.rng.random::<f64>() < self.shape.loss {
             return Err((Fate::Lost, packet));

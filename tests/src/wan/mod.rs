@@ -10,7 +10,9 @@
 //! |---|---|
 //! | `link` | one direction, pure |
 //! | `flow`, `switch`, `fabric` | classes and counters, the guests' switch, all together, pure |
-//! | `emulator`, `control`, `config` | the shell: devices and clock, the socket that steers it, the configuration |
+//! | `lines` | the links of all pairs, pure |
+//! | `relay`, `stream` | without namespaces: the shell for UDP and TCP between ports of one machine |
+//! | `emulator`, `steer`, `control`, `config` | the shell: devices and clock, the socket that steers it, the configuration |
 //!
 //! Does not emulate jitter, reordering, duplication or an MTU other than the devices' own.
 
@@ -19,5 +21,9 @@ pub mod control;
 pub mod emulator;
 pub mod fabric;
 pub mod flow;
+pub mod lines;
 pub mod link;
+pub mod relay;
+pub mod steer;
+mod stream;
 pub mod switch;

@@ -1,22 +1,20 @@
-//! Talks to a guest from a site's namespace: commands, and sessions with the counting server that survive moves.
+//! Talks to a guest, over TCP or a serial port: commands, and (over TCP) sessions with the counting server that survive moves.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use pageport_guest::protocol::{CONTROL_PORT, COUNTER_PORT, Reply, Request};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::netns;
+use super::line::{Line, SerialPort};
 
-/// The longest reply.
-const MAX_REPLY_BYTES: u64 = 1024 * 1024;
-/// How long one attempt to connect may take.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// The pause between attempts to reach a guest that boots.
 const RETRY: Duration = Duration::from_millis(200);
+/// How long a guest that listens to its serial port may take for its first answer.
+const FIRST_ANSWER: Duration = Duration::from_secs(2);
+/// How long a guest's serial port may take to be found after a move.
+const FOLLOW_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why the guest did not do as asked.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +34,15 @@ pub enum GuestError {
         /// What was being done.
         what: String,
         /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody answers at its serial port.
+    #[error("reach guest over its serial port ({port:?})")]
+    Attach {
+        /// Which port.
+        port: SerialPort,
+        /// What the last attempt met.
         #[source]
         source: io::Error,
     },
@@ -65,40 +72,15 @@ pub enum GuestError {
     },
 }
 
-#[derive(Debug)]
-struct Lines {
-    stream: BufReader<TcpStream>,
-}
-
-impl Lines {
-    async fn connect(namespace: &str, address: SocketAddr) -> Result<Self, GuestError> {
-        let error = |source| GuestError::Connect { address, source };
-        let namespace = namespace.to_owned();
-        let connect = move || std::net::TcpStream::connect_timeout(&address, CONNECT_DEADLINE);
-        let stream = tokio::task::spawn_blocking(move || netns::within(&namespace, connect))
-            .await
-            .map_err(|join| error(io::Error::other(join)))?
-            .and_then(|result| result)
-            .map_err(error)?;
-        stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).map_err(error)?;
-        Ok(Self { stream: BufReader::new(TcpStream::from_std(stream).map_err(error)?) })
-    }
-
-    async fn exchange(&mut self, line: &str) -> io::Result<String> {
-        self.stream.write_all(format!("{line}\n").as_bytes()).await?;
-        let mut reply = String::new();
-        (&mut self.stream).take(MAX_REPLY_BYTES).read_line(&mut reply).await?;
-        if !reply.ends_with('\n') {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(reply.trim_end().to_owned())
-    }
+async fn connect(namespace: &str, address: SocketAddr) -> Result<Line, GuestError> {
+    Line::over_tcp(namespace, address).await.map_err(|source| GuestError::Connect { address, source })
 }
 
 /// A connection to the guest's control server.
 #[derive(Debug)]
 pub struct GuestClient {
-    lines: Lines,
+    line: Line,
+    port: Option<SerialPort>,
 }
 
 impl GuestClient {
@@ -109,12 +91,55 @@ impl GuestClient {
     pub async fn connect(namespace: &str, guest: Ipv4Addr, deadline: Duration) -> Result<Self, GuestError> {
         let end = Instant::now() + deadline;
         loop {
-            match Lines::connect(namespace, SocketAddr::from((guest, CONTROL_PORT))).await {
-                Ok(lines) => return Ok(Self { lines }),
+            match connect(namespace, SocketAddr::from((guest, CONTROL_PORT))).await {
+                Ok(line) => return Ok(Self { line, port: None }),
                 Err(error) if Instant::now() >= end => return Err(error),
                 Err(_) => tokio::time::sleep(RETRY).await,
             }
         }
+    }
+
+    /// Attaches to a guest's serial port and asks until it answers or `deadline` has passed: it may still be booting.
+    ///
+    /// # Errors
+    /// What the last attempt met, when none succeeded.
+    pub async fn attach(port: SerialPort, deadline: Duration) -> Result<Self, GuestError> {
+        let end = Instant::now() + deadline;
+        loop {
+            match Self::attach_once(&port, end).await {
+                Ok(line) => return Ok(Self { line, port: Some(port) }),
+                Err(source) if Instant::now() >= end => return Err(GuestError::Attach { port, source }),
+                Err(_) => tokio::time::sleep(RETRY).await,
+            }
+        }
+    }
+
+    async fn attach_once(port: &SerialPort, end: Instant) -> io::Result<Line> {
+        let mut line = Line::over_serial(port).await?;
+        let question = serde_json::to_string(&Request::Uptime)?;
+        loop {
+            match timeout(FIRST_ANSWER, line.exchange(&question)).await {
+                Ok(Ok(answer)) => {
+                    serde_json::from_str::<Reply>(&answer)?;
+                    return Ok(line);
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) if Instant::now() >= end => return Err(io::ErrorKind::TimedOut.into()),
+                // It was not listening yet.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// To be called after the guest has moved: a TCP connection has moved with it, a serial port is attached to anew.
+    ///
+    /// # Errors
+    /// When the guest does not answer at its new place.
+    pub async fn follow(&mut self) -> Result<(), GuestError> {
+        if let Some(port) = self.port.clone() {
+            *self = Self::attach(port, FOLLOW_DEADLINE).await?;
+        }
+        Ok(())
     }
 
     /// Asks and waits for the answer.
@@ -125,7 +150,7 @@ impl GuestClient {
         let what = format!("{request:?}");
         let talk = |source| GuestError::Talk { what: what.clone(), source };
         let line = serde_json::to_string(request).map_err(|error| talk(error.into()))?;
-        let reply = timeout(deadline, self.lines.exchange(&line))
+        let reply = timeout(deadline, self.line.exchange(&line))
             .await
             .map_err(|_| GuestError::Late { what: what.clone(), seconds: deadline.as_secs() })?
             .map_err(talk)?;
@@ -176,7 +201,7 @@ fn unexpected(request: &Request, reply: &Reply) -> GuestError {
 /// One TCP session with the counting server, to be kept over a move.
 #[derive(Debug)]
 pub struct CountingSession {
-    lines: Lines,
+    line: Line,
     last: Option<u64>,
 }
 
@@ -186,8 +211,8 @@ impl CountingSession {
     /// # Errors
     /// When the guest cannot be reached.
     pub async fn open(namespace: &str, guest: Ipv4Addr) -> Result<Self, GuestError> {
-        let lines = Lines::connect(namespace, SocketAddr::from((guest, COUNTER_PORT))).await?;
-        Ok(Self { lines, last: None })
+        let line = connect(namespace, SocketAddr::from((guest, COUNTER_PORT))).await?;
+        Ok(Self { line, last: None })
     }
 
     /// Asks for the next number and checks that it follows the last one, since this is the only session.
@@ -197,7 +222,7 @@ impl CountingSession {
     pub async fn next(&mut self, deadline: Duration) -> Result<u64, GuestError> {
         let what = String::from("the next number");
         let late = GuestError::Late { what: what.clone(), seconds: deadline.as_secs() };
-        let reply = timeout_at(Instant::now() + deadline, self.lines.exchange("next")).await.map_err(|_| late)?;
+        let reply = timeout_at(Instant::now() + deadline, self.line.exchange("next")).await.map_err(|_| late)?;
         let reply = reply.map_err(|source| GuestError::Talk { what: what.clone(), source })?;
         match reply.parse() {
             Ok(number) if self.last.is_none_or(|last| last + 1 == number) => {

@@ -7,7 +7,10 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 for module in /modules/*.ko; do insmod "$module"; done
 for word in $(cat /proc/cmdline); do
-    case "$word" in pageport.ip=*) address="${word#pageport.ip=}" ;; esac
+    case "$word" in
+        pageport.ip=*) address="${word#pageport.ip=}" ;;
+        pageport.control=*) control="/dev/${word#pageport.control=}" ;;
+    esac
 done
 ip link set lo up
 if [ -n "$address" ] && [ -e /sys/class/net/eth0 ]; then
@@ -17,6 +20,6 @@ fi
 tries=0
 while [ ! -b /dev/vda ] && [ $tries -lt 50 ]; do usleep 100000; tries=$((tries + 1)); done
 mount -t ext4 -o noatime /dev/vda /data || echo "pageport: the disk did not mount" >/dev/console
-pageport-guest /data &
+pageport-guest /data $control &
 echo "pageport: guest is up" >/dev/console
 while true; do setsid cttyhack sh; done

@@ -1,4 +1,4 @@
-//! The lab's guests: built from Debian packages, cached, talked to over the stretched segment.
+//! The lab's guests: built from Debian packages, cached, talked to over the stretched segment or a serial port.
 //!
 //! ```text
 //! kernel (apt-get download, dpkg -x) ─▶ vmlinuz ──────────────┐
@@ -19,6 +19,7 @@ mod initramfs;
 mod kernel;
 
 pub mod client;
+pub mod line;
 
 pub use error::BuildError;
 use error::{Named, run};
@@ -100,10 +101,30 @@ impl GuestImages {
     }
 }
 
-/// What the kernel is told; the guest takes the address.
+/// How a guest is talked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// Over the stretched segment, at this address; its serial port is its console.
+    Segment(std::net::Ipv4Addr),
+    /// Over its serial port; it has no network card.
+    Serial,
+}
+
+impl From<std::net::Ipv4Addr> for Attachment {
+    fn from(address: std::net::Ipv4Addr) -> Self {
+        Self::Segment(address)
+    }
+}
+
+/// What the kernel is told; the guest takes the address or the port.
 #[must_use]
-pub fn command_line(address: std::net::Ipv4Addr) -> String {
-    format!("console=ttyS0 quiet loglevel=3 mitigations=off nowatchdog panic=-1 pageport.ip={address}/16")
+pub fn command_line(attachment: impl Into<Attachment>) -> String {
+    const COMMON: &str = "quiet loglevel=3 mitigations=off nowatchdog panic=-1";
+    match attachment.into() {
+        Attachment::Segment(address) => format!("console=ttyS0 {COMMON} pageport.ip={address}/16"),
+        // The kernel's own words would get between the answers.
+        Attachment::Serial => format!("console=tty0 {COMMON} pageport.control=ttyS0"),
+    }
 }
 
 /// Builds the guest's helper as a static program.
