@@ -88,7 +88,10 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
     for (arguments, named) in table {
         let refused = ctl(&story.lab, arguments).await.expect_err(&arguments.join(" "));
         let line = refused.trim();
-        assert!(line.starts_with("error: ") && line.lines().count() == 1 && line.contains(named), "{arguments:?}: {line}");
+        assert!(
+            line.starts_with("error: ") && line.lines().count() == 1 && line.contains(named),
+            "{arguments:?}: {line}"
+        );
     }
 
     // Cancelled in the middle, it stays where it is.
@@ -106,7 +109,8 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
     support::set_rate(&story.lab, 20_000_000);
     let id = story.order().await;
     story.wait_for_memory(&id).await;
-    let [(_, pid)] = story.lab.qemu_pids(VM).into_iter().filter(|(site, _)| *site == "a").collect::<Vec<_>>()[..] else {
+    let [(_, pid)] = story.lab.qemu_pids(VM).into_iter().filter(|(site, _)| *site == "a").collect::<Vec<_>>()[..]
+    else {
         panic!("no hypervisor at a");
     };
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -120,7 +124,6 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
     ctl(&story.lab, &["vm", "start", VM]).await.unwrap();
     let mut guest = story.lab.guest("a", pageport_lab::lab::guest::GUEST_ADDRESS).await.unwrap();
     assert_ne!(guest.uptime().await.unwrap().1, boot_id);
-
 }
 
 fn sent_to_peer(story: &Story) -> u64 {

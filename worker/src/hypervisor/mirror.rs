@@ -130,8 +130,11 @@ impl Vm {
         for (disk, socket) in self.paths().nbd_sockets() {
             self.mirror_handle(&disk).cancel(deadline).await?;
             tracing::info!(vm_id = %self.id(), disk, "mirror of an earlier worker ended");
-            std::fs::remove_file(&socket)
-                .map_err(|source| HypervisorError::File { operation: "remove", path: socket, source })?;
+            std::fs::remove_file(&socket).map_err(|source| HypervisorError::File {
+                operation: "remove",
+                path: socket,
+                source,
+            })?;
         }
         Ok(())
     }

@@ -50,6 +50,8 @@ qmp_command!(/// Runs the guest.
     Cont = "cont" -> Ignored {});
 qmp_command!(/// Pauses the guest.
     Stop = "stop" -> Ignored {});
+qmp_command!(/// Writes guest memory to a file.
+    PhysicalMemorySave = "pmemsave" -> Ignored { val: u64, size: u64, filename: String });
 qmp_command!(/// Presses the power button.
     Powerdown = "system_powerdown" -> Ignored {});
 
@@ -264,6 +266,13 @@ impl Vm {
     /// Pauses the guest.
     pub async fn stop(&self) -> Result<(), HypervisorError> {
         self.execute(&Stop {}).await.map(drop)
+    }
+
+    /// Writes the first `bytes` of the guest's physical memory to a file, as it is now: to compare two guests that stand
+    /// still.
+    pub async fn save_memory(&self, bytes: u64, path: &Path) -> Result<(), HypervisorError> {
+        let filename = path.to_string_lossy().into_owned();
+        self.execute(&PhysicalMemorySave { val: 0, size: bytes, filename }).await.map(drop)
     }
 
     /// Asks the guest through ACPI to shut down, and waits for QEMU's end. A guest that does not listen keeps running.
