@@ -442,6 +442,7 @@ impl Move {
             memory_time_ms = record.memory_time_ms,
             downtime_ms = record.downtime_ms,
             wan_bytes = record.wan_bytes,
+            lost_packets = self.connection.as_ref().map_or(0, PeerConnection::lost_packets),
             "migration complete"
         );
         Some(record)
