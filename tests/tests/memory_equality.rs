@@ -39,7 +39,8 @@ impl Drop for Hosts {
     fn drop(&mut self) {
         for side in ["a", "b"] {
             for vm in list_running(&self.0.path().join(side)).unwrap_or_default() {
-                let pid = std::fs::read_to_string(VmPaths::new(&self.0.path().join(side), vm).pid()).unwrap_or_default();
+                let pid =
+                    std::fs::read_to_string(VmPaths::new(&self.0.path().join(side), vm).pid()).unwrap_or_default();
                 if let Ok(pid) = pid.trim().parse() {
                     // It may have ended by itself.
                     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);

@@ -247,3 +247,79 @@ impl Rebuilding {
         let _ = self.answers.send(kind);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use pageport_teleport::index::EmptyReplica;
+    use pageport_teleport::{Encoder, EncoderParams, wire};
+
+    use super::*;
+    use crate::test_support::Authority;
+    use crate::transport::PeerEndpoint;
+
+    const STREAM: &[u8] = b"what a hypervisor says that the parser does not know";
+
+    /// What a source sends for [`STREAM`].
+    fn sent() -> Vec<u8> {
+        let mut encoder = Encoder::new(EncoderParams::default()).unwrap();
+        encoder.push(STREAM, &EmptyReplica).unwrap();
+        encoder.finish(&EmptyReplica).unwrap();
+        let mut sent = wire::stream_header().to_vec();
+        while let Some(batch) = encoder.next_batch() {
+            sent.extend(batch.frame);
+        }
+        sent
+    }
+
+    /// Sends these bytes over QUIC as the memory stream; hands back how it ended and what reached the hypervisor.
+    async fn receive(memory_bytes: &[u8]) -> (Result<StreamDigest, IncomingError>, Vec<u8>) {
+        let authority = Authority::new();
+        let loopback = "127.0.0.1:0".parse().unwrap();
+        let server = PeerEndpoint::bind(loopback, &authority.worker("worker-b")).unwrap();
+        let client = PeerEndpoint::bind(loopback, &authority.worker("worker-a")).unwrap();
+        let address = server.local_address().unwrap().to_string();
+        let (source, destination) = tokio::join!(client.connect("worker-b", &address), server.accept());
+        let (source, destination) = (source.unwrap(), destination.unwrap());
+        let (mut memory, mut fallback) = (source.open_uni(0).await.unwrap(), source.open_uni(0).await.unwrap());
+        memory.write_all(memory_bytes).await.unwrap();
+        memory.finish().unwrap();
+        fallback.write_all(&wire::stream_header()).await.unwrap();
+        let (memory, fallback) = (destination.accept_uni().await.unwrap(), destination.accept_uni().await.unwrap());
+        let (ours, mut hypervisor) = UnixStream::pair().unwrap();
+        let (answers, _answered) = mpsc::unbounded_channel();
+        let mut incoming = Incoming::start(memory, fallback, ours, Vec::new(), answers).unwrap();
+        let outcome = incoming.written_all().await;
+        drop(incoming);
+        let mut reached = Vec::new();
+        hypervisor.read_to_end(&mut reached).unwrap();
+        (outcome, reached)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_whole_stream_reaches_the_hypervisor() {
+        let (outcome, reached) = receive(&sent()).await;
+        assert_eq!(outcome.unwrap().raw_bytes(), STREAM.len() as u64);
+        assert_eq!(reached, STREAM);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_stream_that_is_cut_off_is_an_error() {
+        let sent = sent();
+        let (outcome, _) = receive(&sent[..sent.len() - 1]).await;
+        assert!(matches!(outcome, Err(IncomingError::Cut { batches: 0 })), "{outcome:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn hostile_bytes_are_an_error_and_reach_no_hypervisor() {
+        let (outcome, reached) = receive(b"GET / HTTP/1.1\r\n\r\n").await;
+        assert!(matches!(outcome, Err(IncomingError::Frame(FrameError::Magic { .. }))), "{outcome:?}");
+        assert!(reached.is_empty());
+        let mut endless = wire::stream_header().to_vec();
+        endless.extend([0xff; 64]);
+        let (outcome, reached) = receive(&endless).await;
+        assert!(matches!(outcome, Err(IncomingError::Frame(FrameError::TooLong { .. }))), "{outcome:?}");
+        assert!(reached.is_empty());
+    }
+}

@@ -18,8 +18,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// What a stream's receiver lets the sender have in flight: more than a bandwidth-delay product of 1 Gbit/s and 100 ms.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-/// What quinn buffers for sending; the migration bounds its own windows below this.
-const SEND_WINDOW_BYTES: u64 = 4 << 20;
+/// What quinn buffers for sending. A migration bounds its own queue by what the link carries (`migration::window`); this is
+/// only the ceiling, high enough that its longest queue fits at 200 Mbit/s.
+const SEND_WINDOW_BYTES: u64 = 48 << 20;
 /// Kernel buffers of the UDP socket, each way.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 const ALPN: &[&[u8]] = &[b"pageport/1"];
@@ -108,6 +109,14 @@ impl PeerEndpoint {
         });
         let endpoint = bound.map_err(|source| TransportError::Bind { address, source })?;
         Ok(Self { endpoint, client })
+    }
+
+    /// Where it listens: the port, if it was bound to any.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn local_address(&self) -> std::io::Result<SocketAddr> {
+        self.endpoint.local_addr()
     }
 
     /// Connects to a peer and verifies that it is the worker of that name.
@@ -266,7 +275,7 @@ pub(crate) mod tests {
         let authority = Authority::new();
         let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let server = PeerEndpoint::bind(loopback, &authority.worker("worker-b")).unwrap();
-        let address = server.endpoint.local_addr().unwrap().to_string();
+        let address = server.local_address().unwrap().to_string();
         let accepting = tokio::spawn(async move { server.accept().await.is_some() });
 
         let client = PeerEndpoint::bind(loopback, &authority.worker("worker-a")).unwrap();
