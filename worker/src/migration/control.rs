@@ -54,6 +54,7 @@ pub struct Control {
     writer: MessageWriter,
     replies: mpsc::Receiver<Result<to_source::Kind, ControlError>>,
     memory: Arc<OnceLock<Answers>>,
+    admitted: bool,
     _reader: AbortOnDropHandle<()>,
 }
 
@@ -75,7 +76,7 @@ impl Control {
         let memory = Arc::new(OnceLock::new());
         let (sender, replies) = mpsc::channel(REPLY_QUEUE);
         let reading = tokio::spawn(read(MessageReader::new(recv), memory.clone(), sender));
-        Ok(Self { writer, replies, memory, _reader: AbortOnDropHandle::new(reading) })
+        Ok(Self { writer, replies, memory, admitted: false, _reader: AbortOnDropHandle::new(reading) })
     }
 
     /// From now on acknowledgements go to this pipeline.
@@ -120,6 +121,19 @@ impl Control {
         }
     }
 
+    /// Waits until the destination has admitted the move. Cancel-safe.
+    ///
+    /// # Errors
+    /// It refuses, or does not answer.
+    pub async fn admission(&mut self, limit: Duration) -> Result<(), ControlError> {
+        if !self.admitted {
+            let pick = |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(());
+            self.expect("admission", limit, pick).await?;
+            self.admitted = true;
+        }
+        Ok(())
+    }
+
     /// Compares the clocks.
     ///
     /// # Errors
@@ -128,12 +142,14 @@ impl Control {
         let mut offset = Offset::default();
         for _ in 0..PROBES {
             self.send(to_destination::Kind::ClockProbe(ClockProbe { source_ns: now_ns() })).await?;
-            let reply = self
-                .expect("a clock reply", limit, |kind| match kind {
-                    to_source::Kind::ClockReply(reply) => Some(reply),
-                    _ => None,
-                })
-                .await?;
+            let reply = loop {
+                match self.expect("a clock reply", limit, Some).await? {
+                    to_source::Kind::ClockReply(reply) => break reply,
+                    // The destination was quicker than the probes.
+                    to_source::Kind::Accepted(_) => self.admitted = true,
+                    _ => return Err(ControlError::OutOfTurn { expected: "a clock reply" }),
+                }
+            };
             offset.observe(reply.source_ns, reply.destination_ns, now_ns());
         }
         Ok(offset)

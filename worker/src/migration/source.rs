@@ -275,8 +275,7 @@ impl Move {
         tokio::pin!(ready);
         // Meanwhile the destination's hypervisor starts; either may be first.
         {
-            let admitted = control
-                .expect("admission", ADMIT_LIMIT, |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(()));
+            let admitted = control.admission(ADMIT_LIMIT);
             tokio::pin!(admitted);
             tokio::select! {
                 ready = &mut ready => {
