@@ -17,8 +17,8 @@ use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Guest, Nonce, Record};
 use pageport_proto::VmId;
 use pageport_proto::v1::{
-    Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, PhaseTiming, Ready, Refused, Resumed,
-    StreamEnd, StreamHello, ToDestination, ToSource, VmSpec, stream_hello, to_destination, to_source,
+    Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, Ready, Refused, Resumed, StreamEnd,
+    StreamHello, ToDestination, ToSource, VmSpec, stream_hello, to_destination, to_source,
 };
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -422,11 +422,7 @@ impl Arrival {
         match record {
             Record::Own { own, .. } if own == *epoch => {
                 let resumed_ns = resumed_at(qemu).await?;
-                self.say(to_source::Kind::Resumed(Resumed {
-                    epoch: epoch.raw(),
-                    resumed_ns,
-                    parts: Vec::<PhaseTiming>::new(),
-                }));
+                self.say(to_source::Kind::Resumed(Resumed { epoch: epoch.raw(), resumed_ns }));
             }
             _ => {
                 let reason = "the image was dropped".to_owned();

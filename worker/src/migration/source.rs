@@ -236,7 +236,6 @@ impl Move {
             migration_id: assignment.migration_id.clone(),
             vm_id: assignment.vm_id.clone(),
             epoch: assignment.epoch,
-            spec: Some(self.order.spec.clone()),
             source_worker: self.order.node.config.name.to_string(),
         };
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
@@ -431,7 +430,7 @@ impl Move {
             self.close("the commit point is passed");
             return None;
         };
-        let record = self.record(&switched, resumed.resumed_ns, resumed.parts);
+        let record = self.record(&switched, resumed.resumed_ns);
         if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
             tracing::error!(%error, "the guest that was handed over could not be ended");
         }
@@ -447,7 +446,7 @@ impl Move {
         Some(record)
     }
 
-    fn record(&self, switched: &Switched, resumed_ns: u64, parts: Vec<PhaseTiming>) -> MigrationRecord {
+    fn record(&self, switched: &Switched, resumed_ns: u64) -> MigrationRecord {
         let ms = |duration: Duration| duration.as_millis() as u64;
         let since = |moment: Instant| self.offset.between(clock::at_ns(moment), resumed_ns);
         let sent = self.outgoing.as_ref().map(Outgoing::sent).unwrap_or_default();
@@ -472,7 +471,7 @@ impl Move {
             stream_digest_match: switched.digest_match,
             phases,
             stream_digest: blake3::Hash::from_bytes(switched.totals.digest).to_hex().to_string(),
-            downtime_parts: steps.chain([hand_over]).chain(parts).collect(),
+            downtime_parts: steps.chain([hand_over]).collect(),
         }
     }
 

@@ -115,11 +115,6 @@ impl Window {
     pub fn peak_bytes_per_s(&self) -> u64 {
         self.peak_bytes_per_s
     }
-
-    /// Nothing is on its way.
-    pub fn is_empty(&self) -> bool {
-        self.outstanding.is_empty()
-    }
 }
 
 #[cfg(test)]
@@ -175,7 +170,7 @@ mod tests {
         assert_eq!(window.rate_bytes_per_s(start), 30);
         window.acknowledged(2, start);
         window.acknowledged(u64::MAX, start);
-        assert!(window.is_empty());
+        assert!(window.outstanding.is_empty());
         assert_eq!(window.rate_bytes_per_s(start + RATE_SPAN * 2), 0);
         assert_eq!(window.peak_bytes_per_s(), 40);
     }

@@ -133,7 +133,6 @@ impl DiskCopies {
             disk: name.clone(),
             size_bytes,
             allocated_bytes,
-            spec: Some(spec.clone()),
             migration_id: migration_id.to_owned(),
             ..DiskHello::default()
         };
