@@ -38,7 +38,7 @@ ui: $(UI)/dist/index.html
 build: setup
 	@$(MAKE) --no-print-directory ui
 	@echo "build: cargo build --workspace (a first build takes some minutes)"
-	@cargo build --workspace --all-targets --locked
+	@cargo build --workspace --lib --bins --tests --locked
 
 # The lab's guests: a Debian kernel, busybox and our own program, cached in target/lab/guest.
 guest: build

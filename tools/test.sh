@@ -3,6 +3,6 @@
 # machine's cores with real guests, so they run one at a time (.config/nextest.toml).
 set -eu
 if cargo nextest --version >/dev/null 2>&1; then
-    exec cargo nextest run --workspace --all-targets --locked --no-fail-fast
+    exec cargo nextest run --workspace --lib --bins --tests --locked --no-fail-fast
 fi
-exec cargo test --workspace --all-targets --locked --no-fail-fast -- --test-threads=1
+exec cargo test --workspace --lib --bins --tests --locked --no-fail-fast -- --test-threads=1
