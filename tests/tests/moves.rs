@@ -38,11 +38,10 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     assert!(!record["phases"].as_array().unwrap().is_empty());
     let cache_pages = story.before.page_cache_bytes / 4096;
     assert!(pages("teleported") * 100 >= cache_pages * 97, "{record} for {cache_pages} pages of clean page cache");
-    // The worker's own count of what it sent is what the emulator carried, but for the headers below UDP and for what the
-    // full queue in front of the link dropped, which the worker sent and the link did not carry.
+    // The worker's own count of what it sent is what came to the link, but for the headers below UDP.
     let carried = sent_to_peer(&story) - sent_before;
     let told = figure("wan_bytes") + figure("disk_wan_bytes");
-    assert!((told - told / 4..told + told / 5).contains(&carried), "told {told}, carried {carried}");
+    assert!((told..told + told / 5).contains(&carried), "told {told}, carried {carried}");
     story.assert_nothing_left("b").await;
 
     let vm = story.wait_for_vm("running").await;
@@ -128,5 +127,7 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
 }
 
 fn sent_to_peer(story: &Story) -> u64 {
-    story.lab.network().wan().unwrap().link("a", "b").unwrap().service_bytes(UDP, PEER_PORT)
+    let link = story.lab.network().wan().unwrap().link("a", "b").unwrap();
+    // What found the queue full was sent too; next to nothing else crosses this link in such numbers.
+    link.service_bytes(UDP, PEER_PORT) + link.queue_full.bytes
 }
