@@ -86,7 +86,9 @@ fn order() -> impl Strategy<Value = Order> {
             .prop_map(|(number, index)| Order::MigrationEnded { id: uuid(2, number), worker: worker(index) }),
         1 => (0..6_u8)
             .prop_map(|number| Order::MigrationFailing { id: uuid(2, number), reason: "link lost".into() }),
-        1 => (0..2_u8).prop_map(|number| Order::VmHalted { vm: vm(number), cause: Halt::Crashed, problem: "gone".into() }),
+        1 => (0..2_u8, 0..3_u64).prop_map(|(number, power_seq)| {
+            Order::VmHalted { vm: vm(number), power_seq, cause: Halt::Crashed, problem: "gone".into() }
+        }),
         1 => (0..2_u8).prop_map(|number| Order::ForgetVm { vm: vm(number) }),
     ]
 }

@@ -63,6 +63,7 @@ fn vm_for(id: VmId, vm: &Vm) -> v1::VmAssignment {
         owner_worker: owner.to_string(),
         owner_epoch: own.raw(),
         power: power.into(),
+        power_seq: vm.power_seq,
         released_epoch: released.unwrap_or_default().raw(),
         refused_epoch: refused.unwrap_or_default().raw(),
         deleted: vm.life == Life::Deleted,

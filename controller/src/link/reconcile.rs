@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use pageport_ownership::{Evidence, Ownership, controller};
 use pageport_proto::v1::VmState;
-use pageport_proto::v1::vm_assignment::Power as AssignedPower;
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
@@ -20,8 +19,6 @@ use crate::model::{Migration, Order, State};
 
 /// How long a move whose owner has changed waits for its figures.
 pub const RECORD_WITHIN: Duration = Duration::from_secs(10);
-/// A guest's own end is believed once the order to run is older than this: the report may be from before the order.
-const HALT_AFTER: Duration = Duration::from_secs(5);
 /// Longest text of a worker that goes into the log, in characters.
 const MAX_REASON_CHARS: usize = 500;
 
@@ -111,19 +108,17 @@ fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order
 }
 
 fn halt(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {
-    let ordered_for = now.unix_ms.saturating_sub(vm.power_unix_ms);
-    if vm.power != Power::Run || vm.migration.is_some() || ordered_for < HALT_AFTER.as_millis() as i64 {
+    if vm.power != Power::Run || vm.migration.is_some() {
         return None;
     }
     let owner = observations.connected(vm.ownership.owner().0, now.instant)?;
-    let told_to_run = owner.assigned_vm(id).is_some_and(|told| told.power() == AssignedPower::Run);
-    let report = owner.vm(id).filter(|report| told_to_run && report.halted)?;
+    let report = owner.vm(id).filter(|report| report.halted_power_seq == vm.power_seq)?;
     let cause = if report.state() == VmState::Crashed { Halt::Crashed } else { Halt::ByItself };
     let problem = match cause {
         Halt::Crashed if report.problem.is_empty() => "the hypervisor ended unexpectedly".to_owned(),
         Halt::Crashed | Halt::ByItself => shorten(&report.problem),
     };
-    Some(Order::VmHalted { vm: id, cause, problem })
+    Some(Order::VmHalted { vm: id, power_seq: vm.power_seq, cause, problem })
 }
 
 fn forget(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {

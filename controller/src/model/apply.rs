@@ -54,16 +54,7 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
                 migration.destination_ended |= migration.to.worker == worker;
             }
         }
-        Order::VmHalted { vm, cause, problem } => {
-            if let Some(vm) = state.vms.get_mut(&vm).filter(|vm| vm.power == Power::Run && vm.migration.is_none()) {
-                vm.power = match cause {
-                    Halt::ByItself => Power::Stop,
-                    Halt::Crashed => Power::Crashed,
-                };
-                vm.power_unix_ms = now;
-                vm.problem = problem;
-            }
-        }
+        Order::VmHalted { vm, power_seq, cause, problem } => halted(state, vm, power_seq, cause, problem),
         Order::ForgetVm { vm } => {
             if state.vms.get(&vm).is_some_and(|vm| vm.life == Life::Deleted) {
                 state.vms.remove(&vm);
@@ -79,8 +70,8 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         return if fits { Ok(answer.clone()) } else { Err(Rejection::RequestReused { request }) };
     }
     let answer = match order {
-        ClientOrder::DefineVm { id, spec, worker } => define(state, id, *spec, worker, now),
-        ClientOrder::SetPower { vm, power } => set_power(state, vm, power, now),
+        ClientOrder::DefineVm { id, spec, worker } => define(state, id, *spec, worker),
+        ClientOrder::SetPower { vm, power } => set_power(state, vm, power),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
@@ -116,7 +107,7 @@ fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
     }
 }
 
-fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName, now: i64) -> Outcome {
+fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName) -> Outcome {
     if state.find_vm(&spec.name).is_some() {
         return Err(Rejection::NameTaken { name: spec.name });
     }
@@ -127,7 +118,7 @@ fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName, now: i64)
         spec,
         ownership: Ownership::first(worker),
         power: Power::Stop,
-        power_unix_ms: now,
+        power_seq: 0,
         replicas: Default::default(),
         removals: Default::default(),
         problem: String::new(),
@@ -138,15 +129,24 @@ fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName, now: i64)
     Ok(Answer::Vm(id))
 }
 
-fn set_power(state: &mut State, id: VmId, power: Power, now: i64) -> Outcome {
+fn set_power(state: &mut State, id: VmId, power: Power) -> Outcome {
     let vm = vm_mut(state, id)?;
     not_migrating(vm)?;
-    if vm.power != power {
-        vm.power = power;
-        vm.power_unix_ms = now;
-    }
+    vm.power = power;
+    vm.power_seq += 1;
     vm.problem.clear();
     Ok(Answer::Vm(id))
+}
+
+/// A guest that ended stays down, unless it has been ordered to run since.
+fn halted(state: &mut State, id: VmId, power_seq: u64, cause: Halt, problem: String) {
+    let in_force = |vm: &&mut Vm| vm.power == Power::Run && vm.power_seq == power_seq && vm.migration.is_none();
+    let Some(vm) = state.vms.get_mut(&id).filter(in_force) else { return };
+    vm.power = match cause {
+        Halt::ByItself => Power::Stop,
+        Halt::Crashed => Power::Crashed,
+    };
+    vm.problem = problem;
 }
 
 fn delete(state: &mut State, id: VmId) -> Outcome {

@@ -91,6 +91,8 @@ pub enum Order {
     VmHalted {
         /// The VM.
         vm: VmId,
+        /// Under which order to run.
+        power_seq: u64,
         /// How.
         cause: Halt,
         /// What the worker said.

@@ -92,8 +92,8 @@ pub struct Vm {
     pub ownership: Ownership<WorkerName>,
     /// What it should be doing.
     pub power: Power,
-    /// When that was ordered.
-    pub power_unix_ms: i64,
+    /// Number of the order that this comes from: an end of the guest counts only against the order it ended under.
+    pub power_seq: u64,
     /// Copies of its disks, by site.
     pub replicas: BTreeMap<SiteName, Replica>,
     /// Copies to be removed, by site.

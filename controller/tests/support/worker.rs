@@ -41,7 +41,7 @@ struct Vm {
     volatile: Volatile,
     has_replica: bool,
     problem: String,
-    crashed: bool,
+    crashed_under: Option<u64>,
 }
 
 struct Worker {
@@ -147,7 +147,7 @@ impl Worker {
             volatile: Volatile::default(),
             has_replica: assigned.owner_worker != self.name,
             problem: String::new(),
-            crashed: false,
+            crashed_under: None,
         });
         let mine = assigned.owner_worker == self.name;
         let epoch = Epoch::from_raw(assigned.owner_epoch);
@@ -164,7 +164,7 @@ impl Worker {
         let crash = if running { self.board.lock().unwrap().crash.take() } else { None };
         if let Some(problem) = crash {
             let vm = self.vms.get_mut(id).unwrap();
-            (vm.problem, vm.crashed) = (problem, true);
+            (vm.problem, vm.crashed_under) = (problem, Some(assigned.power_seq));
             self.handle(id, Event::QemuGone);
         }
         let vm = &self.vms[id];
@@ -175,7 +175,7 @@ impl Worker {
             && needs_grant(
                 &self.vms[id].record.record(),
                 &self.vms[id].volatile,
-                !self.vms[id].crashed,
+                self.vms[id].crashed_under != Some(assigned.power_seq),
                 mine.then_some(epoch),
             )
         {
@@ -183,7 +183,7 @@ impl Worker {
         }
         if !runs {
             let vm = self.vms.get_mut(id).unwrap();
-            (vm.problem, vm.crashed) = (String::new(), false);
+            (vm.problem, vm.crashed_under) = (String::new(), None);
         }
     }
 
@@ -298,7 +298,7 @@ impl Worker {
         let vms = self.vms.iter().map(|(id, vm)| v1::VmReport {
             vm_id: id.clone(),
             state: match vm.volatile.guest {
-                _ if vm.crashed => VmState::Crashed,
+                _ if vm.crashed_under.is_some() => VmState::Crashed,
                 Guest::Absent => VmState::Stopped,
                 Guest::Running => VmState::Running,
                 Guest::Paused | Guest::Loaded(_) => VmState::Paused,
@@ -307,7 +307,7 @@ impl Worker {
             problem: vm.problem.clone(),
             record: Some(vm.record.record().into()),
             has_replica: vm.has_replica,
-            halted: vm.crashed,
+            halted_power_seq: vm.crashed_under.unwrap_or_default(),
             ..v1::VmReport::default()
         });
         v1::WorkerReport {

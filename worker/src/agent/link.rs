@@ -114,6 +114,6 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         disk_bytes,
         disk_allocated_bytes,
         has_replica: !paths.is_empty() && status.record.owned().is_none(),
-        halted: status.halted,
+        halted_power_seq: status.halted_under.unwrap_or_default(),
     }
 }

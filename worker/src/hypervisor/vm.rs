@@ -275,15 +275,9 @@ impl Vm {
         self.execute(&PhysicalMemorySave { val: 0, size: bytes, filename }).await.map(drop)
     }
 
-    /// Asks the guest through ACPI to shut down, and waits for QEMU's end. A guest that does not listen keeps running.
-    pub async fn powerdown(&self, deadline: Duration) -> Result<ExitReport, HypervisorError> {
-        self.execute(&Powerdown {}).await?;
-        self.wait_exit(deadline).await.map_err(|error| match error {
-            HypervisorError::Deadline { vm, deadline, .. } => {
-                HypervisorError::Deadline { vm, operation: "shutdown by the guest", deadline }
-            }
-            other => other,
-        })
+    /// Asks the guest through ACPI to shut down. A guest that does not listen keeps running.
+    pub async fn powerdown(&self) -> Result<(), HypervisorError> {
+        self.execute(&Powerdown {}).await.map(drop)
     }
 
     /// Pulls the plug, and waits until QEMU and what it left are gone. A QEMU that has ended is no error.

@@ -9,16 +9,12 @@
 //! | deleted | removes everything but the original disk |
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use pageport_ownership::{Epoch, Event, Nonce, Owner, Record, needs_grant};
 use pageport_proto::v1::{AskGrantRequest, VmAssignment, vm_assignment::Power};
 
-use super::managed::{ManagedVm, PowerOff, VmError};
+use super::managed::{ManagedVm, VmError};
 use crate::agent::controllers::{ControllerError, Controllers};
-
-/// How long a guest has to shut down when asked; then it is asked again.
-const ACPI_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a VM is not where it should be yet.
 #[derive(Debug, thiserror::Error)]
@@ -72,28 +68,28 @@ pub async fn converge(
     if wanted.refused_epoch != 0 {
         vm.step(Event::Refused(Epoch::from_raw(wanted.refused_epoch))).await?;
     }
-    power(vm, wanted.power(), (owner == Owner::Me).then_some(owned), controllers).await?;
+    vm.take_power_order(wanted.power_seq);
+    power(vm, wanted, (owner == Owner::Me).then_some(owned), controllers).await?;
     Ok(Converged::Kept)
 }
 
 async fn power(
     vm: &Arc<ManagedVm>,
-    wanted: Power,
+    wanted: &VmAssignment,
     owned: Option<Epoch>,
     controllers: &Controllers,
 ) -> Result<(), ConvergeError> {
-    if wanted != Power::Run {
-        vm.clear_halt();
+    let run = wanted.power() == Power::Run;
+    if !run {
+        vm.clear_crash();
     }
     let status = vm.status();
-    match (wanted, status.record) {
-        (Power::Stop, Record::Own { .. }) => {
-            vm.power_off(PowerOff::Ask { patience: ACPI_PATIENCE }).await?;
-        }
-        (Power::Kill, Record::Own { .. }) => vm.power_off(PowerOff::Kill).await?,
+    match (wanted.power(), status.record) {
+        (Power::Stop, Record::Own { .. }) => vm.ask_to_shut_down().await?,
+        (Power::Kill, Record::Own { .. }) => vm.pull_the_plug().await?,
         _ => {}
     }
-    let power_on = wanted == Power::Run && !status.halted;
+    let power_on = run && status.halted_under != Some(wanted.power_seq);
     // A cold boot takes two grants: the first is recorded, the second boots.
     for _ in 0..2 {
         let status = vm.status();

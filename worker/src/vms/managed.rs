@@ -9,7 +9,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use pageport_common::store::{Store, StoreError};
 use pageport_ownership::{Durable, Effect, Epoch, Event, Guest, MayRun, Record, Volatile, worker_step};
@@ -22,6 +23,8 @@ use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm};
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
+/// How long a guest has to shut down when asked; then it is asked again.
+const ACPI_PATIENCE: Duration = Duration::from_secs(60);
 /// A mirror that an earlier worker left has this long to end.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -87,8 +90,8 @@ pub struct VmStatus {
     pub state: VmState,
     /// For people; empty when all is well.
     pub problem: String,
-    /// The hypervisor ended under an order to run; a new order to run is needed.
-    pub halted: bool,
+    /// Number of the order to run under which the hypervisor ended; a newer one is needed.
+    pub halted_under: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -96,6 +99,8 @@ struct State {
     durable: Durable,
     volatile: Volatile,
     qemu: Option<Vm>,
+    /// When the hypervisor was last told to end.
+    asked_to_end: Option<Instant>,
     console: Option<Console>,
     spec: Option<VmSpec>,
 }
@@ -106,6 +111,7 @@ pub struct ManagedVm {
     id: VmId,
     shared: Arc<Shared>,
     state: Mutex<State>,
+    power_seq: AtomicU64,
     status: watch::Sender<VmStatus>,
 }
 
@@ -118,10 +124,10 @@ impl ManagedVm {
             volatile,
             state: VmState::Stopped,
             problem: String::new(),
-            halted: false,
+            halted_under: None,
         });
-        let state = State { durable, volatile, qemu: None, console: None, spec: None };
-        Ok(Self { id, shared, state: Mutex::new(state), status })
+        let state = State { durable, volatile, qemu: None, asked_to_end: None, console: None, spec: None };
+        Ok(Self { id, shared, state: Mutex::new(state), power_seq: AtomicU64::new(0), status })
     }
 
     /// Which VM.
@@ -209,23 +215,43 @@ impl ManagedVm {
         Ok(())
     }
 
-    /// Asks the guest to shut down, or pulls the plug.
+    /// Asks the guest to shut down, and again when it has not for [`ACPI_PATIENCE`]; does not wait for it.
     ///
     /// # Errors
-    /// It does not listen, or the hypervisor could not be ended.
-    pub async fn power_off(self: &Arc<Self>, how: PowerOff) -> Result<(), VmError> {
-        let Ok(qemu) = self.qemu().await else { return Ok(()) };
-        match how {
-            PowerOff::Ask { patience } => drop(qemu.powerdown(patience).await?),
-            PowerOff::Kill => drop(qemu.kill().await?),
+    /// The hypervisor does not answer.
+    pub async fn ask_to_shut_down(&self) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        let Some(qemu) = state.qemu.clone() else { return Ok(()) };
+        if state.asked_to_end.is_none_or(|asked| asked.elapsed() >= ACPI_PATIENCE) {
+            qemu.powerdown().await?;
+            state.asked_to_end = Some(Instant::now());
         }
         Ok(())
     }
 
-    /// An order other than to run has come: a later order to run is a new one.
-    pub fn clear_halt(&self) {
+    /// Pulls the plug.
+    ///
+    /// # Errors
+    /// The hypervisor could not be ended.
+    pub async fn pull_the_plug(&self) -> Result<(), VmError> {
+        let qemu = {
+            let mut state = self.state.lock().await;
+            let Some(qemu) = state.qemu.clone() else { return Ok(()) };
+            state.asked_to_end = Some(Instant::now());
+            qemu
+        };
+        qemu.kill().await?;
+        Ok(())
+    }
+
+    /// The order about power that is in force.
+    pub fn take_power_order(&self, seq: u64) {
+        self.power_seq.store(seq, Ordering::SeqCst);
+    }
+
+    /// It has been ordered not to run: that it had crashed is over.
+    pub fn clear_crash(&self) {
         self.modify(|status| {
-            status.halted = false;
             if status.state == VmState::Crashed {
                 status.state = VmState::Stopped;
             }
@@ -358,6 +384,7 @@ impl ManagedVm {
 
     fn install(self: &Arc<Self>, state: &mut State, qemu: Vm) {
         state.qemu = Some(qemu.clone());
+        state.asked_to_end = None;
         state.console = None;
         let vm = Arc::downgrade(self);
         tokio::spawn(async move {
@@ -373,16 +400,17 @@ impl ManagedVm {
         if state.qemu.as_ref().is_none_or(|qemu| qemu.pid() != ended.pid()) {
             return;
         }
-        let was_owner = state.durable.record().owned().is_some();
+        // Who ended as told boots again when the next order says so.
+        let unasked = state.durable.record().owned().is_some() && state.asked_to_end.is_none();
         state.qemu = None;
         state.console = None;
         if let Err(error) = self.commit(&mut state, Event::QemuGone) {
             tracing::error!(vm_id = %self.id, %error, "the end of the hypervisor could not be recorded");
         }
         self.publish(&state);
-        if was_owner {
+        if unasked {
             self.modify(|status| {
-                status.halted = true;
+                status.halted_under = Some(self.power_seq.load(Ordering::SeqCst));
                 if !report.expected() {
                     status.state = VmState::Crashed;
                     status.problem =
@@ -435,18 +463,6 @@ impl ManagedVm {
         let status = self.status.borrow();
         matches!(status.record, Record::Own { seen, .. } if epoch > seen) && status.volatile.guest == Guest::Running
     }
-}
-
-/// How to power off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PowerOff {
-    /// Through ACPI.
-    Ask {
-        /// How long the guest has.
-        patience: Duration,
-    },
-    /// At once.
-    Kill,
 }
 
 /// Waits for the end of a hypervisor, as long as it takes.
