@@ -31,7 +31,7 @@ use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::consensus::Consensus;
-use crate::link::observation::{Hub, Observations};
+use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
 use crate::model::state::Vm;
 use crate::model::{Answer, Command, Order, Rejection, State, apply};
@@ -102,6 +102,26 @@ impl Moment {
         let here = self.state.workers.iter().filter(|(_, worker)| worker.site == *site).map(|(name, _)| name);
         let best = here.filter(|name| connected(name)).min_by_key(|name| owned(name));
         best.cloned().ok_or_else(|| ApiError::NoWorker { site: site.clone() })
+    }
+
+    /// The worker of a site that can become the VM's owner: one of the two of a move, or the holder of a replica.
+    ///
+    /// # Errors
+    /// [`Rejection::NoReplica`].
+    pub fn heir_at(&self, vm: &Vm, site: &SiteName) -> Result<WorkerName, ApiError> {
+        let movers = vm.ownership.possible_holders().into_iter().filter(|worker| self.state.site_of(worker) == Some(site));
+        let holders = vm.replicas.get(site).map(|replica| replica.worker.clone());
+        let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
+        movers.cloned().chain(holders).next().ok_or_else(|| missing().into())
+    }
+
+    /// A connected worker other than `heir` that may run the VM.
+    pub fn answering_holder(&self, id: VmId, vm: &Vm, heir: &WorkerName) -> Option<WorkerName> {
+        let may_run = |worker: &&WorkerName| {
+            let report = self.observations.connected(worker, self.now).and_then(|observed| observed.vm(id));
+            report.and_then(record_of).is_some_and(|record| record.owned().is_some())
+        };
+        vm.ownership.possible_holders().into_iter().filter(|worker| *worker != heir).find(may_run).cloned()
     }
 
     /// Refuses unless the VM was last seen running.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::migration::Record;
 use super::spec::Spec;
 use super::state::{Power, Worker};
+use super::takeover;
 
 /// An entry of the replicated log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -98,6 +99,8 @@ pub enum Order {
         /// What the worker said.
         problem: String,
     },
+    /// A VM whose worker surely does not run it any more gets another one.
+    TakeOver(takeover::Order),
     /// No worker holds anything of a deleted VM any more.
     ForgetVm {
         /// The VM.
@@ -133,6 +136,8 @@ pub enum ClientOrder {
         /// Run, stop or kill.
         power: Power,
     },
+    /// An operator's word on who owns a VM.
+    Resolve(takeover::Order),
     /// Remove a VM from the fleet.
     DeleteVm {
         /// The VM.
@@ -266,6 +271,30 @@ pub enum Rejection {
     /// A copy is going away.
     #[error("the old replica of vm \"{name}\" at site \"{site}\" is still being removed: try again in a moment")]
     ReplicaLeaving {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// Handed over, and nobody has said that it arrived.
+    #[error(
+        "vm \"{name}\" is in doubt (migration {id}): its source has handed it over and its destination has not said whether it runs; both are being asked. If one of them is lost for good: \"pageportctl vm resolve {name} --force-owner SITE\""
+    )]
+    InDoubt {
+        /// The VM.
+        name: String,
+        /// The move.
+        id: MigrationId,
+    },
+    /// The state changed between the look and the command.
+    #[error("the owner of vm \"{name}\" has changed meanwhile: look again")]
+    Overtaken {
+        /// The VM.
+        name: String,
+    },
+    /// It is there, or nothing proves that it may be taken.
+    #[error("vm \"{name}\" cannot be taken over by site \"{site}\": it is there already, or may still run elsewhere")]
+    NotToBeTaken {
         /// The VM.
         name: String,
         /// The site.
