@@ -126,6 +126,7 @@ impl World {
             Effect::Resume if may_run && guest != Guest::Absent => next.handle(worker, Event::Resumed),
             Effect::Boot if may_run && guest == Guest::Absent => next.handle(worker, Event::Resumed),
             Effect::Resume | Effect::Boot => next,
+            Effect::Arm | Effect::Disarm => next,
             Effect::Pause => {
                 next.hosts[worker].volatile.guest = Guest::Paused;
                 next

@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pageport_common::store::{Store, StoreError};
-use pageport_ownership::{Durable, Effect, Epoch, Event, Guest, MayRun, Record, Volatile, worker_step};
+use pageport_ownership::{
+    Durable, Effect, Epoch, Event, Guest, Licence, MayRun, Policy, Record, Volatile, worker_step,
+};
 use pageport_proto::VmId;
 use pageport_proto::v1::{VmSpec, VmState};
 use tokio::sync::{Mutex, Notify, watch};
@@ -319,11 +321,11 @@ impl ManagedVm {
         for effect in effects {
             match effect {
                 Effect::Resume => {
-                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    let permission = self.permission(state)?;
                     self.resume(state, permission).await?;
                 }
                 Effect::Boot => {
-                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    let permission = self.permission(state)?;
                     self.boot(state, permission).await?;
                 }
                 Effect::Pause => {
@@ -334,9 +336,16 @@ impl ManagedVm {
                 Effect::KillGuest | Effect::DropImage => self.end_qemu(state).await?,
                 // The destination of the move does that: it needs the definition that comes with the move.
                 Effect::LoadImage(_) => {}
+                // Every VM here keeps running: no step asks for a fence.
+                Effect::Arm | Effect::Disarm => return Err(VmError::NotPermitted { vm: self.id }),
             }
         }
         Ok(())
+    }
+
+    fn permission(&self, state: &State) -> Result<MayRun, VmError> {
+        let licence = Licence::of(Policy::KeepRunning, None);
+        licence.and_then(|licence| state.durable.may_run(licence)).ok_or(VmError::NotPermitted { vm: self.id })
     }
 
     async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
