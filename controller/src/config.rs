@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use pageport_common::config::{ConfigError, load};
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::TlsPaths;
-use pageport_ownership::{LeaseTerms, LeaseTermsError};
+use pageport_ownership::LeaseTerms;
+use pageport_ownership::lease::LeaseTermsError;
 use pageport_proto::SiteName;
 use serde::Deserialize;
 

@@ -1,5 +1,6 @@
 //! Sites, workers, VMs.
 
+use pageport_ownership::Proof;
 use pageport_proto::v1::fleet_service_server::FleetService;
 use pageport_proto::v1::{self, VmState};
 use pageport_proto::{RequestId, VmId};
@@ -10,7 +11,7 @@ use super::watch::{More, Views, views};
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
 use crate::model::state::Power;
-use crate::model::takeover::{self, Ground};
+use crate::model::takeover;
 use crate::model::{Answer, Rejection, Spec};
 use crate::peer;
 
@@ -63,8 +64,8 @@ impl Api {
             worker: moment.heir_at(vm, &site)?,
             site,
             last: vm.ownership.last(),
-            ground: Ground::Override { operator },
-            reason: super::echo(request.reason.trim()),
+            proof: Proof::Override { who: operator, reason: super::long_echo(request.reason.trim()) },
+            seen: String::new(),
         };
         let heir = order.worker.clone();
         let order = ClientOrder::Resolve(order);

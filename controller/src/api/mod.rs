@@ -41,6 +41,9 @@ use view::View;
 /// Longest text of a client that an error repeats, in characters.
 const MAX_ECHO_CHARS: usize = 100;
 
+/// Longest reason of an operator that is kept, in characters.
+const MAX_REASON_CHARS: usize = 1000;
+
 /// Milliseconds since 1970.
 pub fn unix_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
@@ -144,6 +147,11 @@ impl Moment {
 /// Part of a client's text that may be repeated to it.
 pub fn echo(text: &str) -> String {
     text.chars().take(MAX_ECHO_CHARS).collect()
+}
+
+/// Text of an operator that is kept.
+pub fn long_echo(text: &str) -> String {
+    text.chars().take(MAX_REASON_CHARS).collect()
 }
 
 /// The request's id. A client that gives none cannot repeat its command safely.

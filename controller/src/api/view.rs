@@ -4,14 +4,14 @@
 //! commit point of a move, *in doubt*.
 
 use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
-use pageport_ownership::Policy;
+use pageport_ownership::{Policy, Proof};
 use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::link::observation::Observations;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
-use crate::model::takeover::{Ground, Takeover};
+use crate::model::takeover::Takeover;
 use crate::model::{Migration, State};
 
 /// Renders one moment.
@@ -211,10 +211,10 @@ impl<'a> View<'a> {
 }
 
 fn takeover(takeover: &Takeover) -> v1::Takeover {
-    let (ground, operator) = match &takeover.ground {
-        Ground::LeaseExpired => (v1::takeover::Ground::LeaseExpired, String::new()),
-        Ground::Fenced { .. } => (v1::takeover::Ground::Fenced, String::new()),
-        Ground::Override { operator } => (v1::takeover::Ground::Override, operator.clone()),
+    let (ground, reason, operator) = match &takeover.proof {
+        Proof::LeasesOut { .. } => (v1::takeover::Ground::LeaseExpired, &takeover.seen, String::new()),
+        Proof::Fenced { .. } => (v1::takeover::Ground::Fenced, &takeover.seen, String::new()),
+        Proof::Override { who, reason } => (v1::takeover::Ground::Override, reason, who.clone()),
     };
     v1::Takeover {
         at_unix_ms: takeover.at_unix_ms,
@@ -222,7 +222,7 @@ fn takeover(takeover: &Takeover) -> v1::Takeover {
         from_worker: takeover.from.to_string(),
         to_worker: takeover.to.to_string(),
         epoch: takeover.epoch.raw(),
-        reason: takeover.reason.clone(),
+        reason: reason.clone(),
         operator,
     }
 }

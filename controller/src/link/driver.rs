@@ -72,11 +72,14 @@ impl Failovers {
             self.propose(consensus, order).await;
         }
         let state = consensus.applied();
-        for order in failovers(&state, &hub.now(), Instant::now()) {
-            let Some(vm) = state.vms.get(&order.vm) else { continue };
-            let unsettled = self.unsettled.iter().any(|other| other.vm == order.vm);
-            if !unsettled && self.leases.hold_if_out(term, order.vm, vm, &order.worker, Instant::now()) {
-                self.propose(consensus, order).await;
+        for candidate in failovers(&state, &hub.now(), Instant::now()) {
+            let Some(vm) = state.vms.get(&candidate.vm) else { continue };
+            if self.unsettled.iter().any(|other| other.vm == candidate.vm) {
+                continue;
+            }
+            let proof = self.leases.hold_if_out(term, candidate.vm, vm, &candidate.worker, Instant::now());
+            if let Some(proof) = proof {
+                self.propose(consensus, candidate.order(proof)).await;
             }
         }
     }

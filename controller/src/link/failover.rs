@@ -6,24 +6,47 @@
 
 use std::time::Duration;
 
-use pageport_ownership::{Ownership, Policy};
+use pageport_ownership::{Epoch, Ownership, Policy, Proof};
 use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use super::observation::Observations;
 use crate::model::State;
 use crate::model::state::{Life, Power, ReplicaPhase, Vm};
-use crate::model::takeover::{Ground, Order};
+use crate::model::takeover::Order;
+
+/// A takeover that waits only for leases to run out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// The VM.
+    pub vm: VmId,
+    /// Where it should run.
+    pub site: SiteName,
+    /// The worker there.
+    pub worker: WorkerName,
+    /// The VM's newest epoch.
+    pub last: Epoch,
+    /// What was seen of its owner.
+    pub seen: String,
+}
+
+impl Candidate {
+    /// The command, once leases are out.
+    pub fn order(self, proof: Proof<WorkerName>) -> Order {
+        let Self { vm, site, worker, last, seen } = self;
+        Order { vm, site, worker, last, proof, seen }
+    }
+}
 
 /// Takeovers that wait only for leases to run out.
-pub fn failovers(state: &State, observations: &Observations, now: Instant) -> Vec<Order> {
+pub fn failovers(state: &State, observations: &Observations, now: Instant) -> Vec<Candidate> {
     let wanted = state.vms.iter().filter(|(_, vm)| {
         vm.life == Life::Defined && vm.power == Power::Run && vm.spec.on_isolation == Policy::SelfFence
     });
     wanted.filter_map(|(id, vm)| failover(state, *id, vm, observations, now)).collect()
 }
 
-fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: Instant) -> Option<Order> {
+fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: Instant) -> Option<Candidate> {
     let answers = |worker: &WorkerName| observations.connected(worker, now).is_some();
     let owner = vm.ownership.owner().0;
     if answers(owner) {
@@ -31,8 +54,7 @@ fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: 
     }
     // A destination that answers settles its move by its record, unless only the source could.
     let (site, worker) = heir(state, vm, &answers)?;
-    let reason = silence(owner, observations, now);
-    Some(Order { vm: id, site, worker, last: vm.ownership.last(), ground: Ground::LeaseExpired, reason })
+    Some(Candidate { vm: id, site, worker, last: vm.ownership.last(), seen: silence(owner, observations, now) })
 }
 
 fn heir(state: &State, vm: &Vm, answers: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {

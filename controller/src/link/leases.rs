@@ -12,7 +12,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pageport_ownership::{LeaseTable, LeaseTerms};
+use pageport_ownership::{LeaseTable, LeaseTerms, Proof};
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
@@ -75,22 +75,23 @@ impl Leases {
         !self.book(term, now).table.held(&vm)
     }
 
-    /// Holds the VM if no possible holder but `heir` can still have a valid lease. True: propose the failover in this term, and
-    /// [`Leases::let_go`] once its outcome is certain.
-    pub fn hold_if_out(&self, term: u64, id: VmId, vm: &Vm, heir: &WorkerName, now: Instant) -> bool {
+    /// Holds the VM if no possible holder but `heir` can still have a valid lease, and hands out the proof. Propose the failover in
+    /// this term, and [`Leases::let_go`] once its outcome is certain.
+    pub fn hold_if_out(
+        &self,
+        term: u64,
+        id: VmId,
+        vm: &Vm,
+        heir: &WorkerName,
+        now: Instant,
+    ) -> Option<Proof<WorkerName>> {
         let mut book = self.book(term, now);
         book.table.begin_failover(id);
-        let mut others = vm.ownership.possible_holders().into_iter().filter(|worker| *worker != heir);
-        let out = others.all(|worker| book.table.surely_out(worker, self.ms(now)));
-        if !out {
+        let proof = book.table.leases_out(&id, &vm.ownership, heir, self.ms(now));
+        if proof.is_none() {
             book.table.end_failover(&id);
         }
-        out
-    }
-
-    /// Holds the VM whatever leases say: somebody else has made sure.
-    pub fn hold(&self, term: u64, id: VmId, now: Instant) {
-        self.book(term, now).table.begin_failover(id);
+        proof
     }
 
     /// The failover was applied or refused.
@@ -119,35 +120,56 @@ mod tests {
         Vm::new(spec, Ownership::first(worker.clone()), Power::Run)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_hold_comes_after_the_lease_and_shuts_grants_out_until_it_is_let_go() {
-        let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap());
-        let worker: WorkerName = "worker-a".parse().unwrap();
-        let heir: WorkerName = "worker-b".parse().unwrap();
-        let id = VmId::generate();
-        let vm = self_fencing(&worker);
-        let state = State { vms: [(id, vm.clone())].into(), ..State::default() };
-        assert_eq!(leases.grant(7, &state, &worker, Instant::now()).vms, [id]);
-        tokio::time::advance(Duration::from_millis(1100)).await;
-        assert!(!leases.hold_if_out(7, id, &vm, &heir, Instant::now()));
-        assert!(leases.grantable(7, id, Instant::now()), "a hold that did not come about leaves nothing behind");
-        tokio::time::advance(Duration::from_millis(1)).await;
-        assert!(leases.hold_if_out(7, id, &vm, &heir, Instant::now()));
-        assert!(!leases.grantable(7, id, Instant::now()));
-        assert_eq!(leases.grant(7, &state, &worker, Instant::now()).vms, []);
-        leases.let_go(7, id, Instant::now());
-        assert_eq!(leases.grant(7, &state, &worker, Instant::now()).vms, [id]);
+    struct Story {
+        leases: Leases,
+        zero: Instant,
+        worker: WorkerName,
+        heir: WorkerName,
+        id: VmId,
+        vm: Vm,
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_new_term_waits_out_the_leases_of_the_one_before() {
-        let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap());
-        let vm = self_fencing(&"worker-a".parse().unwrap());
-        let heir: WorkerName = "worker-b".parse().unwrap();
-        let id = VmId::generate();
-        tokio::time::advance(Duration::from_secs(60)).await;
-        assert!(!leases.hold_if_out(8, id, &vm, &heir, Instant::now()));
-        tokio::time::advance(Duration::from_millis(1101)).await;
-        assert!(leases.hold_if_out(8, id, &vm, &heir, Instant::now()));
+    impl Story {
+        fn new() -> Self {
+            let worker: WorkerName = "worker-a".parse().unwrap();
+            let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap());
+            let (zero, vm) = (leases.zero, self_fencing(&worker));
+            Self { leases, zero, vm, worker, heir: "worker-b".parse().unwrap(), id: VmId::generate() }
+        }
+
+        fn at(&self, ms: u64) -> Instant {
+            self.zero + Duration::from_millis(ms)
+        }
+
+        fn granted(&self, at_ms: u64) -> Vec<VmId> {
+            let state = State { vms: [(self.id, self.vm.clone())].into(), ..State::default() };
+            self.leases.grant(7, &state, &self.worker, self.at(at_ms)).vms
+        }
+
+        fn hold(&self, term: u64, at_ms: u64) -> Option<Proof<WorkerName>> {
+            self.leases.hold_if_out(term, self.id, &self.vm, &self.heir, self.at(at_ms))
+        }
+    }
+
+    #[test]
+    fn a_hold_comes_after_the_lease_and_shuts_grants_out_until_it_is_let_go() {
+        let story = Story::new();
+        assert_eq!(story.granted(5000), [story.id]);
+        assert_eq!(story.hold(7, 6100), None);
+        assert!(story.leases.grantable(7, story.id, story.at(6100)), "a hold that did not come about leaves nothing");
+        let proof = Proof::LeasesOut { workers: vec![story.worker.clone()], last: story.vm.ownership.last() };
+        assert_eq!(story.hold(7, 6101), Some(proof));
+        assert!(!story.leases.grantable(7, story.id, story.at(6101)));
+        assert!(story.granted(6101).is_empty());
+        story.leases.let_go(7, story.id, story.at(6102));
+        assert_eq!(story.granted(6102), [story.id]);
+    }
+
+    #[test]
+    fn a_new_term_waits_out_the_leases_of_the_one_before() {
+        let story = Story::new();
+        assert_eq!(story.hold(8, 60_000), None);
+        assert_eq!(story.hold(8, 61_100), None);
+        assert!(story.hold(8, 61_101).is_some());
     }
 }

@@ -156,6 +156,7 @@ impl WorkerLinkService for WorkerLink {
             nonce: request.nonce,
             granted: own.is_some(),
             own: own.unwrap_or_default().raw(),
+            image: vm.and_then(|vm| vm.ownership.inherits(&worker)).unwrap_or_default().raw(),
             reason: match (vm, own) {
                 (_, Some(_)) => String::new(),
                 (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),

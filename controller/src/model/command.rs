@@ -292,13 +292,13 @@ pub enum Rejection {
         /// The VM.
         name: String,
     },
-    /// It is there, or nothing proves that it may be taken.
-    #[error("vm \"{name}\" cannot be taken over by site \"{site}\": it is there already, or may still run elsewhere")]
+    /// The proof does not suffice.
+    #[error("vm \"{name}\" cannot be taken over: {why}")]
     NotToBeTaken {
         /// The VM.
         name: String,
-        /// The site.
-        site: SiteName,
+        /// Why.
+        why: String,
     },
     /// Past the commit point.
     #[error("migration {id} cannot be cancelled: the source has already handed the vm over")]

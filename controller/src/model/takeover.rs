@@ -1,15 +1,11 @@
 //! Takeovers: a VM is given to another worker without the word of the one that had it.
 //!
-//! | ground | who says that the VM runs nowhere else |
-//! |---|---|
-//! | [`Ground::LeaseExpired`] | time: every lease under which it could run has surely run out (`self-fence` only) |
-//! | [`Ground::Fenced`] | a fence agent that turned the host off |
-//! | [`Ground::Override`] | an operator, by name |
+//! What permits it is a [`Proof`]: leases that have run out, a fence agent's word, or an operator's.
 //!
-//! Guarantees: each takeover is recorded with its ground and reason and gets an epoch of its own, so that whoever had the VM
+//! Guarantees: each takeover is recorded with its proof and gets an epoch of its own, so that whoever had the VM
 //! finds the tombstone when it comes back. The disk that is left behind is kept as an outdated replica, never
 //! overwritten before somebody asks for a new seed. What the VM had written since the replica was last synchronised is
-//! lost: the record says so. Whether the ground is true is not decided here.
+//! lost: the VM's problem says so. Whether the proof is true is not decided here.
 
 use pageport_ownership::{Epoch, Proof};
 use pageport_proto::{SiteName, VmId, WorkerName};
@@ -23,48 +19,21 @@ use super::state::{Replica, ReplicaPhase, State, Vm};
 /// Takeovers kept for each VM; the oldest are forgotten.
 pub const MAX_TAKEOVERS: usize = 64;
 
-/// Why the VM surely runs nowhere else.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Ground {
-    /// Every lease under which it could run has run out.
-    LeaseExpired,
-    /// A fence agent turned these workers' hosts off.
-    Fenced {
-        /// The workers.
-        workers: Vec<WorkerName>,
-    },
-    /// An operator said so.
-    Override {
-        /// The name in the operator's certificate.
-        operator: String,
-    },
-}
-
-impl Ground {
-    fn proof(&self) -> Proof<WorkerName> {
-        match self {
-            Self::LeaseExpired => Proof::LeasesOut,
-            Self::Fenced { workers } => Proof::Fenced { workers: workers.iter().cloned().collect() },
-            Self::Override { .. } => Proof::Override,
-        }
-    }
-}
-
 /// One takeover, as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Takeover {
     /// When it was committed.
     pub at_unix_ms: i64,
-    /// Why the VM surely ran nowhere else.
-    pub ground: Ground,
+    /// What permitted it.
+    pub proof: Proof<WorkerName>,
     /// Who had it.
     pub from: WorkerName,
     /// Who has it now.
     pub to: WorkerName,
     /// Under which epoch.
     pub epoch: Epoch,
-    /// An operator's words, or what was seen.
-    pub reason: String,
+    /// What was seen.
+    pub seen: String,
 }
 
 /// Who gets the VM, and why.
@@ -76,18 +45,18 @@ pub struct Order {
     pub site: SiteName,
     /// The worker there.
     pub worker: WorkerName,
-    /// The newest epoch of the VM that the ground is about: it says nothing about later ones.
+    /// The newest epoch of the VM when it was looked at.
     pub last: Epoch,
-    /// Why it surely runs nowhere else.
-    pub ground: Ground,
-    /// An operator's words, or what was seen.
-    pub reason: String,
+    /// What permits it.
+    pub proof: Proof<WorkerName>,
+    /// What was seen.
+    pub seen: String,
 }
 
 /// Gives the VM to the worker.
 ///
 /// # Errors
-/// The VM is unknown or already there, nothing at the site can become its disk, or the ground does not suffice.
+/// The VM is unknown or has changed hands, nothing at the site can become its disk, or the proof does not suffice.
 pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
     let (from, from_site) = match state.vms.get(&order.vm) {
         Some(vm) => (vm.ownership.owner().0.clone(), state.site_of_vm(vm).cloned()),
@@ -102,9 +71,8 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
         has_disk(vm, &order)?;
     }
     let policy = vm.spec.on_isolation;
-    let Some(next) = vm.ownership.fail_over(order.worker.clone(), policy, &order.ground.proof()) else {
-        return Err(Rejection::NotToBeTaken { name, site: order.site });
-    };
+    let next = vm.ownership.fail_over(order.worker.clone(), policy, &order.proof);
+    let next = next.map_err(|error| Rejection::NotToBeTaken { name, why: error.to_string() })?;
     let epoch = next.last();
     vm.ownership = next;
     vm.replicas.remove(&order.site);
@@ -116,8 +84,8 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
     let problem = format!(
         "taken over from worker \"{from}\": what the vm wrote there since this replica was last synchronised is lost"
     );
-    let Order { worker: to, ground, reason, .. } = order;
-    vm.takeovers.push(Takeover { at_unix_ms: now, ground, from, to, epoch, reason });
+    let Order { worker: to, proof, seen, .. } = order;
+    vm.takeovers.push(Takeover { at_unix_ms: now, proof, from, to, epoch, seen });
     let surplus = vm.takeovers.len().saturating_sub(MAX_TAKEOVERS);
     vm.takeovers.drain(..surplus);
     if let Some(id) = vm.migration {
@@ -136,10 +104,10 @@ fn has_disk(vm: &Vm, order: &Order) -> Result<(), Rejection> {
     match vm.replicas.get(&order.site).filter(|replica| replica.worker == order.worker) {
         None => Err(Rejection::NoReplica { name, site }),
         Some(Replica { phase: ReplicaPhase::Seeded, .. }) => Ok(()),
-        Some(Replica { phase: ReplicaPhase::Outdated, .. }) => match order.ground {
+        Some(Replica { phase: ReplicaPhase::Outdated, .. }) => match order.proof {
             // An operator may know that the old disk is the best there is.
-            Ground::Override { .. } => Ok(()),
-            Ground::LeaseExpired | Ground::Fenced { .. } => Err(Rejection::ReplicaNotSeeded { name, site }),
+            Proof::Override { .. } => Ok(()),
+            Proof::LeasesOut { .. } | Proof::Fenced { .. } => Err(Rejection::ReplicaNotSeeded { name, site }),
         },
         Some(Replica { phase: ReplicaPhase::Seeding | ReplicaPhase::Failed { .. }, .. }) => {
             Err(Rejection::ReplicaNotSeeded { name, site })

@@ -7,6 +7,7 @@
 //! ```
 //! - [`controllers`]: finds the leader and asks it.
 //! - [`link`]: the stream of reports and assignments.
+//! - [`lease`]: keeps the lease of VMs that fence themselves.
 //! - [`dispatch`]: from an assignment to tasks.
 //! - [`peers`]: what other workers ask of this one.
 //! - [`console`]: what operators ask of this one.
@@ -14,6 +15,7 @@
 pub mod console;
 pub mod controllers;
 pub mod dispatch;
+pub mod lease;
 pub mod link;
 pub mod peers;
 
@@ -52,6 +54,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
     tasks.spawn(stop.clone().run_until_cancelled_owned(dispatch::run(node.clone(), assigned)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(lease::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
@@ -96,6 +99,7 @@ async fn start(config: Config) -> anyhow::Result<Node> {
         replicas,
         vms,
         changed,
+        lease_wanted: Notify::new(),
         config,
     })
 }

@@ -9,6 +9,7 @@
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
 //! | `pid` | QEMU | finding a running VM again |
 //! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
+//! | `image` | the worker | which move's image QEMU holds, complete and vouched for, until it runs |
 //! | `qemu.log` | QEMU | its standard error |
 
 use std::path::{Path, PathBuf};
@@ -70,6 +71,11 @@ impl VmPaths {
             Some(name.strip_prefix("nbd-")?.strip_suffix(".sock")?.to_owned())
         };
         entries.flatten().map(|entry| entry.path()).filter_map(|path| Some((disk_of(&path)?, path))).collect()
+    }
+
+    /// Names the move whose image is complete here.
+    pub fn image(&self) -> PathBuf {
+        self.dir.join("image")
     }
 
     /// QEMU's process id.
