@@ -89,7 +89,12 @@ fn shield_from_oom_killer() -> Option<String> {
 }
 
 /// The second stage; returns only if it failed.
-pub fn become_program(keeper: i32, oom_score_adj: Option<&str>, program: &OsStr, arguments: &[OsString]) -> BecomeError {
+pub fn become_program(
+    keeper: i32,
+    oom_score_adj: Option<&str>,
+    program: &OsStr,
+    arguments: &[OsString],
+) -> BecomeError {
     if let Err(error) = prctl::set_pdeathsig(Signal::SIGKILL) {
         return BecomeError::DeathSignal { source: error.into() };
     }

@@ -41,10 +41,12 @@ pub const FAILED: u8 = 125;
 /// The program: `arguments` without its own name.
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let failed = match command_line::parse(arguments) {
-        Ok(Order::Keep { deadline_file, program, arguments }) => match keep::run(&deadline_file, &program, &arguments) {
-            Ok(status) => return child::end_like(status),
-            Err(error) => complaint(&error),
-        },
+        Ok(Order::Keep { deadline_file, program, arguments }) => {
+            match keep::run(&deadline_file, &program, &arguments) {
+                Ok(status) => return child::end_like(status),
+                Err(error) => complaint(&error),
+            }
+        }
         Ok(Order::Become { parent, oom_score_adj, program, arguments }) => {
             let error = child::become_program(parent, oom_score_adj.as_deref(), &program, &arguments);
             say(&complaint(&error));

@@ -77,8 +77,10 @@ mod tests {
             watchdog.alive(BootTime::from_nanos(10_000_000_000) + Duration::from_millis(100) * look);
         }
         let mut word = [0; 64];
-        std::iter::from_fn(|| systemd.recv(&mut word).ok().map(|length| String::from_utf8_lossy(&word[..length]).into()))
-            .collect()
+        std::iter::from_fn(|| {
+            systemd.recv(&mut word).ok().map(|length| String::from_utf8_lossy(&word[..length]).into())
+        })
+        .collect()
     }
 
     #[test]
@@ -89,7 +91,10 @@ mod tests {
         systemd.set_nonblocking(true).unwrap();
         let path = path.to_str();
         let told = |watchdog: Watchdog| words(&watchdog, &systemd);
-        assert_eq!(told(Watchdog::new(path, Some("900000"), Some("7"), 7)), ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]);
+        assert_eq!(
+            told(Watchdog::new(path, Some("900000"), Some("7"), 7)),
+            ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"]
+        );
         assert_eq!(told(Watchdog::new(path, Some("900000"), Some("8"), 7)), ["READY=1"]);
         assert_eq!(told(Watchdog::new(path, Some("nonsense"), None, 7)), ["READY=1"]);
         assert!(told(Watchdog::new(None, Some("900000"), None, 7)).is_empty());
