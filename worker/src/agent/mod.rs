@@ -74,13 +74,14 @@ async fn start(config: Config) -> anyhow::Result<Node> {
     }
     let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
     let qemu = config.hypervisor.qemu.clone();
+    let keeper = hypervisor::keeper::locate(&config.hypervisor.keeper)?;
     let qemu_version = accel::qemu_version(&qemu).await?;
     let accelerator = match config.hypervisor.accelerator {
         AcceleratorChoice::Auto => accel::probe(&qemu, &config.runtime_dir).await?,
         AcceleratorChoice::Kvm => Accelerator::Kvm,
         AcceleratorChoice::Tcg => Accelerator::Tcg,
     };
-    let hypervisor = hypervisor::Host { qemu, accelerator, runtime_dir: config.runtime_dir.clone() };
+    let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
     let vms = Vms::new(managed::Shared {

@@ -8,9 +8,10 @@
 //! | `outgoing.sock` | the worker | the migration stream at the source |
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
 //! | `pid` | QEMU | finding a running VM again |
+//! | `deadline` | the worker | the lease that the keeper enforces, and the keeper's word when it did |
 //! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
 //! | `image` | the worker | which move's image QEMU holds, complete and vouched for, until it runs |
-//! | `qemu.log` | QEMU | its standard error |
+//! | `qemu.log` | QEMU, the keeper | their standard error |
 
 use std::path::{Path, PathBuf};
 
@@ -83,12 +84,17 @@ impl VmPaths {
         self.dir.join("pid")
     }
 
+    /// The lease that the keeper enforces.
+    pub fn deadline(&self) -> PathBuf {
+        self.dir.join("deadline")
+    }
+
     /// Names of the VM's tap devices.
     pub fn taps(&self) -> PathBuf {
         self.dir.join("taps")
     }
 
-    /// QEMU's standard error.
+    /// Standard error of QEMU and its keeper.
     pub fn log(&self) -> PathBuf {
         self.dir.join("qemu.log")
     }

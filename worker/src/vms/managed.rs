@@ -478,7 +478,8 @@ impl ManagedVm {
     ) -> Result<Vm, VmError> {
         let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
         let disk_paths = self.disk_paths(&spec, mode)?;
-        let qemu = Vm::start(&self.shared.hypervisor, &Launch { vm: self.id, spec, disk_paths, mode, deadline }).await?;
+        let launch = Launch { vm: self.id, spec, disk_paths, mode, deadline };
+        let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
         Ok(qemu)
     }
