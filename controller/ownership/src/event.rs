@@ -157,7 +157,9 @@ pub enum Effect {
     Disarm,
     /// Set the paused guest or the loaded image running. Needs [`crate::MayRun`].
     Resume,
-    /// Start the VM from its disk. Needs [`crate::MayRun`].
+    /// Start the VM from its disk. Needs [`crate::MayRun`]. Under a lease: start it *stopped*, with the keeper armed, and then
+    /// look at the lease, arm and resume as if it had been found so. Starting takes time, and a hypervisor that comes into
+    /// being after its deadline would run until the keeper gets to it.
     Boot,
     /// Stop the guest's CPUs.
     Pause,
