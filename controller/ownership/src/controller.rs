@@ -121,6 +121,16 @@ impl<W: Clone + Eq> Ownership<W> {
         }
     }
 
+    /// The epoch under which this worker may run the VM, should it hold it.
+    pub fn holds_under(&self, worker: &W) -> Option<Epoch> {
+        match self {
+            Self::Owned { owner, own, .. } if owner == worker => Some(*own),
+            Self::Migrating { from, own, released: false, .. } if from == worker => Some(*own),
+            Self::Migrating { to, epoch, refused: false, .. } if to == worker => Some(*epoch),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
     /// The source has let go, and the destination has neither taken over nor refused: either may be the one to run it.
     pub fn in_doubt(&self) -> bool {
         matches!(self, Self::Migrating { released: true, refused: false, .. })

@@ -44,9 +44,9 @@ pub enum Standing {
     /// Policy keep-running: the record alone decides.
     #[default]
     KeepRunning,
-    /// Policy self-fence, and the lease was valid when the driver looked. Each effect that sets a guest running comes after
-    /// [`Effect::Arm`], and needs the lease to be valid still.
-    Leased,
+    /// Policy self-fence, and a lease to run under this epoch was valid when the driver looked, which it does before each
+    /// step. Each effect that sets a guest running comes after [`Effect::Arm`], and needs the lease to be valid still.
+    Leased(Epoch),
     /// Policy self-fence without a valid lease; or the policy is not known yet. Nothing is set running.
     Unleased,
 }
@@ -56,8 +56,17 @@ impl Standing {
     pub fn of(policy: Policy, lease: Option<ValidLease>) -> Self {
         match (policy, lease) {
             (Policy::KeepRunning, _) => Self::KeepRunning,
-            (Policy::SelfFence, Some(_)) => Self::Leased,
+            (Policy::SelfFence, Some(lease)) => Self::Leased(lease.own()),
             (Policy::SelfFence, None) => Self::Unleased,
+        }
+    }
+
+    /// May the VM be run under this epoch?
+    pub fn permits(&self, own: Epoch) -> bool {
+        match *self {
+            Self::KeepRunning => true,
+            Self::Leased(leased) => leased == own,
+            Self::Unleased => false,
         }
     }
 }
@@ -148,7 +157,9 @@ pub enum Effect {
     Disarm,
     /// Set the paused guest or the loaded image running. Needs [`crate::MayRun`].
     Resume,
-    /// Start the VM from its disk. Needs [`crate::MayRun`].
+    /// Start the VM from its disk. Needs [`crate::MayRun`]. Under a lease: start it *stopped*, with the keeper armed, and then
+    /// look at the lease, arm and resume as if it had been found so. Starting takes time, and a hypervisor that comes into
+    /// being after its deadline would run until the keeper gets to it.
     Boot,
     /// Stop the guest's CPUs.
     Pause,

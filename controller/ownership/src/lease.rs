@@ -23,8 +23,10 @@
 //!    under way, the hold is lost, but a later leader grants only after an entry of its own term is committed and all before it
 //!    are applied: by then the command is either applied, and the grant sees it, or can never be committed.
 //!    So a failover must be proposed in the term in which it was begun.
-//! 4. *Which VM.* An answer lists the VMs that it covers: those of which the worker is a possible holder, read at the moment of
-//!    the grant ([`LeaseTable::covers`]). A worker that comes back after a failover gets a lease, but not for that VM.
+//! 4. *Which VM, and which epoch.* An answer lists the VMs that it covers, each with the epoch under which this worker may run it,
+//!    read at the moment of the grant ([`LeaseTable::covers`]), and permits nothing else. A worker that comes back after a failover
+//!    gets a lease, but not for that VM; and when the VM is then moved to it, a lease for the epoch of the move only. (Without the
+//!    epoch two ran, the model found: the lease of a destination let an answer from before the failover boot the old guest.)
 //!
 //! Assumed: monotonic clocks that count suspended time, drift within the bound, a keeper that fires within its latency. A host
 //! that freezes whole and thaws breaks the last, and needs fencing of the hardware. No clock is read here: callers pass
@@ -35,6 +37,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::controller::Ownership;
+use crate::epoch::Epoch;
 use crate::event::Nonce;
 use crate::failover::Proof;
 
@@ -122,10 +125,16 @@ impl LeaseTerms {
 /// A lease that is valid at the moment it was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ValidLease {
+    own: Epoch,
     until_ms: u64,
 }
 
 impl ValidLease {
+    /// The one epoch under which the VM may run.
+    pub fn own(&self) -> Epoch {
+        self.own
+    }
+
     /// The keeper's deadline, on the worker's clock.
     pub fn until_ms(&self) -> u64 {
         self.until_ms
@@ -136,6 +145,7 @@ impl ValidLease {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct WorkerLease {
     question: Option<(Nonce, u64)>,
+    own: Epoch,
     until_ms: u64,
 }
 
@@ -145,17 +155,19 @@ impl WorkerLease {
         self.question = Some((nonce, now_ms));
     }
 
-    /// An answer that covers the VM. False: it is not the answer to the open question, and changes nothing.
-    pub fn granted(&mut self, nonce: Nonce, lease_ms: u64) -> bool {
+    /// An answer that covers the VM, to be run under `own`. False: it is not the answer to the open question, and changes nothing.
+    pub fn granted(&mut self, nonce: Nonce, own: Epoch, lease_ms: u64) -> bool {
         let Some((_, at_ms)) = self.question.filter(|(open, _)| *open == nonce) else { return false };
         self.question = None;
-        self.until_ms = self.until_ms.max(at_ms.saturating_add(lease_ms.min(MAX_LEASE_MS)));
+        let until_ms = at_ms.saturating_add(lease_ms.min(MAX_LEASE_MS));
+        self.until_ms = if self.own == own { self.until_ms.max(until_ms) } else { until_ms };
+        self.own = own;
         true
     }
 
     /// The lease, if it is valid now.
     pub fn valid_at(&self, now_ms: u64) -> Option<ValidLease> {
-        (now_ms < self.until_ms).then_some(ValidLease { until_ms: self.until_ms })
+        (now_ms < self.until_ms).then_some(ValidLease { own: self.own, until_ms: self.until_ms })
     }
 
     /// When the open question was asked.
@@ -166,7 +178,7 @@ impl WorkerLease {
     /// The same lease on a clock that reads `by_ms` less. What would lie before its zero lies at zero.
     pub fn rebased(&self, by_ms: u64) -> Self {
         let question = self.question.map(|(nonce, at_ms)| (nonce, at_ms.saturating_sub(by_ms)));
-        Self { question, until_ms: self.until_ms.saturating_sub(by_ms) }
+        Self { question, own: self.own, until_ms: self.until_ms.saturating_sub(by_ms) }
     }
 }
 
@@ -225,26 +237,25 @@ impl<W: Ord + Clone, V: Ord + Clone> LeaseTable<W, V> {
         out.then(|| Proof::LeasesOut { workers: others, last: ownership.last() })
     }
 
-    /// Does a lease that is granted now cover this VM at this worker?
-    pub fn covers(&self, vm: &V, ownership: &Ownership<W>, worker: &W) -> bool {
-        !self.held(vm) && ownership.possible_holders().contains(&worker)
+    /// Under which epoch a lease that is granted now lets this worker run this VM; [`None`]: it does not cover it.
+    pub fn covers(&self, vm: &V, ownership: &Ownership<W>, worker: &W) -> Option<Epoch> {
+        ownership.holds_under(worker).filter(|_| !self.held(vm))
     }
 
     /// The same table on a clock that reads `by_ms` less. What would lie before its zero lies at zero.
     pub fn rebased(&self, by_ms: u64) -> Self {
+        let leader_since_ms = self.leader_since_ms.saturating_sub(by_ms);
         let granted_ms = self.granted_ms.iter().map(|(worker, at_ms)| (worker.clone(), at_ms.saturating_sub(by_ms)));
-        Self {
-            terms: self.terms,
-            leader_since_ms: self.leader_since_ms.saturating_sub(by_ms),
-            granted_ms: granted_ms.collect(),
-            held: self.held.clone(),
-        }
+        let granted_ms = granted_ms.filter(|(_, at_ms)| *at_ms > leader_since_ms);
+        Self { terms: self.terms, leader_since_ms, granted_ms: granted_ms.collect(), held: self.held.clone() }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const E: Epoch = Epoch::ZERO;
 
     fn terms() -> LeaseTerms {
         LeaseTerms::new(10_000, 10_000, 2_000).expect("terms")
@@ -263,15 +274,26 @@ mod tests {
     fn a_lease_runs_from_the_question_and_only_the_open_one_counts() {
         let mut lease = WorkerLease::default();
         assert_eq!(lease.valid_at(0), None);
-        assert!(!lease.granted(Nonce(1), 10), "never asked");
+        assert!(!lease.granted(Nonce(1), E, 10), "never asked");
         lease.asked(Nonce(1), 100);
         lease.asked(Nonce(2), 105);
-        assert!(!lease.granted(Nonce(1), 10), "given up");
-        assert!(lease.granted(Nonce(2), 10));
-        assert!(!lease.granted(Nonce(2), 10), "answered already");
+        assert!(!lease.granted(Nonce(1), E, 10), "given up");
+        assert!(lease.granted(Nonce(2), E, 10));
+        assert!(!lease.granted(Nonce(2), E, 10), "answered already");
         assert_eq!(lease.valid_at(114).map(|lease| lease.until_ms()), Some(115));
         assert_eq!(lease.valid_at(115), None);
         assert_eq!(lease.rebased(100).valid_at(14).map(|lease| lease.until_ms()), Some(15));
+    }
+
+    #[test]
+    fn a_lease_for_another_epoch_does_not_last_as_long_as_the_one_before() {
+        let mut lease = WorkerLease::default();
+        lease.asked(Nonce(1), 100);
+        assert!(lease.granted(Nonce(1), Epoch::from_raw(1), 50));
+        lease.asked(Nonce(2), 110);
+        assert!(lease.granted(Nonce(2), Epoch::from_raw(2), 10));
+        assert_eq!(lease.valid_at(119).map(|lease| (lease.own(), lease.until_ms())), Some((Epoch::from_raw(2), 120)));
+        assert_eq!(lease.valid_at(120), None);
     }
 
     #[test]
@@ -287,15 +309,16 @@ mod tests {
         table.granted('a', 50_000);
         assert!(!table.surely_out(&'a', 62_120) && table.surely_out(&'a', 62_121) && table.surely_out(&'b', 50_000));
         let owned = Ownership::first('a');
-        assert!(table.covers(&1, &owned, &'a') && !table.covers(&1, &owned, &'b'));
+        let one = Some(Epoch::from_raw(1));
+        assert_eq!((table.covers(&1, &owned, &'a'), table.covers(&1, &owned, &'b')), (one, None));
         table.begin_failover(1);
         assert_eq!(table.leases_out(&2, &owned, &'b', 70_000), None, "not held");
         assert_eq!(table.leases_out(&1, &owned, &'b', 62_120), None, "not out");
         let proof = table.leases_out(&1, &owned, &'b', 62_121).expect("out");
         assert!(owned.fail_over('b', Policy::SelfFence, &proof).is_ok());
-        assert!(table.held(&1) && !table.covers(&1, &owned, &'a') && table.covers(&2, &owned, &'a'));
+        assert!(table.held(&1) && table.covers(&1, &owned, &'a').is_none() && table.covers(&2, &owned, &'a') == one);
         table.end_failover(&1);
-        assert!(table.covers(&1, &owned, &'a'));
+        assert_eq!(table.covers(&1, &owned, &'a'), one);
         assert!(table.rebased(50_000).surely_out(&'a', 12_121));
     }
 }

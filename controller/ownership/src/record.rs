@@ -91,11 +91,13 @@ impl Durable {
         self.record
     }
 
-    /// The permission to resume (or boot) the guest: there is an `Own`, and a licence.
+    /// The permission to resume (or boot) the guest: there is an `Own`, and a licence for its epoch.
     pub fn may_run(&self, licence: Licence) -> Option<MayRun> {
         match self.record {
-            Record::Own { own, .. } => Some(MayRun { own, licence }),
-            Record::Replica { .. } | Record::Prepared { .. } | Record::Released { .. } => None,
+            Record::Own { own, .. } if licence.lease.is_none_or(|lease| lease.own() == own) => {
+                Some(MayRun { own, licence })
+            }
+            Record::Own { .. } | Record::Replica { .. } | Record::Prepared { .. } | Record::Released { .. } => None,
         }
     }
 
@@ -111,15 +113,15 @@ impl Durable {
 /// What a worker needs besides its record to set a guest running: a valid lease, where the policy asks for one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Licence {
-    until_ms: Option<u64>,
+    lease: Option<ValidLease>,
 }
 
 impl Licence {
     /// [`None`]: the policy asks for a lease, and there is none that is valid.
     pub fn of(policy: Policy, lease: Option<ValidLease>) -> Option<Self> {
         match policy {
-            Policy::KeepRunning => Some(Self { until_ms: None }),
-            Policy::SelfFence => lease.map(|lease| Self { until_ms: Some(lease.until_ms()) }),
+            Policy::KeepRunning => Some(Self { lease: None }),
+            Policy::SelfFence => lease.map(|lease| Self { lease: Some(lease) }),
         }
     }
 }
@@ -139,7 +141,7 @@ impl MayRun {
 
     /// What the keeper must be armed with **before** the guest is set running, on the worker's clock; [`None`]: it is not.
     pub fn deadline_ms(&self) -> Option<u64> {
-        self.licence.until_ms
+        self.licence.lease.map(|lease| lease.until_ms())
     }
 }
 
@@ -189,11 +191,14 @@ mod tests {
         let mut lease = WorkerLease::default();
         assert_eq!(Licence::of(Policy::SelfFence, lease.valid_at(0)), None);
         lease.asked(Nonce(1), 5);
-        lease.granted(Nonce(1), 10);
+        lease.granted(Nonce(1), Epoch::from_raw(1), 10);
         let licence = Licence::of(Policy::SelfFence, lease.valid_at(14)).expect("valid");
         let own = Record::Own { own: Epoch::from_raw(1), seen: Epoch::from_raw(1) };
         let durable = Durable::persist(own, |_| Ok::<(), ()>(())).expect("persists");
         assert_eq!(durable.may_run(licence).expect("owns").deadline_ms(), Some(15));
+        let older = Record::Own { own: Epoch::ZERO, seen: Epoch::ZERO };
+        let older = Durable::persist(older, |_| Ok::<(), ()>(())).expect("persists");
+        assert_eq!(older.may_run(licence), None, "the lease is for another epoch");
         assert_eq!(Licence::of(Policy::SelfFence, lease.valid_at(15)), None);
     }
 }

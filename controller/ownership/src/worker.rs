@@ -70,7 +70,7 @@ pub fn needs_grant(record: &Record, volatile: &Volatile, power_on: bool, owned: 
     match *record {
         Record::Replica { seen, .. } => (power_on || adrift(record, volatile.guest)) && granted > seen,
         Record::Own { own, seen } => {
-            let boots = granted == own && volatile.guest == Guest::Absent && volatile.standing != Standing::Unleased;
+            let boots = granted == own && volatile.guest == Guest::Absent && volatile.standing.permits(own);
             granted > seen && granted > own || power_on && boots
         }
         Record::Prepared { .. } => false,
@@ -171,26 +171,26 @@ impl Now {
     }
 
     /// Sets running what may be, with the keeper armed first.
-    fn start(&self, effect: Effect) -> Vec<Effect> {
+    fn start(&self, own: Epoch, effect: Effect) -> Vec<Effect> {
         match self.volatile.standing {
             Standing::KeepRunning => vec![effect],
-            Standing::Leased => vec![Effect::Arm, effect],
-            Standing::Unleased => vec![],
+            Standing::Leased(leased) if leased == own => vec![Effect::Arm, effect],
+            Standing::Leased(_) | Standing::Unleased => vec![],
         }
     }
 
     fn disarm(&self) -> Vec<Effect> {
         match self.volatile.standing {
             Standing::KeepRunning => vec![],
-            Standing::Leased | Standing::Unleased => vec![Effect::Disarm],
+            Standing::Leased(_) | Standing::Unleased => vec![Effect::Disarm],
         }
     }
 
     /// What goes on once there is an `Own` of this epoch: the guest that was stopped, or the image that was acquired.
     fn resume_what_waits(&self, own: Epoch) -> Vec<Effect> {
         match self.volatile.guest {
-            Guest::Paused => self.start(Effect::Resume),
-            Guest::Loaded(epoch) if epoch == own => self.start(Effect::Resume),
+            Guest::Paused => self.start(own, Effect::Resume),
+            Guest::Loaded(epoch) if epoch == own => self.start(own, Effect::Resume),
             Guest::Absent | Guest::Running | Guest::Loaded(_) => vec![],
         }
     }
@@ -202,7 +202,7 @@ impl Now {
         let runs = matches!(now.volatile.guest, Guest::Running | Guest::Paused);
         let mut effects = match (now.record.owned(), standing) {
             (Some(_), Standing::KeepRunning) if runs && before != standing => vec![Effect::Disarm],
-            (Some(_), Standing::Leased) if runs => vec![Effect::Arm],
+            (Some(own), Standing::Leased(leased)) if runs && own == leased => vec![Effect::Arm],
             _ => vec![],
         };
         if let Record::Own { own, .. } = now.record {
@@ -253,7 +253,7 @@ impl Now {
         match self.record {
             Record::Own { own: held, .. } if held == own => {
                 let effects = match volatile.guest {
-                    Guest::Absent => now.start(Effect::Boot),
+                    Guest::Absent => now.start(own, Effect::Boot),
                     Guest::Paused | Guest::Loaded(_) => now.resume_what_waits(own),
                     Guest::Running => vec![],
                 };
@@ -261,7 +261,7 @@ impl Now {
             }
             Record::Replica { seen, .. } if own > seen => {
                 if adrift(&self.record, volatile.guest) {
-                    return now.own(own, volatile, now.arm());
+                    return now.own(own, volatile, now.arm(own));
                 }
                 let effects = match volatile.guest {
                     Guest::Absent => vec![],
@@ -304,19 +304,19 @@ impl Now {
         Self { record: self.record, volatile: Volatile { question: None, ..self.volatile } }
     }
 
-    fn arm(&self) -> Vec<Effect> {
-        if self.volatile.standing == Standing::Leased { vec![Effect::Arm] } else { vec![] }
+    fn arm(&self, own: Epoch) -> Vec<Effect> {
+        if self.volatile.standing == Standing::Leased(own) { vec![Effect::Arm] } else { vec![] }
     }
 
     fn acquire_or_refuse(&self, epoch: Epoch) -> Step {
         match self.record {
-            Record::Replica { seen, .. } if epoch > seen => match (self.volatile.guest, self.volatile.standing) {
-                // Outside its lease it may have lost the VM to a failover. The release comes again.
-                (Guest::Loaded(loaded), Standing::Unleased) if loaded == epoch => self.stay(),
-                (Guest::Loaded(loaded), _) if loaded == epoch => {
+            Record::Replica { seen, .. } if epoch > seen => match self.volatile.guest {
+                Guest::Loaded(loaded) if loaded == epoch && self.volatile.standing.permits(epoch) => {
                     let volatile = Volatile { authorised: None, ..self.volatile };
-                    self.own(epoch, volatile, self.start(Effect::Resume))
+                    self.own(epoch, volatile, self.start(epoch, Effect::Resume))
                 }
+                // Outside its lease it may have lost the VM to a failover. The release comes again.
+                Guest::Loaded(loaded) if loaded == epoch => self.stay(),
                 _ => self.refuse(epoch),
             },
             _ => self.stay(),
@@ -379,7 +379,7 @@ impl Now {
         // A lease is lost with the worker; the policy is what the driver says it is.
         let standing = match self.volatile.standing {
             Standing::KeepRunning => Standing::KeepRunning,
-            Standing::Leased | Standing::Unleased => Standing::Unleased,
+            Standing::Leased(_) | Standing::Unleased => Standing::Unleased,
         };
         let volatile = Volatile { guest: found, question: None, authorised: None, standing };
         let now = Self { record: self.record, volatile };

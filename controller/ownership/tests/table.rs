@@ -39,7 +39,7 @@ fn volatiles() -> Vec<Volatile> {
     for guest in guests() {
         for question in [None, Some(NONCE)] {
             for authorised in [None, Some(e(2))] {
-                for standing in [Standing::KeepRunning, Standing::Leased, Standing::Unleased] {
+                for standing in [Standing::KeepRunning, Standing::Leased(e(2)), Standing::Unleased] {
                     volatiles.push(Volatile { guest, question, authorised, standing });
                 }
             }
@@ -50,7 +50,7 @@ fn volatiles() -> Vec<Volatile> {
 
 fn events() -> Vec<Event> {
     let mut events = vec![Event::Paused, Event::Resumed, Event::Asked(NONCE), Event::Join, Event::QemuGone];
-    events.extend([Standing::KeepRunning, Standing::Leased, Standing::Unleased].map(Event::Standing));
+    events.extend([Standing::KeepRunning, Standing::Leased(e(2)), Standing::Unleased].map(Event::Standing));
     events.extend(guests().into_iter().map(Event::Restarted));
     for epoch in (1..5).map(e) {
         events.extend([
@@ -93,7 +93,11 @@ fn the_rules_hold_for_every_pair_of_state_and_event() {
                 let arms = effects.iter().position(|effect| *effect == Effect::Arm);
                 let begins = effects.iter().position(|effect| matches!(effect, Effect::Resume | Effect::Boot));
                 assert!(!starts || standing != Standing::Unleased, "started without a lease: {case}");
-                assert!(!starts || standing != Standing::Leased || arms < begins && arms.is_some(), "unarmed: {case}");
+                assert!(!starts || standing.permits(after.owned().unwrap()), "started under another's lease: {case}");
+                assert!(
+                    !starts || !matches!(standing, Standing::Leased(_)) || arms < begins && arms.is_some(),
+                    "unarmed: {case}"
+                );
                 assert!(arms.is_none() || after.owned().is_some(), "armed what must not run: {case}");
                 let disarms = effects.contains(&Effect::Disarm);
                 let unfenced = standing == Standing::KeepRunning || matches!(after, Record::Released { .. });
@@ -107,7 +111,7 @@ fn the_rules_hold_for_every_pair_of_state_and_event() {
                 if after.owned() > record.owned() {
                     let by_release = matches!((event, after), (Event::Release(epoch), Record::Own { own, .. })
                         if epoch == own && volatile.guest == Guest::Loaded(epoch) && epoch > record.seen()
-                            && standing != Standing::Unleased);
+                            && standing.permits(epoch));
                     let by_grant = matches!((event, after), (Event::Grant { nonce, own: granted } | Event::Inherit { nonce, own: granted, .. }, Record::Own { own, .. })
                         if volatile.question == Some(nonce) && granted == own && own > record.seen());
                     assert!(by_release || by_grant, "became owner otherwise: {case}");
@@ -209,8 +213,9 @@ fn fenced_rows() -> Vec<(Standing, Row)> {
     let replica = Record::Replica { seen: e(1), refused: None };
     let grant = |own| Event::Grant { nonce: NONCE, own: e(own) };
     let (absent, running, paused, loaded) = (Guest::Absent, Guest::Running, Guest::Paused, Guest::Loaded(e(2)));
-    let (leased, unleased) = (Standing::Leased, Standing::Unleased);
-    let extended = Event::Standing(leased);
+    let (one, leased, three) = (Standing::Leased(e(1)), Standing::Leased(e(2)), Standing::Leased(e(3)));
+    let unleased = Standing::Unleased;
+    let extended = Event::Standing;
     let arm_resume = vec![Effect::Arm, Effect::Resume];
     vec![
         (leased, (replica, loaded, Event::Release(e(2)), Some(own(2, 2)), arm_resume.clone())),
@@ -219,19 +224,23 @@ fn fenced_rows() -> Vec<(Standing, Row)> {
             unleased,
             (replica, absent, Event::Release(e(2)), Some(Record::Replica { seen: e(2), refused: Some(e(2)) }), vec![]),
         ),
-        (unleased, (own(2, 2), loaded, extended, None, arm_resume.clone())),
-        (unleased, (own(1, 1), paused, extended, None, arm_resume.clone())),
-        (unleased, (own(1, 1), running, extended, None, vec![Effect::Arm])),
+        (unleased, (own(2, 2), loaded, extended(leased), None, arm_resume.clone())),
+        (unleased, (own(1, 1), paused, extended(one), None, arm_resume.clone())),
+        (unleased, (own(1, 1), running, extended(one), None, vec![Effect::Arm])),
+        (unleased, (own(1, 1), running, extended(leased), None, vec![])),
+        (unleased, (own(1, 1), paused, extended(leased), None, vec![])),
         (leased, (own(1, 1), running, Event::Standing(Standing::KeepRunning), None, vec![Effect::Disarm])),
         (leased, (own(1, 1), running, Event::Standing(unleased), None, vec![])),
-        (leased, (prepared, paused, extended, None, vec![Effect::Arm])),
-        (leased, (released, paused, extended, None, vec![])),
+        (one, (prepared, paused, extended(one), None, vec![Effect::Arm])),
+        (one, (released, paused, extended(leased), None, vec![])),
         (leased, (prepared, paused, Event::Ready(e(2)), Some(released), vec![Effect::Disarm])),
-        (leased, (prepared, paused, Event::Cancel(e(2)), Some(own(1, 2)), arm_resume.clone())),
+        (one, (prepared, paused, Event::Cancel(e(2)), Some(own(1, 2)), arm_resume.clone())),
         (unleased, (prepared, paused, Event::Cancel(e(2)), Some(own(1, 2)), vec![])),
-        (leased, (own(1, 1), absent, grant(1), None, vec![Effect::Arm, Effect::Boot])),
+        (one, (own(1, 1), absent, grant(1), None, vec![Effect::Arm, Effect::Boot])),
         (unleased, (own(1, 1), absent, grant(1), None, vec![])),
-        (leased, (released, paused, grant(3), Some(own(3, 3)), arm_resume)),
+        (leased, (own(1, 1), absent, grant(1), None, vec![])),
+        (one, (replica, loaded, Event::Release(e(2)), None, vec![])),
+        (three, (released, paused, grant(3), Some(own(3, 3)), arm_resume)),
         (unleased, (released, paused, grant(3), Some(own(3, 3)), vec![])),
         // The lease is lost with the worker.
         (leased, (own(1, 1), absent, Event::Restarted(paused), None, vec![])),
