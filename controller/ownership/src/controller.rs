@@ -168,7 +168,8 @@ impl<W: Clone + Eq> Ownership<W> {
         }
     }
 
-    /// The move that this worker may load the image of.
+    /// The move that this worker may load the image of. Not to be told to a worker whose store is younger than the move: it
+    /// may have refused it, and not know.
     pub fn authorised(&self, worker: &W) -> Option<Epoch> {
         match self {
             Self::Migrating { to, epoch, refused: false, .. } if to == worker => Some(*epoch),

@@ -146,6 +146,8 @@ pub enum Event {
     QemuGone,
     /// The worker started; this is what it found on its host.
     Restarted(Guest),
+    /// The worker started with a store that is new, and found this. What it once refused or acquired is not known any more.
+    StoreLost(Guest),
 }
 
 /// What the driver does after persisting.

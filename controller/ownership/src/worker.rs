@@ -139,6 +139,7 @@ pub fn worker_step(record: &Record, volatile: &Volatile, event: Event) -> Step {
         },
         Event::QemuGone => now.qemu_gone(),
         Event::Restarted(found) => now.restarted(found),
+        Event::StoreLost(found) => now.store_lost(found),
     }
 }
 
@@ -373,6 +374,16 @@ impl Now {
             Record::Replica { .. } | Record::Own { .. } | Record::Released { .. } => None,
         };
         Step { record, volatile, effects: vec![] }
+    }
+
+    /// A guest that runs was running lawfully. Anything else may be the rest of what was refused.
+    fn store_lost(&self, found: Guest) -> Step {
+        match found {
+            Guest::Absent | Guest::Running => self.restarted(found),
+            Guest::Paused | Guest::Loaded(_) => {
+                Step { effects: vec![Effect::KillGuest], ..self.restarted(Guest::Paused) }
+            }
+        }
     }
 
     fn restarted(&self, found: Guest) -> Step {

@@ -189,6 +189,9 @@ fn rows() -> Vec<Row> {
         // The store was lost: who runs goes on, and is taken over with a grant or ended by a tombstone.
         (Record::UNKNOWN, absent, Event::Restarted(running), None, vec![]),
         (Record::UNKNOWN, absent, Event::Restarted(paused), None, vec![Effect::KillGuest]),
+        (Record::UNKNOWN, absent, Event::Restarted(loaded), None, vec![]),
+        (Record::UNKNOWN, absent, Event::StoreLost(loaded), None, vec![Effect::KillGuest]),
+        (Record::UNKNOWN, absent, Event::StoreLost(running), None, vec![]),
         (Record::UNKNOWN, running, grant(2), Some(own(2, 2)), vec![]),
         (Record::UNKNOWN, running, other(2), None, vec![Effect::KillGuest]),
         (Record::UNKNOWN, running, Event::Release(e(2)), None, vec![]),

@@ -48,6 +48,8 @@ pub enum Naive {
     BootsRunning,
     /// A lease is for the VM, under whatever epoch.
     LeaseForAnyEpoch,
+    /// A worker whose store was lost is authorised for a move that it may have refused.
+    AuthorisesTheForgetful,
     /// Grants go on while a failover is under way.
     NoHold,
 }
@@ -77,6 +79,8 @@ pub struct Config {
     pub keeper_stops: u8,
     /// Restores of the controllers from a backup.
     pub restores: u8,
+    /// Workers that lose their store, and are started again.
+    pub store_losses: u8,
     /// The leader's clock runs at up to this many times a worker's.
     pub drift: u8,
     /// What is left out.
@@ -98,6 +102,7 @@ impl Config {
             cuts: 0,
             keeper_stops: 0,
             restores: 0,
+            store_losses: 0,
             drift: 1,
             naive: None,
         }

@@ -125,7 +125,7 @@ impl World {
     }
 
     fn set_running(&mut self, config: &Config, worker: usize) {
-        if self.hosts[worker].behind && self.spent[1] == 0 {
+        if self.hosts[worker].behind && self.spent[1] == 0 && self.spent[5] == 0 {
             self.went_back = true;
         }
         // The hypervisor does what it is told, whatever the record says.

@@ -28,11 +28,14 @@ use reach::{Judgement, explore};
 use stateright::{Checker, Model};
 use world::{Life, World};
 
-/// The VM need not come back by itself where a host is lost and the bound on failovers is reached, or a person must decide.
+/// The VM need not come back by itself where a host is lost and the bound on failovers is reached, or a person must decide;
+/// or where a store is lost.
 fn judge(config: &Config, world: &World) -> Judgement {
     let lost = world.hosts.iter().any(|host| host.life == Life::Lost);
     let by_hand = config.policy == Policy::KeepRunning || world.spent[1] >= config.failovers;
-    match (world.well(), lost && by_hand) {
+    // A worker without its records cannot say what became of a move, and may refuse one that it had acquired.
+    let forgotten = world.spent[5] > 0;
+    match (world.well(), lost && by_hand || forgotten) {
         (true, _) => Judgement::Well,
         (false, true) => Judgement::Excused,
         (false, false) => Judgement::Open,
@@ -101,6 +104,12 @@ fn clocks_that_drift() {
 fn restored_from_a_backup() {
     let config = Config { restores: 1, worker_crashes: 1, ..Config::new(Policy::KeepRunning) };
     check("keep-running, one move, 1 worker crash per host, 1 restore", config);
+}
+
+#[test]
+fn a_store_that_is_lost() {
+    let config = Config { store_losses: 1, qemu_crashes: 1, ..Config::new(Policy::KeepRunning) };
+    check("keep-running, one move, 1 qemu crash per host, 1 store lost (safety only after that)", config);
 }
 
 /// The figure of issue 3: two crashes of each kind and host, and a partition.

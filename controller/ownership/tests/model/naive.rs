@@ -122,6 +122,12 @@ fn a_lease_for_any_epoch() {
 }
 
 #[test]
+fn an_authorisation_for_who_may_have_refused() {
+    let config = Config { store_losses: 1, ..Config::new(KeepRunning) };
+    must_fail(Naive::AuthorisesTheForgetful, Fails::TwoRun, config);
+}
+
+#[test]
 fn a_new_leader_that_does_not_wait() {
     must_fail(Naive::NoWait, Fails::TwoRun, Config { elections: 1, ..faults(SelfFence) });
 }

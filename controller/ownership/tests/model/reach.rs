@@ -25,7 +25,7 @@ pub struct Report<M: Model> {
 pub enum Judgement {
     /// All is well here.
     Well,
-    /// Not asked.
+    /// Not asked; but it is not the way to one where all is well, either, unless it leads there.
     Excused,
     /// It must still be possible to reach one where all is well.
     Open,
@@ -46,7 +46,7 @@ where
     let mut marks: Vec<u64> = vec![];
     let mut edges: Vec<(u32, u32)> = vec![];
     let mut live: Vec<u32> = vec![];
-    let (mut excused, mut queue) = (0, VecDeque::new());
+    let (mut excused, mut queue) = (vec![], VecDeque::new());
     let mut enter = |state: M::State, parent: u32, queue: &mut VecDeque<(u32, M::State)>| {
         let mark = mark(&state);
         let fresh = u32::try_from(parents.len()).unwrap();
@@ -55,10 +55,7 @@ where
             marks.push(mark);
             match judge(&state) {
                 Judgement::Well => live.push(fresh),
-                Judgement::Excused => {
-                    excused += 1;
-                    live.push(fresh);
-                }
+                Judgement::Excused => excused.push(fresh),
                 Judgement::Open => {}
             }
             queue.push_back((fresh, state));
@@ -81,8 +78,10 @@ where
         }
     }
     let reached = backwards(parents.len(), edges, live);
-    let stuck = reached.iter().position(|reached| !reached).map(|id| way(model, &parents, &marks, id));
-    Report { states: parents.len(), excused, stuck }
+    let is_excused = |id: usize| u32::try_from(id).is_ok_and(|id| excused.binary_search(&id).is_ok());
+    let stuck = (0..parents.len()).find(|id| !reached[*id] && !is_excused(*id));
+    let stuck = stuck.map(|id| way(model, &parents, &marks, id));
+    Report { states: parents.len(), excused: excused.len(), stuck }
 }
 
 fn mark(state: &impl Hash) -> u64 {

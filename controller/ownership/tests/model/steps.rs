@@ -58,6 +58,8 @@ pub enum Step {
     CrashHost(usize),
     /// Fault: and never comes back.
     LoseHost(usize),
+    /// Fault: a worker dies, loses its store, and is started again.
+    LoseStore(usize),
     /// Fault: a keeper is stopped.
     StopKeeper(usize),
     /// Fault: the link between the workers is cut.
@@ -78,6 +80,7 @@ impl Step {
             | Self::CrashQemu(_)
             | Self::CrashHost(_)
             | Self::LoseHost(_)
+            | Self::LoseStore(_)
             | Self::StopKeeper(_)
             | Self::Cut
             | Self::Elect
@@ -212,6 +215,7 @@ impl Config {
             (qemu_crashes < self.qemu_crashes && guest, Step::CrashQemu(worker)),
             (keeper_stops < self.keeper_stops && guest && host.deadline.is_some(), Step::StopKeeper(worker)),
             (world.spent[4] < self.losses, Step::LoseHost(worker)),
+            (world.spent[5] < self.store_losses, Step::LoseStore(worker)),
         ] {
             if possible {
                 steps.push(step);
@@ -226,7 +230,7 @@ impl Config {
     }
 
     fn controllers(&self, world: &World, steps: &mut Vec<Step>) {
-        let [moves, failovers, elections, restores, _] = world.spent;
+        let [moves, failovers, elections, restores, ..] = world.spent;
         if !world.cut && self.cuts > 0 {
             steps.push(Step::Cut);
         }
@@ -347,6 +351,7 @@ impl World {
                     && let Some(next) = register.order(1 - *register.owner().0)
                 {
                     *register = next;
+                    self.stores = [0, 1].map(|worker: usize| self.hosts[worker].store);
                     self.spent[0] += 1;
                 }
             }
@@ -361,6 +366,14 @@ impl World {
             Step::LoseHost(worker) => {
                 self.spent[4] += 1;
                 self.power_off(config, worker, Life::Lost);
+            }
+            Step::LoseStore(worker) => {
+                self.spent[5] += 1;
+                let host = &mut self.hosts[worker];
+                (host.record, host.whose, host.joined) = (Record::UNKNOWN, None, Generation(0));
+                host.store += 1;
+                host.forget(config.policy);
+                self.handle(config, worker, Event::StoreLost(self.hosts[worker].volatile.guest));
             }
             Step::StopKeeper(worker) => {
                 self.hosts[worker].faults[3] += 1;
@@ -426,7 +439,9 @@ impl World {
             });
         }
         let epoch = register.authorised(&worker).filter(|epoch| !held && *epoch > host.record.seen())?;
-        let free = host.volatile.guest == Guest::Absent && host.volatile.authorised != Some(epoch);
+        // The store was lost before this move was ordered, or it was not.
+        let forgot = host.store != self.stores[worker] && !config.is(Naive::AuthorisesTheForgetful);
+        let free = !forgot && host.volatile.guest == Guest::Absent && host.volatile.authorised != Some(epoch);
         free.then_some(Event::AuthReply { nonce: NONCE, epoch })
     }
 

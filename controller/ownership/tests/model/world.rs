@@ -52,6 +52,8 @@ pub struct Host {
     pub joined: Generation,
     /// Naive design: what a crash brings back.
     pub shadow: Option<Record>,
+    /// Which store it has.
+    pub store: u8,
     /// Power.
     pub life: Life,
     /// Dies with the worker, but for the guest, which dies with the host.
@@ -109,15 +111,17 @@ pub struct World {
     pub generation: Generation,
     /// In the leader's memory.
     pub leases: LeaseTable<usize, ()>,
+    /// In the replicated log: the stores that the workers had when the move was ordered.
+    pub stores: [u8; 2],
     /// A failover that is being replicated.
     pub proposal: Option<(usize, Proof<usize>)>,
     /// The network.
     pub said: BTreeSet<Said>,
     /// The link between the workers is cut.
     pub cut: bool,
-    /// So far: moves, failovers, elections, restores, losses.
-    pub spent: [u8; 5],
-    /// Somebody resumed an older memory after the VM had run on elsewhere, without a failover.
+    /// So far: moves, failovers, elections, restores, lost hosts, lost stores.
+    pub spent: [u8; 6],
+    /// Somebody resumed an older memory after the VM had run on elsewhere, without a failover or a lost store.
     pub went_back: bool,
 }
 
@@ -128,6 +132,7 @@ impl Host {
             whose: None,
             joined: Generation(0),
             shadow: None,
+            store: 0,
             life: Life::Up,
             volatile: Volatile { guest, standing: Standing::of(policy, None), ..Volatile::default() },
             due: vec![],
@@ -217,10 +222,11 @@ impl World {
             brain: Brain::Knows(Ownership::first(0)),
             generation: Generation(0),
             leases,
+            stores: [0; 2],
             proposal: None,
             said: BTreeSet::new(),
             cut: false,
-            spent: [0; 5],
+            spent: [0; 6],
             went_back: false,
         };
         world.speak(config);
@@ -270,8 +276,11 @@ impl World {
             let register = register.clone();
             self.say_orders(&register, config);
         }
-        let (hosts, brain) = (&self.hosts, &self.brain);
-        self.said.retain(|said| alive(said, hosts, brain));
+        if self.spent[5] == config.store_losses {
+            // No record forgets from here on.
+            let (hosts, brain) = (&self.hosts, &self.brain);
+            self.said.retain(|said| alive(said, hosts, brain));
+        }
     }
 
     fn say_orders(&mut self, register: &Ownership<usize>, config: &Config) {
