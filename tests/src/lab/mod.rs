@@ -88,6 +88,8 @@ pub struct LabConfig {
     pub accelerator: String,
     /// How sites are told apart.
     pub mode: Mode,
+    /// How long a worker may run VMs that fence themselves without hearing from the leader.
+    pub lease_ms: u32,
 }
 
 impl Default for LabConfig {
@@ -99,6 +101,7 @@ impl Default for LabConfig {
             log: "info".into(),
             accelerator: "auto".into(),
             mode: Mode::default(),
+            lease_ms: 10_000,
         }
     }
 }
@@ -200,8 +203,8 @@ impl Lab {
         let operator = authority.issue("operator", "operator.pageport")?;
         let mut lab = Self { controllers: BTreeMap::new(), workers: BTreeMap::new(), network, folders, operator };
 
-        let LabConfig { otlp_endpoint, log, accelerator, .. } = config;
-        let shared = Shared { otlp_endpoint, log, accelerator, addresses: lab.network.addresses().clone() };
+        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, .. } = config;
+        let shared = Shared { otlp_endpoint, log, accelerator, lease_ms, addresses: lab.network.addresses().clone() };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;
@@ -324,6 +327,19 @@ impl Lab {
                 let port = SerialPort::Console { environment: self.ctl_environment().into(), vm: vm.to_owned() };
                 GuestClient::attach(port, BOOT_DEADLINE).await
             }
+        }
+    }
+
+    /// Finds a VM's QEMUs again and again, for a witness in a thread of its own: their process numbers.
+    pub fn hypervisors_of(&self, vm: &str) -> impl Fn() -> Vec<i32> + Send + 'static {
+        let guest = format!("guest={vm}");
+        let run = self.runtime().to_string_lossy().into_owned();
+        move || {
+            let is_its_qemu = |pid: &i32| {
+                let line = processes::command_line(*pid);
+                line.first().is_some_and(|program| program.contains("qemu")) && line.contains(&guest)
+            };
+            processes::of_labs(|argument| argument.contains(&run)).into_iter().filter(is_its_qemu).collect()
         }
     }
 

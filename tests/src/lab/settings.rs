@@ -42,6 +42,8 @@ pub struct Shared {
     pub log: String,
     /// `auto`, `kvm` or `tcg`.
     pub accelerator: String,
+    /// How long a lease lasts.
+    pub lease_ms: u32,
     /// Where everybody is.
     pub addresses: Addresses,
 }
@@ -62,6 +64,7 @@ pub fn controller(site: &str, data: &Path, identity: &Identity, shared: &Shared)
         Value::Table(member)
     });
     set(&mut config, "members", members.collect::<Vec<_>>());
+    set(section(&mut config, "lease"), "lease_ms", i64::from(shared.lease_ms));
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
 }
@@ -157,7 +160,7 @@ mod tests {
 
     fn shared() -> Shared {
         let addresses = Addresses::of_namespaces();
-        Shared { otlp_endpoint: None, log: "debug".into(), accelerator: "auto".into(), addresses }
+        Shared { otlp_endpoint: None, log: "debug".into(), accelerator: "auto".into(), lease_ms: 10_000, addresses }
     }
 
     #[test]

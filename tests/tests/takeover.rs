@@ -1,0 +1,174 @@
+//! A VM is taken over when its site is lost: by itself once its lease has surely run out, or on an operator's word. It never
+//! runs twice, and what comes back finds that it is no longer the owner.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pageport_lab::lab::guest::{GUEST_ADDRESS, GuestImages, SMALL};
+use pageport_lab::lab::{Lab, LabConfig, VmFile};
+use pageport_lab::netns;
+use pageport_lab::wan::control::Request;
+use serde_json::Value;
+use support::{PATIENCE, VM, wait_for};
+
+/// A lab with a running guest at site a and a complete replica at site b, seen from site b.
+async fn begin(on_isolation: &str) -> Lab {
+    let images = GuestImages::build(SMALL).unwrap();
+    let lab = Lab::start(LabConfig { lease_ms: 4_000, ..LabConfig::default() }).await.unwrap();
+    let file = VmFile::new(&lab, VM, &images, SMALL).unwrap();
+    let text = std::fs::read_to_string(file.path()).unwrap();
+    std::fs::write(file.path(), format!("{text}on_isolation: {on_isolation}\n")).unwrap();
+    lab.ctl(["vm", "define", "-f", file.path(), "--site", "a"]).await.unwrap();
+    lab.ctl(["vm", "start", VM]).await.unwrap();
+    lab.guest("a", GUEST_ADDRESS).await.unwrap();
+    support::set_rate(&lab, 1_000_000_000);
+    support::ctl(&lab, &["replica", "seed", VM, "--to", "b", "--watch"]).await.unwrap();
+    lab
+}
+
+async fn ctl(lab: &Lab, arguments: &[&str]) -> Result<String, String> {
+    let mut command = lab.ctl_command("b");
+    let output = tokio::time::timeout(PATIENCE, command.args(arguments).output()).await.unwrap().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+async fn vm(lab: &Lab) -> Value {
+    let shown = ctl(lab, &["--json", "vm", "get", VM]).await.unwrap_or_default();
+    serde_json::from_str(&shown).unwrap_or_default()
+}
+
+async fn wait_for_vm(lab: &Lab, what: &str, so: impl Fn(&Value) -> bool) -> Value {
+    wait_for(what, || async {
+        let vm = vm(lab).await;
+        if so(&vm) { Ok(vm) } else { Err(vm.to_string()) }
+    })
+    .await
+}
+
+/// Site a hears nobody and nobody hears site a.
+fn isolate(lab: &Lab, request: fn(String, String) -> Request) {
+    let mut wan = lab.network().wan().unwrap();
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "a")] {
+        wan.call(&request(from.to_owned(), to.to_owned())).unwrap();
+    }
+}
+
+/// Looks all the time for two hypervisors of the VM.
+struct Witness {
+    stop: Arc<AtomicBool>,
+    watching: tokio::task::JoinHandle<Result<u64, String>>,
+}
+
+impl Witness {
+    fn of(lab: &Lab) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, look) = (stop.clone(), lab.hypervisors_of(VM));
+        let watching = tokio::task::spawn_blocking(move || {
+            let mut looks = 0;
+            while !stopped.load(Ordering::SeqCst) {
+                let pids = look();
+                if pids.len() > 1 {
+                    return Err(format!("{pids:?}"));
+                }
+                looks += 1;
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            Ok(looks)
+        });
+        Self { stop, watching }
+    }
+
+    async fn assert_never_two(self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let looks = self.watching.await.unwrap().expect("two hypervisors ran the vm");
+        assert!(looks > 100, "only {looks} looks");
+    }
+}
+
+/// What was left behind is kept as an outdated replica, and becomes a complete one by a new seed.
+async fn assert_left_behind_and_of_use(lab: &Lab) {
+    let replica_at_a = |vm: &Value| vm["replicas"].as_array()?.iter().find(|replica| replica["site"] == "a").cloned();
+    let seen = wait_for_vm(lab, "an outdated replica at a", |vm| replica_at_a(vm).is_some()).await;
+    assert_eq!(replica_at_a(&seen).unwrap()["state"], "outdated", "{seen}");
+    wait_for("no hypervisor at a", || async {
+        let pids = lab.qemu_pids(VM);
+        if matches!(pids[..], [("b", _)]) { Ok(()) } else { Err(format!("{pids:?}")) }
+    })
+    .await;
+    ctl(lab, &["replica", "seed", VM, "--to", "a", "--watch"]).await.unwrap();
+    ctl(lab, &["migrate", VM, "--to", "a", "--watch"]).await.unwrap();
+    assert_eq!(vm(lab).await["owner_site"], "a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_fences_itself_ends_with_its_lease_and_then_starts_elsewhere() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let mut lab = begin("self-fence").await;
+    // The leader's word keeps it alive for longer than any lease.
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    assert!(matches!(lab.qemu_pids(VM)[..], [("a", _)]));
+
+    let witness = Witness::of(&lab);
+    // The worker hangs as well, so that nobody but the keeper can end the guest.
+    let worker = nix::unistd::Pid::from_raw(lab.worker("a").pid().unwrap().cast_signed());
+    nix::sys::signal::kill(worker, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    isolate(&lab, |from, to| Request::Cut { from, to });
+    let taken = wait_for_vm(&lab, "the guest at b", |vm| vm["state"] == "running" && vm["owner_site"] == "b").await;
+    witness.assert_never_two().await;
+    lab.guest("b", GUEST_ADDRESS).await.unwrap();
+    let takeover = &taken["takeovers"][0];
+    assert_eq!((&takeover["ground"], &takeover["from_worker"], &takeover["to_worker"]), (&"lease_expired".into(), &"worker-a".into(), &"worker-b".into()), "{taken}");
+    assert!(taken["problem"].as_str().unwrap().contains("lost"), "{taken}");
+
+    let witness = Witness::of(&lab);
+    nix::sys::signal::kill(worker, nix::sys::signal::Signal::SIGCONT).unwrap();
+    isolate(&lab, |from, to| Request::Heal { from, to });
+    lab.wait_until_ready().await.unwrap();
+    witness.assert_never_two().await;
+    assert_left_behind_and_of_use(&lab).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_keeps_running_is_taken_over_on_an_operators_word_alone() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let mut lab = begin("keep-running").await;
+    let resolve = |confirm: &'static str, reason: &'static str| {
+        ["vm", "resolve", VM, "--force-owner", "b", "--confirm", confirm, "--reason", reason]
+    };
+    for (confirm, reason, named) in
+        [("web2", "burnt", "web2"), (VM, " ", "reason"), (VM, "burnt", "connected"), ("", "burnt", "nothing was changed")]
+    {
+        let refused = ctl(&lab, &resolve(confirm, reason)).await.unwrap_err();
+        assert!(refused.contains(named) && refused.lines().count() == 1, "{refused}");
+    }
+
+    // The host is lost: its worker, and the hypervisor with it.
+    lab.worker("a").kill().unwrap();
+    for (_, pid) in lab.qemu_pids(VM) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    let lost = wait_for_vm(&lab, "a doubt", |vm| vm["doubt"].as_str().is_some_and(|doubt| !doubt.is_empty())).await;
+    assert_eq!((&lost["state"], &lost["owner_site"]), (&"unknown".into(), &"a".into()), "{lost}");
+    assert!(ctl(&lab, &["vm", "delete", VM]).await.is_err());
+    ctl(&lab, &resolve(VM, "the host burnt down")).await.unwrap();
+    let taken = wait_for_vm(&lab, "the guest at b", |vm| vm["state"] == "running" && vm["owner_site"] == "b").await;
+    let takeover = &taken["takeovers"][0];
+    assert_eq!((&takeover["ground"], &takeover["reason"]), (&"override".into(), &"the host burnt down".into()), "{taken}");
+    assert_eq!(takeover["operator"], "operator.pageport");
+
+    let witness = Witness::of(&lab);
+    lab.worker("a").restart().unwrap();
+    lab.wait_until_ready().await.unwrap();
+    witness.assert_never_two().await;
+    assert_left_behind_and_of_use(&lab).await;
+}
