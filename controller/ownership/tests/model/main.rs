@@ -5,7 +5,8 @@
 //! | `config` | what a run explores; the naive designs |
 //! | `world` | a state |
 //! | `driver` | what a worker's driver does with the rules |
-//! | `steps` | what can happen |
+//! | `steps` | what can happen, and when |
+//! | `take` | what comes of it |
 //! | `reach` | can the VM always still come back? |
 //!
 //! Any message may be late, lost, doubled or out of order, and any process slow or stopped: what was said may arrive at any time
@@ -18,6 +19,7 @@ mod driver;
 mod naive;
 mod reach;
 mod steps;
+mod take;
 mod world;
 
 use std::time::Instant;
