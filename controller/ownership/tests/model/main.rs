@@ -153,16 +153,30 @@ fn large_keep_running_there_and_back() {
 
 #[test]
 #[ignore = "minutes"]
-fn large_self_fence_with_crashes() {
+fn large_self_fence_with_host_crashes() {
+    let config = Config { host_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 host crash per host, 1 failover", config);
+}
+
+#[test]
+#[ignore = "minutes"]
+fn large_self_fence_with_worker_crashes() {
+    let config = Config { worker_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 worker crash per host, 1 failover", config);
+}
+
+#[test]
+#[ignore = "many minutes"]
+fn large_self_fence_with_crashes_and_a_partition() {
     let config = Config { worker_crashes: 1, host_crashes: 1, failovers: 1, cuts: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 worker, 1 host crash per host, 1 failover, 1 partition", config);
 }
 
 #[test]
 #[ignore = "minutes"]
-fn large_self_fence_with_elections_and_losses() {
-    let config = Config { qemu_crashes: 1, losses: 1, elections: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
-    check("self-fence, one move; 1 qemu crash per host, 1 host lost, 1 election, 1 failover", config);
+fn large_self_fence_with_an_election_and_a_loss() {
+    let config = Config { losses: 1, elections: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 host lost, 1 election, 1 failover", config);
 }
 
 #[test]
