@@ -124,7 +124,7 @@ fn large_two_crashes_each_and_a_partition() {
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "many minutes"]
 fn large_keep_running_with_two_failovers() {
     let config = Config {
         worker_crashes: 2,
