@@ -63,6 +63,7 @@ impl World {
         match self.hosts[worker].due.remove(0) {
             Due::Effect(Effect::Arm) => self.arm(worker),
             Due::Effect(Effect::Disarm) => self.hosts[worker].deadline = None,
+            Due::Effect(Effect::Resume) if self.hosts[worker].volatile.guest == Guest::Absent => {}
             Due::Effect(Effect::Resume) if self.permitted(config, worker) => {
                 self.hosts[worker].due.insert(0, Due::Cont);
             }

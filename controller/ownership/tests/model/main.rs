@@ -5,7 +5,8 @@
 //! | `config` | what a run explores; the naive designs |
 //! | `world` | a state |
 //! | `driver` | what a worker's driver does with the rules |
-//! | `steps` | what can happen |
+//! | `steps` | what can happen, and when |
+//! | `take` | what comes of it |
 //! | `reach` | can the VM always still come back? |
 //!
 //! Any message may be late, lost, doubled or out of order, and any process slow or stopped: what was said may arrive at any time
@@ -18,6 +19,7 @@ mod driver;
 mod naive;
 mod reach;
 mod steps;
+mod take;
 mod world;
 
 use std::time::Instant;
@@ -122,7 +124,7 @@ fn large_two_crashes_each_and_a_partition() {
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "many minutes"]
 fn large_keep_running_with_two_failovers() {
     let config = Config {
         worker_crashes: 2,
@@ -151,16 +153,30 @@ fn large_keep_running_there_and_back() {
 
 #[test]
 #[ignore = "minutes"]
-fn large_self_fence_with_crashes() {
+fn large_self_fence_with_host_crashes() {
+    let config = Config { host_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 host crash per host, 1 failover", config);
+}
+
+#[test]
+#[ignore = "minutes"]
+fn large_self_fence_with_worker_crashes() {
+    let config = Config { worker_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 worker crash per host, 1 failover", config);
+}
+
+#[test]
+#[ignore = "many minutes"]
+fn large_self_fence_with_crashes_and_a_partition() {
     let config = Config { worker_crashes: 1, host_crashes: 1, failovers: 1, cuts: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 worker, 1 host crash per host, 1 failover, 1 partition", config);
 }
 
 #[test]
 #[ignore = "minutes"]
-fn large_self_fence_with_elections_and_losses() {
-    let config = Config { qemu_crashes: 1, losses: 1, elections: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
-    check("self-fence, one move; 1 qemu crash per host, 1 host lost, 1 election, 1 failover", config);
+fn large_self_fence_with_an_election_and_a_loss() {
+    let config = Config { losses: 1, elections: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
+    check("self-fence, one move; 1 host lost, 1 election, 1 failover", config);
 }
 
 #[test]
