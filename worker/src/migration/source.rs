@@ -26,6 +26,7 @@ use super::control::{Control, ControlError};
 use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
 use crate::clock::{self, Offset};
+use crate::failpoint;
 use crate::hypervisor::migrate::SourceSettings;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
@@ -217,6 +218,7 @@ impl Move {
         tracing::info!(phase = name, "phase begins");
         self.timings.push(PhaseTiming { name: name.to_owned(), duration_ms: 0 });
         self.report_progress(None);
+        failpoint::reach("source", name).await;
         let outcome = body(self).instrument(tracing::info_span!("phase", phase = name)).await;
         let duration_ms = began.elapsed().as_millis() as u64;
         if let Some(timing) = self.timings.last_mut() {
