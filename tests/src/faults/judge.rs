@@ -84,6 +84,11 @@ async fn end_of_move(arena: &Arena, struck: &Struck, verdict: &mut Verdict) -> R
     .await?;
     verdict.outcome = text(&ended["state"]);
     verdict.reason = text(&ended["reason"]);
+    if verdict.outcome != "completed" && verdict.reason.lines().count() != 1 {
+        verdict
+            .complaints
+            .push(format!("the move {}, but no one line says why: {:?}", verdict.outcome, verdict.reason));
+    }
     Ok(())
 }
 

@@ -21,16 +21,16 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-mod arena;
+pub mod arena;
 mod case;
-mod error;
+pub mod error;
 mod judge;
 mod leftovers;
 mod plan;
 mod results;
-mod sniffer;
+pub mod sniffer;
 mod table;
-mod witness;
+pub mod witness;
 
 pub use arena::HEARTBEAT;
 pub use error::{FaultsError, chain};

@@ -70,6 +70,14 @@ impl Sniffer {
         Ok(taken)
     }
 
+    /// What was seen since then, to be looked at again.
+    ///
+    /// # Errors
+    /// As [`Sniffer::take`].
+    pub fn seen(&self) -> io::Result<Vec<Sighting>> {
+        Ok(self.lock()?.clone())
+    }
+
     /// The last one.
     ///
     /// # Errors
