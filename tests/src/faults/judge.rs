@@ -123,7 +123,7 @@ async fn guest(arena: &Arena, struck: &Struck, verdict: &mut Verdict) -> Result<
     }
     let owner = verdict.owner.clone();
     if verdict.crashed {
-        if !vm["problem"].as_str().is_some_and(|problem| !problem.is_empty()) {
+        if vm["problem"].as_str().is_none_or(str::is_empty) {
             verdict.complaints.push("the vm crashed, but nothing says why".to_owned());
         }
         return boot_again(arena, struck, &owner, verdict).await;
