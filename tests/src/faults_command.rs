@@ -3,20 +3,23 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use pageport_lab::faults::{self, FaultsConfig, News, Passed};
 use pageport_lab::{netns, paths};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Strike a move with every fault at every point, on real processes.
+///
 /// Each case moves a guest between two sites, holds the move at a point, strikes, lets go and heals; then exactly one guest must
 /// run, the same as before, where the move's outcome says, and nothing may be left behind. Results are appended to
 /// target/faults/results.jsonl; what is passed at this commit is not run again. Exit code 1 when a case is not passed.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  pageport-lab faults                                  the whole matrix, or what is left of it
+  pageport-lab faults                                      the whole matrix, or what is left of it
   pageport-lab faults --only memory --only /kill-leader    all at one point, and one fault at all points
   pageport-lab faults --only hand-over/cut-both --again    one pair, even if it is passed
-  pageport-lab faults --list                           all pairs, with what is known of them
+  pageport-lab faults --list                               all pairs, with what is known of them
 
 A failed case keeps its daemons' logs: see \"logs\" of its line. Run two at once (with different --only) to save time.")]
 pub struct FaultsCommand {
@@ -60,7 +63,7 @@ impl FaultsCommand {
         if list {
             return list_faults(&config, json);
         }
-        netns::enter()?;
+        netns::enter().context("make network namespaces, which the matrix needs")?;
         let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
         // Leaving the select drops the run, and with it the lab; what was passed is kept.
         let outcome = tokio::select! {
@@ -97,13 +100,17 @@ fn list_faults(config: &FaultsConfig, json: bool) -> anyhow::Result<()> {
     for pair in &config.pairs {
         let name = pair.to_string();
         let state = known.get(&name).map(|result| if result.passed { "passed" } else { "failed" });
-        let mut out = std::io::stdout();
-        match json {
-            true => writeln!(out, "{}", serde_json::json!({"pair": name, "state": state}))?,
-            false => writeln!(out, "{name:<40}{}", state.unwrap_or("not run"))?,
-        }
+        print_line(&match json {
+            true => serde_json::json!({"pair": name, "state": state}).to_string(),
+            false => format!("{name:<40}{}", state.unwrap_or("not run")),
+        });
     }
     Ok(())
+}
+
+/// Who closed standard output does not want to know.
+fn print_line(line: &str) {
+    writeln!(std::io::stdout().lock(), "{line}").ok();
 }
 
 fn tell(news: &News<'_>, json: bool) {
@@ -119,6 +126,5 @@ fn tell(news: &News<'_>, json: bool) {
             format!("    {end} in {seconds} s{complaints}")
         }
     };
-    // A closed standard output ends nothing.
-    writeln!(std::io::stdout().lock(), "{line}").ok();
+    print_line(&line);
 }

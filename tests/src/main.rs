@@ -48,7 +48,6 @@ enum Cmd {
         #[arg(long)]
         loopback: bool,
     },
-    /// Strike a move with every fault at every point, on real processes.
     Faults(FaultsCommand),
     /// Move a guest over the WAN and compare with QEMU's own ways.
     Demo {
