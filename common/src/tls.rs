@@ -19,6 +19,9 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity as TonicIdentity, 
 /// DNS name in every controller's certificate.
 pub const CONTROLLER_NAME: &str = "controller.pageport";
 
+/// DNS name in operators' certificates, alone or behind a name of their own (`alice.operator.pageport`).
+pub const OPERATOR_NAME: &str = "operator.pageport";
+
 /// DNS name in the certificate of a worker.
 pub fn worker_name(worker: &str) -> String {
     format!("{worker}.worker.pageport")

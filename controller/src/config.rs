@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use pageport_common::config::{ConfigError, load};
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::TlsPaths;
+use pageport_ownership::LeaseTerms;
+use pageport_ownership::lease::LeaseTermsError;
 use pageport_proto::SiteName;
 use serde::Deserialize;
 
@@ -20,7 +22,23 @@ struct Raw {
     members: Vec<RawMember>,
     tls: TlsPaths,
     #[serde(default)]
+    lease: RawLease,
+    #[serde(default)]
     telemetry: TelemetryConfig,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawLease {
+    lease_ms: u64,
+    drift_ppm: u32,
+    fence_latency_ms: u64,
+}
+
+impl Default for RawLease {
+    fn default() -> Self {
+        Self { lease_ms: 10_000, drift_ppm: 10_000, fence_latency_ms: 2_000 }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -81,6 +99,8 @@ pub struct Config {
     pub members: Vec<Member>,
     /// How much of the replicated log is kept.
     pub log: LogLimits,
+    /// How long workers may run VMs that fence themselves without hearing from the leader. The same at every controller.
+    pub lease: LeaseTerms,
     /// Certificates.
     pub tls: TlsPaths,
     /// Logs and traces.
@@ -107,6 +127,23 @@ fn address(key: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
 
 fn site(key: &'static str, text: &str) -> Result<SiteName, ConfigError> {
     text.parse().or_else(|error| invalid(key, format!("{error}")))
+}
+
+/// Workers ask three times within a lease, and an answer may take an election.
+const MIN_LEASE_MS: u64 = 3_000;
+
+fn lease(raw: &RawLease) -> Result<LeaseTerms, ConfigError> {
+    if raw.lease_ms < MIN_LEASE_MS {
+        return invalid("lease.lease_ms", format!("{} is too short: use {MIN_LEASE_MS} or more", raw.lease_ms));
+    }
+    LeaseTerms::new(raw.lease_ms, raw.drift_ppm, raw.fence_latency_ms).or_else(|error| {
+        let key = match error {
+            LeaseTermsError::Lease { .. } => "lease.lease_ms",
+            LeaseTermsError::Drift { .. } => "lease.drift_ppm",
+            LeaseTermsError::FenceLatency { .. } => "lease.fence_latency_ms",
+        };
+        invalid(key, error.to_string())
+    })
 }
 
 impl TryFrom<Raw> for Config {
@@ -145,6 +182,7 @@ impl TryFrom<Raw> for Config {
             listen_web: address("listen.web", &raw.listen.web)?,
             members,
             log: LogLimits::default(),
+            lease: lease(&raw.lease)?,
             tls: raw.tls,
             telemetry: raw.telemetry,
         })
@@ -179,6 +217,9 @@ mod tests {
             ("data_dir = \"/", "data_dir = \"", "data_dir"),
             ("api = \"192.0.2.1:7400\"", "api = \"here\"", "listen.api"),
             ("id = 3\n", "id = 2\n", "members.id"),
+            ("lease_ms = 10000", "lease_ms = 2999", "lease.lease_ms"),
+            ("drift_ppm = 10000", "drift_ppm = 1000001", "lease.drift_ppm"),
+            ("fence_latency_ms = 2000", "fence_latency_ms = 0", "lease.fence_latency_ms"),
             ("address = \"192.0.2.3:7400\"", "address = \"192.0.2.3\"", "members.address"),
         ];
         for (good, bad, expected) in cases {

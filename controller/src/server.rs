@@ -33,6 +33,7 @@ use crate::consensus::Consensus;
 use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
 use crate::consensus::peers::{MAX_ENVELOPE_BYTES, Peers, RaftTransport};
 use crate::link::driver::drive;
+use crate::link::leases::Leases;
 use crate::link::observation::{Hub, hub};
 use crate::link::service::WorkerLink;
 use crate::web;
@@ -155,9 +156,10 @@ pub async fn run(
     let _stops_core = stop_core.clone().drop_guard();
     let (consensus, mut core_ended) = start(&core, inbox, peers, stop_core.clone())?;
     let hub = hub();
+    let leases = Arc::new(Leases::new(config.lease));
     let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));
-    let (public, internal) = routes(&config, &consensus, &hub, forwarder);
-    let driver = tokio::spawn(drive(consensus, hub, stop.child_token()));
+    let (public, internal) = routes(&config, &consensus, &hub, &leases, forwarder);
+    let driver = tokio::spawn(drive(consensus, hub, leases, stop.child_token()));
 
     let ports = stop.child_token();
     let api = serve_api(identity, listeners.api, public.clone().merge(internal), ports.clone());
@@ -183,7 +185,13 @@ pub async fn run(
 }
 
 /// What clients may ask on both ports, and what only daemons ask.
-fn routes(config: &Config, consensus: &Consensus, hub: &Hub, forwarder: Forwarder) -> (Router, Router) {
+fn routes(
+    config: &Config,
+    consensus: &Consensus,
+    hub: &Hub,
+    leases: &Arc<Leases>,
+    forwarder: Forwarder,
+) -> (Router, Router) {
     let members = Arc::new(config.members.clone());
     let api = Api::new(consensus.clone(), hub.clone());
     let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
@@ -195,7 +203,7 @@ fn routes(config: &Config, consensus: &Consensus, hub: &Hub, forwarder: Forwarde
     let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone(), members.clone()));
     let cluster = Routes::new(cluster).prepare().into_axum_router().reset_fallback();
     let raft = RaftTransportServiceServer::new(RaftTransport::new(consensus.clone()));
-    let link = WorkerLink::new(consensus.clone(), hub.clone(), members);
+    let link = WorkerLink::new(consensus.clone(), hub.clone(), leases.clone(), members);
     let internal = Routes::new(raft.max_decoding_message_size(MAX_ENVELOPE_BYTES))
         .add_service(WorkerLinkServiceServer::new(link))
         .prepare()

@@ -53,7 +53,8 @@ impl Drop for Hosts {
 impl Hosts {
     fn host(&self, side: &str) -> Host {
         let runtime_dir = self.0.path().join(side);
-        Host { qemu: "qemu-system-x86_64".into(), accelerator: Accelerator::Tcg, runtime_dir }
+        let keeper = pageport_lab::paths::program("pageport-keeper");
+        Host { qemu: "qemu-system-x86_64".into(), keeper, accelerator: Accelerator::Tcg, runtime_dir }
     }
 }
 
@@ -80,7 +81,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     }
 
     let spec = spec(&images, &disk);
-    let launch = |mode| Launch { vm, spec: spec.clone(), disk_paths: BTreeMap::new(), mode };
+    let launch = |mode| Launch { vm, spec: spec.clone(), disk_paths: BTreeMap::new(), mode, deadline: None };
     let source = Vm::start(&hosts.host("a"), &launch(StartMode::Running)).await.unwrap();
     make_busy(&source).await;
     let destination = Vm::start(&hosts.host("b"), &launch(StartMode::Incoming)).await.unwrap();

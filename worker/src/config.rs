@@ -9,6 +9,8 @@ use pageport_common::tls::TlsPaths;
 use pageport_proto::{SiteName, WorkerName};
 use serde::Deserialize;
 
+use crate::hypervisor::keeper;
+
 /// The file as written.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -57,13 +59,19 @@ pub struct Advertised {
 pub struct HypervisorConfig {
     /// The binary.
     pub qemu: String,
+    /// The keeper's program: a path, or a name that is looked for beside the worker's program and in `PATH`.
+    pub keeper: String,
     /// What runs the guests.
     pub accelerator: AcceleratorChoice,
 }
 
 impl Default for HypervisorConfig {
     fn default() -> Self {
-        Self { qemu: "qemu-system-x86_64".to_owned(), accelerator: AcceleratorChoice::Auto }
+        Self {
+            qemu: "qemu-system-x86_64".to_owned(),
+            keeper: keeper::PROGRAM.to_owned(),
+            accelerator: AcceleratorChoice::Auto,
+        }
     }
 }
 

@@ -37,4 +37,6 @@ pub struct Node {
     pub registry: Registry,
     /// Notified when a report would differ from the one before.
     pub changed: Arc<Notify>,
+    /// Notified when a VM needs a lease now.
+    pub lease_wanted: Notify,
 }

@@ -129,6 +129,24 @@ pub enum VmCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Settle by hand who owns a VM that is in doubt or whose worker is lost for good.
+    ///
+    /// The controllers never guess: as long as a worker that may run the VM does not answer, the VM is started nowhere
+    /// else. If YOU know that it runs nowhere (the host is off, or its disk is gone), this makes another site the owner.
+    /// If you are wrong the VM runs twice and its disks part ways. The command is recorded with your name and reason.
+    Resolve {
+        /// Name or id of the VM.
+        vm: String,
+        /// The site that owns the VM from now on: one that holds a replica, or the source of the move in doubt.
+        #[arg(long, value_name = "SITE")]
+        force_owner: String,
+        /// The VM's name once more; asked for at the terminal when left out.
+        #[arg(long, value_name = "NAME")]
+        confirm: Option<String>,
+        /// Why you know that it runs nowhere else; kept for good.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
     /// Delete a stopped VM and its replicas; its disk image stays.
     Delete {
         /// Name or id of the VM.

@@ -68,6 +68,12 @@ pub enum CtlError {
         /// What.
         subject: String,
     },
+    /// A dangerous command was not confirmed.
+    #[error("not confirmed: give the VM's name with --confirm NAME, or run this at a terminal")]
+    Unconfirmed,
+    /// The terminal could not be read.
+    #[error("read the confirmation")]
+    Terminal(#[source] io::Error),
     /// The user interrupted a watch.
     #[error("interrupted: {hint}")]
     Interrupted {

@@ -74,6 +74,26 @@ struct VmFile {
     #[serde(default)]
     nics: Vec<NicEntry>,
     direct_boot: Option<DirectBootEntry>,
+    #[serde(default)]
+    on_isolation: OnIsolation,
+    #[serde(default)]
+    start: Start,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum OnIsolation {
+    #[default]
+    KeepRunning,
+    SelfFence,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Start {
+    #[default]
+    AsOrdered,
+    Manual,
 }
 
 #[derive(Debug, Deserialize)]
@@ -189,6 +209,14 @@ impl VmFile {
             disks: disks.collect(),
             nics: nics.collect(),
             direct_boot: self.direct_boot.map(boot),
+            on_isolation: match self.on_isolation {
+                OnIsolation::KeepRunning => v1::IsolationPolicy::KeepRunning.into(),
+                OnIsolation::SelfFence => v1::IsolationPolicy::SelfFence.into(),
+            },
+            start: match self.start {
+                Start::AsOrdered => v1::StartPolicy::AsOrdered.into(),
+                Start::Manual => v1::StartPolicy::Manual.into(),
+            },
         }
     }
 }
@@ -217,6 +245,8 @@ mod tests {
         assert_eq!((spec.memory_bytes, spec.vcpus, spec.machine.as_str()), (2 << 30, 2, ""));
         assert_eq!(spec.disks[0].format, "raw");
         assert!(spec.nics.is_empty() && spec.direct_boot.is_none());
+        assert_eq!(spec.on_isolation(), v1::IsolationPolicy::KeepRunning);
+        assert_eq!(spec.start(), v1::StartPolicy::AsOrdered);
     }
 
     #[test]

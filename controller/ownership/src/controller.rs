@@ -6,10 +6,10 @@
 //! | `Migrating` | `Revoked` by the source | `Owned` by the source, same epoch as before |
 //! | `Migrating` | `Acquired` by the destination | `Owned` by the destination, at the move's epoch |
 //! | `Migrating` | `Released` by the source **and** `Refused` by the destination | `Owned` by the source, a newer epoch |
+//! | either | a [`crate::Proof`] about all possible holders | `Owned` by another, a newer epoch ([`crate::failover`]) |
 //!
-//! Guarantees: `last` never falls and no epoch is given twice; nothing but a worker's durable record changes an owner.
-//! Cancelling does not appear: it is a request to the source, whose record decides. Failover by lease or override is
-//! not here yet.
+//! Guarantees: `last` never falls and no epoch is given twice; nothing but a worker's durable record or a proof changes an
+//! owner. Cancelling does not appear: it is a request to the source, whose record decides.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,9 @@ pub enum Ownership<W> {
         own: Epoch,
         /// The newest epoch that was ever given for this VM.
         last: Epoch,
+        /// After a failover to the destination of a move: that move. Its image may be gone on from.
+        #[serde(default)]
+        image: Option<Epoch>,
     },
     /// A move was authorised: until one of the two has spoken, either may hold the VM.
     Migrating {
@@ -43,6 +46,10 @@ pub enum Ownership<W> {
         released: bool,
         /// The destination will never acquire the epoch.
         refused: bool,
+        /// Epochs that are given after this move are newer than this, too: of a newer generation, if the controllers were
+        /// restored while it was under way.
+        #[serde(default)]
+        floor: Epoch,
     },
 }
 
@@ -84,7 +91,7 @@ impl<W: Clone + Eq> Ownership<W> {
     /// A VM that was just defined: its first owner, at the first epoch.
     pub fn first(owner: W) -> Self {
         let own = Epoch::ZERO.next();
-        Self::Owned { owner, own, last: own }
+        Self::Owned { owner, own, last: own, image: None }
     }
 
     /// The newest owner that is certain, and its epoch.
@@ -99,20 +106,47 @@ impl<W: Clone + Eq> Ownership<W> {
     pub fn last(&self) -> Epoch {
         match self {
             Self::Owned { last, .. } => *last,
-            Self::Migrating { epoch, .. } => *epoch,
+            Self::Migrating { epoch, floor, .. } => *epoch.max(floor),
         }
+    }
+
+    /// Who may run the VM, or may become able to without being told by the controllers.
+    pub fn possible_holders(&self) -> Vec<&W> {
+        match self {
+            Self::Owned { owner, .. } => vec![owner],
+            Self::Migrating { from, to, released, refused, .. } => {
+                let source = (!released).then_some(from);
+                source.into_iter().chain((!refused).then_some(to)).collect()
+            }
+        }
+    }
+
+    /// The epoch under which this worker may run the VM, should it hold it.
+    pub fn holds_under(&self, worker: &W) -> Option<Epoch> {
+        match self {
+            Self::Owned { owner, own, .. } if owner == worker => Some(*own),
+            Self::Migrating { from, own, released: false, .. } if from == worker => Some(*own),
+            Self::Migrating { to, epoch, refused: false, .. } if to == worker => Some(*epoch),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
+    /// The source has let go, and the destination has neither taken over nor refused: either may be the one to run it.
+    pub fn in_doubt(&self) -> bool {
+        matches!(self, Self::Migrating { released: true, refused: false, .. })
     }
 
     /// Authorises a move; [`None`] while another one is in doubt or when the VM is already there.
     pub fn order(&self, to: W) -> Option<Self> {
         match self {
-            Self::Owned { owner, own, last } if *owner != to => Some(Self::Migrating {
+            Self::Owned { owner, own, last, .. } if *owner != to => Some(Self::Migrating {
                 from: owner.clone(),
                 to,
                 own: *own,
                 epoch: last.next(),
                 released: false,
                 refused: false,
+                floor: Epoch::ZERO,
             }),
             Self::Owned { .. } | Self::Migrating { .. } => None,
         }
@@ -122,6 +156,14 @@ impl<W: Clone + Eq> Ownership<W> {
     pub fn grantable(&self, worker: &W) -> Option<Epoch> {
         match self {
             Self::Owned { owner, own, .. } if owner == worker => Some(*own),
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
+    /// The move whose image this worker may go on from when it is granted the VM ([`crate::Event::Inherit`]).
+    pub fn inherits(&self, worker: &W) -> Option<Epoch> {
+        match self {
+            Self::Owned { owner, image, .. } if owner == worker => *image,
             Self::Owned { .. } | Self::Migrating { .. } => None,
         }
     }
@@ -136,15 +178,15 @@ impl<W: Clone + Eq> Ownership<W> {
 
     /// What a piece of evidence changes; [`None`]: nothing (it is known, stale or about something else).
     pub fn step(&self, evidence: &Evidence<W>) -> Option<Self> {
-        let Self::Migrating { from, to, own, epoch, released, refused } = self else { return None };
+        let Self::Migrating { from, to, own, epoch, released, refused, .. } = self else { return None };
         let by_source = evidence.worker == *from;
         let by_destination = evidence.worker == *to;
         let next = match evidence.fact {
             Fact::Revoked(revoked) if by_source && revoked >= *epoch && !released => {
-                Self::Owned { owner: from.clone(), own: *own, last: *epoch }
+                Self::Owned { owner: from.clone(), own: *own, last: self.last(), image: None }
             }
             Fact::Acquired(acquired) if by_destination && acquired == *epoch => {
-                Self::Owned { owner: to.clone(), own: *epoch, last: *epoch }
+                Self::Owned { owner: to.clone(), own: *epoch, last: self.last(), image: None }
             }
             Fact::Released(e) if by_source && e == *epoch => self.doubt(true, *refused),
             Fact::Refused(e) if by_destination && e == *epoch => self.doubt(*released, true),
@@ -153,15 +195,18 @@ impl<W: Clone + Eq> Ownership<W> {
         (next != *self).then_some(next)
     }
 
-    fn doubt(&self, released: bool, refused: bool) -> Self {
-        match self {
-            Self::Migrating { from, epoch, .. } if released && refused => {
-                Self::Owned { owner: from.clone(), own: epoch.next(), last: epoch.next() }
+    fn doubt(&self, now_released: bool, now_refused: bool) -> Self {
+        let mut next = self.clone();
+        match &mut next {
+            Self::Migrating { from, .. } if now_released && now_refused => {
+                let own = self.last().next();
+                Self::Owned { owner: from.clone(), own, last: own, image: None }
             }
-            Self::Migrating { from, to, own, epoch, .. } => {
-                Self::Migrating { from: from.clone(), to: to.clone(), own: *own, epoch: *epoch, released, refused }
+            Self::Migrating { released, refused, .. } => {
+                (*released, *refused) = (now_released, now_refused);
+                next
             }
-            Self::Owned { .. } => self.clone(),
+            Self::Owned { .. } => next,
         }
     }
 }

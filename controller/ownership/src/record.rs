@@ -8,11 +8,13 @@
 //! | `Released{epoch}` | the source | the commit point: never resumes on its own |
 //!
 //! Guarantees: a [`Durable`] comes only out of a write that succeeded or out of the store itself, and the permissions
-//! [`MayRun`] and [`MayRelease`] come only out of a [`Durable`]. It does not write: the store does.
+//! [`MayRun`] and [`MayRelease`] come only out of a [`Durable`]. [`MayRun`] needs a [`Licence`] besides, which a VM that
+//! fences itself has only inside its lease. It does not write: the store does.
 
 use serde::{Deserialize, Serialize};
 
 use crate::epoch::Epoch;
+use crate::lease::{Policy, ValidLease};
 
 /// What a worker has on disk about one VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -89,11 +91,13 @@ impl Durable {
         self.record
     }
 
-    /// The permission to resume (or boot) the guest: there is an `Own`.
-    pub fn may_run(&self) -> Option<MayRun> {
+    /// The permission to resume (or boot) the guest: there is an `Own`, and a licence for its epoch.
+    pub fn may_run(&self, licence: Licence) -> Option<MayRun> {
         match self.record {
-            Record::Own { own, .. } => Some(MayRun { own }),
-            Record::Replica { .. } | Record::Prepared { .. } | Record::Released { .. } => None,
+            Record::Own { own, .. } if licence.lease.is_none_or(|lease| lease.own() == own) => {
+                Some(MayRun { own, licence })
+            }
+            Record::Own { .. } | Record::Replica { .. } | Record::Prepared { .. } | Record::Released { .. } => None,
         }
     }
 
@@ -106,16 +110,38 @@ impl Durable {
     }
 }
 
-/// Proof of a durable `Own`: ask for it wherever a guest is set running.
+/// What a worker needs besides its record to set a guest running: a valid lease, where the policy asks for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Licence {
+    lease: Option<ValidLease>,
+}
+
+impl Licence {
+    /// [`None`]: the policy asks for a lease, and there is none that is valid.
+    pub fn of(policy: Policy, lease: Option<ValidLease>) -> Option<Self> {
+        match policy {
+            Policy::KeepRunning => Some(Self { lease: None }),
+            Policy::SelfFence => lease.map(|lease| Self { lease: Some(lease) }),
+        }
+    }
+}
+
+/// Proof of a durable `Own` and of a licence: ask for it wherever a guest is set running.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MayRun {
     own: Epoch,
+    licence: Licence,
 }
 
 impl MayRun {
     /// The epoch to run under.
     pub fn own(&self) -> Epoch {
         self.own
+    }
+
+    /// What the keeper must be armed with **before** the guest is set running, on the worker's clock; [`None`]: it is not.
+    pub fn deadline_ms(&self) -> Option<u64> {
+        self.licence.lease.map(|lease| lease.until_ms())
     }
 }
 
@@ -135,6 +161,8 @@ impl MayRelease {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::WorkerLease;
+    use crate::worker::Nonce;
 
     #[test]
     fn a_write_that_failed_gives_no_proof() {
@@ -152,8 +180,25 @@ mod tests {
             Record::Released { epoch: e },
         ] {
             let durable = Durable::persist(record, |_| Ok::<(), ()>(())).expect("persists");
-            assert_eq!(durable.may_run().is_some(), matches!(record, Record::Own { .. }));
+            let licence = Licence::of(Policy::KeepRunning, None).expect("needs no lease");
+            assert_eq!(durable.may_run(licence).is_some(), matches!(record, Record::Own { .. }));
             assert_eq!(durable.may_release().is_some(), matches!(record, Record::Released { .. }));
         }
+    }
+
+    #[test]
+    fn who_fences_itself_runs_only_inside_its_lease_and_to_its_deadline() {
+        let mut lease = WorkerLease::default();
+        assert_eq!(Licence::of(Policy::SelfFence, lease.valid_at(0)), None);
+        lease.asked(Nonce(1), 5);
+        lease.granted(Nonce(1), Epoch::from_raw(1), 10);
+        let licence = Licence::of(Policy::SelfFence, lease.valid_at(14)).expect("valid");
+        let own = Record::Own { own: Epoch::from_raw(1), seen: Epoch::from_raw(1) };
+        let durable = Durable::persist(own, |_| Ok::<(), ()>(())).expect("persists");
+        assert_eq!(durable.may_run(licence).expect("owns").deadline_ms(), Some(15));
+        let older = Record::Own { own: Epoch::ZERO, seen: Epoch::ZERO };
+        let older = Durable::persist(older, |_| Ok::<(), ()>(())).expect("persists");
+        assert_eq!(older.may_run(licence), None, "the lease is for another epoch");
+        assert_eq!(Licence::of(Policy::SelfFence, lease.valid_at(15)), None);
     }
 }

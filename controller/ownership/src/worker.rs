@@ -10,123 +10,18 @@
 //! [`Event::QemuGone`]), so that a crash can come between any two.
 //!
 //! Guarantees: `seen` never falls; one durable write at most; a guest is resumed or booted only under `Own`; only
-//! [`Event::Ready`] on a paused guest releases; an image is acquired only while `seen` is below its epoch. It does not
-//! decide whether a VM *should* run: see [`needs_grant`].
-
-use serde::{Deserialize, Serialize};
+//! [`Event::Ready`] on a paused guest releases; an image is acquired only while `seen` is below its epoch. With a fence
+//! ([`Standing`]): nothing is acquired or set running without a valid lease, the keeper is armed before a guest runs, and
+//! disarmed once the source has released, since the stopped guest may be the newest memory there is.
+//!
+//! Nothing here ends a guest because a lease has run out: a worker that is dead or stopped could not. The keeper does, and
+//! spares no armed guest, stopped or not; a stopped guest that is not armed waits for the next lease. It does not decide
+//! whether a VM *should* run: see [`needs_grant`].
 
 use crate::epoch::Epoch;
+pub use crate::event::{Effect, Event, Guest, Nonce, Owner, Standing, Volatile};
 use crate::message::{Message, emits};
 use crate::record::{Durable, Record};
-
-/// Makes the controller's answer belong to one question.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Nonce(pub u64);
-
-/// What the hypervisor on this host does for the VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
-pub enum Guest {
-    /// No process.
-    #[default]
-    Absent,
-    /// Its CPUs run (or its user paused it: it counts as running).
-    Running,
-    /// Stopped by us, with its memory complete and its disk drained: the source at the switchover.
-    Paused,
-    /// An incoming image: complete, its digest agrees, the disk is on stable storage, never resumed.
-    Loaded(Epoch),
-}
-
-/// What is lost when the worker ends ([`Guest`] is found again by looking at the host).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub struct Volatile {
-    /// What the hypervisor does.
-    pub guest: Guest,
-    /// The question to the controller that is open.
-    pub question: Option<Nonce>,
-    /// The move that the controller authorised in answer to this worker's own question.
-    pub authorised: Option<Epoch>,
-}
-
-/// Who owns the VM, as seen from this worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Owner {
-    /// This worker.
-    Me,
-    /// Another worker.
-    Other,
-}
-
-/// What can happen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Event {
-    /// Controller: move the VM away under this epoch (this worker is the source).
-    Authorise(Epoch),
-    /// Give this move up while it can be: the controller's request, or this worker's own failure as the source.
-    Cancel(Epoch),
-    /// The guest is paused, its last page is sent and its disk is drained.
-    Paused,
-    /// The guest runs: the effect `Resume` or `Boot` took place.
-    Resumed,
-    /// The peer has the whole image.
-    Ready(Epoch),
-    /// This worker sends a question to the controller.
-    Asked(Nonce),
-    /// Answer: the image of this move may be loaded here.
-    AuthReply {
-        /// Of the question.
-        nonce: Nonce,
-        /// The move.
-        epoch: Epoch,
-    },
-    /// Answer: this worker may run the VM under this epoch.
-    Grant {
-        /// Of the question.
-        nonce: Nonce,
-        /// The epoch.
-        own: Epoch,
-    },
-    /// The image of this move is loaded and verified, the replica is on stable storage.
-    Loaded(Epoch),
-    /// The source (or the controller for it) says that it has released this epoch.
-    Release(Epoch),
-    /// Give this move up as its destination.
-    Refuse(Epoch),
-    /// The source will never release this epoch.
-    Revoked(Epoch),
-    /// The destination will never acquire this epoch.
-    Refused(Epoch),
-    /// The destination holds the VM under this epoch.
-    Acquired(Epoch),
-    /// Controller: the newest ownership that is committed.
-    Owned {
-        /// The epoch.
-        epoch: Epoch,
-        /// Whose.
-        owner: Owner,
-    },
-    /// The hypervisor ended, told to or not.
-    QemuGone,
-    /// The worker started; this is what it found on its host.
-    Restarted(Guest),
-}
-
-/// What the driver does after persisting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Effect {
-    /// Set the paused guest or the loaded image running. Needs [`crate::MayRun`].
-    Resume,
-    /// Start the VM from its disk. Needs [`crate::MayRun`].
-    Boot,
-    /// Stop the guest's CPUs.
-    Pause,
-    /// End the guest.
-    KillGuest,
-    /// End the hypervisor that holds (or receives) an incoming image.
-    DropImage,
-    /// Start a hypervisor that receives the image of this move.
-    LoadImage(Epoch),
-}
 
 /// What one event brings about, before it is persisted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,13 +63,15 @@ impl Step {
 /// Should the worker ask the controller for a grant? `power_on`: the VM should run here; `owned`: the epoch under
 /// which the controllers say that this worker owns it, if they do.
 ///
-/// A cold boot takes two grants: the first is recorded, the second (at the recorded epoch) boots.
+/// A cold boot takes two grants: the first is recorded, the second (at the recorded epoch) boots. A guest that runs
+/// without any record (the store was lost) is taken over with a grant, whatever is wanted of it.
 pub fn needs_grant(record: &Record, volatile: &Volatile, power_on: bool, owned: Option<Epoch>) -> bool {
     let Some(granted) = owned else { return false };
     match *record {
-        Record::Replica { seen, .. } => power_on && granted > seen,
+        Record::Replica { seen, .. } => (power_on || adrift(record, volatile.guest)) && granted > seen,
         Record::Own { own, seen } => {
-            granted > seen && granted > own || power_on && granted == own && volatile.guest == Guest::Absent
+            let boots = granted == own && volatile.guest == Guest::Absent && volatile.standing.permits(own);
+            granted > seen && granted > own || power_on && boots
         }
         Record::Prepared { .. } => false,
         Record::Released { epoch } => granted > epoch,
@@ -184,6 +81,10 @@ pub fn needs_grant(record: &Record, volatile: &Volatile, power_on: bool, owned: 
 /// One event at one worker.
 pub fn worker_step(record: &Record, volatile: &Volatile, event: Event) -> Step {
     let now = Now { record: *record, volatile: *volatile };
+    if adrift(record, volatile.guest) && matches!(event, Event::Release(_) | Event::Refuse(_) | Event::Revoked(_)) {
+        // A record that says "not here" while a guest runs would let it run on unseen.
+        return now.stay();
+    }
     match event {
         Event::Authorise(epoch) => now.authorise(epoch),
         Event::Cancel(epoch) | Event::Refused(epoch) => now.revoke(epoch),
@@ -197,14 +98,16 @@ pub fn worker_step(record: &Record, volatile: &Volatile, event: Event) -> Step {
         },
         Event::Ready(epoch) => match *record {
             Record::Prepared { epoch: prepared, .. } if prepared == epoch && volatile.guest == Guest::Paused => {
-                now.write(Record::Released { epoch }, vec![])
+                now.write(Record::Released { epoch }, now.disarm())
             }
             _ => now.stay(),
         },
         Event::Asked(nonce) => now.with(Volatile { question: Some(nonce), ..*volatile }, vec![]),
         Event::AuthReply { nonce, epoch } if volatile.question == Some(nonce) => now.authorised(epoch),
         Event::Grant { nonce, own } if volatile.question == Some(nonce) => now.granted(own),
-        Event::AuthReply { .. } | Event::Grant { .. } => now.stay(),
+        Event::Inherit { nonce, own, image } if volatile.question == Some(nonce) => now.inherit(own, image),
+        Event::AuthReply { .. } | Event::Grant { .. } | Event::Inherit { .. } => now.stay(),
+        Event::Standing(standing) => now.standing(standing),
         Event::Loaded(epoch) => match *record {
             Record::Replica { seen, .. } if epoch > seen && volatile.authorised == Some(epoch) => {
                 now.with_guest(Guest::Loaded(epoch))
@@ -224,11 +127,24 @@ pub fn worker_step(record: &Record, volatile: &Volatile, event: Event) -> Step {
             Record::Released { epoch: released } if epoch >= released => now.hand_over(epoch),
             _ => now.stay(),
         },
-        Event::Owned { owner: Owner::Me, .. } => now.stay(),
+        Event::Owned { epoch, owner: Owner::Me } => match *record {
+            // The controllers gave this worker a newer epoch: the move can only have been given up.
+            Record::Prepared { epoch: prepared, .. } if epoch > prepared => now.revoke(prepared),
+            _ => now.stay(),
+        },
         Event::Owned { epoch, owner: Owner::Other } => now.owned_elsewhere(epoch),
+        Event::Join => match *record {
+            Record::Prepared { epoch, .. } => now.revoke(epoch),
+            _ => now.stay(),
+        },
         Event::QemuGone => now.qemu_gone(),
         Event::Restarted(found) => now.restarted(found),
     }
+}
+
+/// Does a guest run here that no record speaks of? The store was lost; the guest was running lawfully when it was.
+fn adrift(record: &Record, guest: Guest) -> bool {
+    *record == Record::UNKNOWN && guest == Guest::Running
 }
 
 /// The state that a step starts from.
@@ -254,12 +170,46 @@ impl Now {
         Step { record: Some(record), volatile: self.volatile, effects }
     }
 
-    /// A paused guest or a loaded image goes on once there is an `Own`.
-    fn resume_what_waits(&self) -> Vec<Effect> {
+    /// Sets running what may be, with the keeper armed first.
+    fn start(&self, own: Epoch, effect: Effect) -> Vec<Effect> {
+        match self.volatile.standing {
+            Standing::KeepRunning => vec![effect],
+            Standing::Leased(leased) if leased == own => vec![Effect::Arm, effect],
+            Standing::Leased(_) | Standing::Unleased => vec![],
+        }
+    }
+
+    fn disarm(&self) -> Vec<Effect> {
+        match self.volatile.standing {
+            Standing::KeepRunning => vec![],
+            Standing::Leased(_) | Standing::Unleased => vec![Effect::Disarm],
+        }
+    }
+
+    /// What goes on once there is an `Own` of this epoch: the guest that was stopped, or the image that was acquired.
+    fn resume_what_waits(&self, own: Epoch) -> Vec<Effect> {
         match self.volatile.guest {
-            Guest::Paused => vec![Effect::Resume],
+            Guest::Paused => self.start(own, Effect::Resume),
+            Guest::Loaded(epoch) if epoch == own => self.start(own, Effect::Resume),
             Guest::Absent | Guest::Running | Guest::Loaded(_) => vec![],
         }
+    }
+
+    /// The policy or the lease has changed.
+    fn standing(&self, standing: Standing) -> Step {
+        let before = self.volatile.standing;
+        let now = Self { record: self.record, volatile: Volatile { standing, ..self.volatile } };
+        let runs = matches!(now.volatile.guest, Guest::Running | Guest::Paused);
+        let mut effects = match (now.record.owned(), standing) {
+            (Some(_), Standing::KeepRunning) if runs && before != standing => vec![Effect::Disarm],
+            (Some(own), Standing::Leased(leased)) if runs && own == leased => vec![Effect::Arm],
+            _ => vec![],
+        };
+        if let Record::Own { own, .. } = now.record {
+            effects.extend(now.resume_what_waits(own));
+            effects.dedup();
+        }
+        now.with(now.volatile, effects)
     }
 
     fn authorise(&self, epoch: Epoch) -> Step {
@@ -277,7 +227,7 @@ impl Now {
     fn revoke(&self, epoch: Epoch) -> Step {
         match self.record {
             Record::Prepared { own, epoch: prepared } if prepared == epoch => {
-                self.write(Record::Own { own, seen: epoch }, self.resume_what_waits())
+                self.write(Record::Own { own, seen: epoch }, self.resume_what_waits(own))
             }
             Record::Own { own, seen } if epoch > seen => self.write(Record::Own { own, seen: epoch }, vec![]),
             _ => self.stay(),
@@ -298,44 +248,77 @@ impl Now {
     }
 
     fn granted(&self, own: Epoch) -> Step {
-        let volatile = Volatile { question: None, ..self.volatile };
-        let recorded = Record::Own { own, seen: own };
+        let now = self.answered();
+        let volatile = now.volatile;
         match self.record {
             Record::Own { own: held, .. } if held == own => {
-                let effects = match self.volatile.guest {
-                    Guest::Absent => vec![Effect::Boot],
-                    Guest::Paused | Guest::Loaded(_) => vec![Effect::Resume],
+                let effects = match volatile.guest {
+                    Guest::Absent => now.start(own, Effect::Boot),
+                    Guest::Paused | Guest::Loaded(_) => now.resume_what_waits(own),
                     Guest::Running => vec![],
                 };
-                self.with(volatile, effects)
+                now.with(volatile, effects)
             }
             Record::Replica { seen, .. } if own > seen => {
-                let effects = match self.volatile.guest {
+                if adrift(&self.record, volatile.guest) {
+                    return now.own(own, volatile, now.arm(own));
+                }
+                let effects = match volatile.guest {
                     Guest::Absent => vec![],
                     Guest::Running | Guest::Paused | Guest::Loaded(_) => vec![Effect::DropImage],
                 };
-                Step { record: Some(recorded), volatile: Volatile { authorised: None, ..volatile }, effects }
+                now.own(own, Volatile { authorised: None, ..volatile }, effects)
             }
-            Record::Own { seen, .. } | Record::Released { epoch: seen } if own > seen => {
-                Step { record: Some(recorded), volatile, effects: self.resume_what_waits() }
-            }
-            _ => self.with(volatile, vec![]),
+            Record::Own { own: held, seen } if own > seen => now.take_on(own, held),
+            Record::Released { epoch } if own > epoch => now.own(own, volatile, now.resume_what_waits(own)),
+            _ => now.with(volatile, vec![]),
         }
+    }
+
+    /// A failover to this worker, which may hold the image of the move that was under way.
+    fn inherit(&self, own: Epoch, image: Epoch) -> Step {
+        match self.record {
+            Record::Replica { seen, .. } if own > seen && self.volatile.guest == Guest::Loaded(image) => {
+                self.answered().take_on(own, image)
+            }
+            _ => self.granted(own),
+        }
+    }
+
+    /// An own of a newer epoch; an image of the older one that this worker may run counts as one of the newer.
+    fn take_on(&self, own: Epoch, image: Epoch) -> Step {
+        let guest = match self.volatile.guest {
+            Guest::Loaded(epoch) if epoch == image => Guest::Loaded(own),
+            guest => guest,
+        };
+        let volatile = Volatile { guest, authorised: None, ..self.volatile };
+        let now = Self { record: self.record, volatile };
+        now.own(own, volatile, now.resume_what_waits(own))
+    }
+
+    fn own(&self, own: Epoch, volatile: Volatile, effects: Vec<Effect>) -> Step {
+        Step { record: Some(Record::Own { own, seen: own }), volatile, effects }
+    }
+
+    fn answered(&self) -> Self {
+        Self { record: self.record, volatile: Volatile { question: None, ..self.volatile } }
+    }
+
+    fn arm(&self, own: Epoch) -> Vec<Effect> {
+        if self.volatile.standing == Standing::Leased(own) { vec![Effect::Arm] } else { vec![] }
     }
 
     fn acquire_or_refuse(&self, epoch: Epoch) -> Step {
         match self.record {
-            Record::Replica { seen, .. } if epoch > seen => {
-                if self.volatile.guest == Guest::Loaded(epoch) {
-                    Step {
-                        record: Some(Record::Own { own: epoch, seen: epoch }),
-                        volatile: Volatile { authorised: None, ..self.volatile },
-                        effects: vec![Effect::Resume],
-                    }
-                } else {
-                    self.refuse(epoch)
+            Record::Replica { seen, .. } if epoch > seen => match self.volatile.guest {
+                Guest::Loaded(loaded) if loaded == epoch && self.volatile.standing.permits(epoch) => {
+                    let volatile = Volatile { authorised: None, ..self.volatile };
+                    self.own(epoch, volatile, self.start(epoch, Effect::Resume))
                 }
-            }
+                // Outside its lease it may have lost the VM to a failover. The release comes again.
+                Guest::Loaded(loaded) if loaded == epoch => self.stay(),
+                _ => self.refuse(epoch),
+            },
             _ => self.stay(),
         }
     }
@@ -367,6 +350,9 @@ impl Now {
 
     fn owned_elsewhere(&self, epoch: Epoch) -> Step {
         match self.record {
+            Record::Replica { seen, .. } if epoch > seen && adrift(&self.record, self.volatile.guest) => {
+                self.with(self.volatile, vec![Effect::KillGuest])
+            }
             Record::Replica { seen, refused } if epoch > seen => self.replica(epoch, refused),
             Record::Released { epoch: released } if epoch >= released => self.hand_over(epoch),
             // A guest that may run is ended before the tombstone says that it does not: the event comes again.
@@ -390,29 +376,36 @@ impl Now {
     }
 
     fn restarted(&self, found: Guest) -> Step {
-        let fresh = |guest| Volatile { guest, question: None, authorised: None };
-        let resume = match found {
-            Guest::Absent | Guest::Running => vec![],
-            Guest::Paused | Guest::Loaded(_) => vec![Effect::Resume],
+        // A lease is lost with the worker; the policy is what the driver says it is.
+        let standing = match self.volatile.standing {
+            Standing::KeepRunning => Standing::KeepRunning,
+            Standing::Leased(_) | Standing::Unleased => Standing::Unleased,
         };
+        let volatile = Volatile { guest: found, question: None, authorised: None, standing };
+        let now = Self { record: self.record, volatile };
         match self.record {
+            Record::Replica { .. } if found == Guest::Absent || adrift(&self.record, found) => now.stay(),
             Record::Replica { seen, .. } => match found {
-                Guest::Absent => self.with(fresh(found), vec![]),
                 Guest::Loaded(epoch) if epoch > seen => {
-                    self.with(Volatile { authorised: Some(epoch), ..fresh(found) }, vec![])
+                    now.with(Volatile { authorised: Some(epoch), ..volatile }, vec![])
                 }
-                Guest::Running | Guest::Paused | Guest::Loaded(_) => self.with(fresh(found), vec![Effect::KillGuest]),
+                _ => now.with(volatile, vec![Effect::KillGuest]),
             },
-            Record::Own { .. } => self.with(fresh(found), resume),
-            Record::Prepared { own, epoch } => {
-                Step { record: Some(Record::Own { own, seen: epoch }), volatile: fresh(found), effects: resume }
-            }
+            Record::Own { own, .. } => match found {
+                // What the image is of is known no more.
+                Guest::Loaded(epoch) if epoch != own => now.with(volatile, vec![Effect::KillGuest]),
+                _ => now.with(volatile, now.resume_what_waits(own)),
+            },
+            Record::Prepared { own, epoch } => now.write(Record::Own { own, seen: epoch }, now.resume_what_waits(own)),
             Record::Released { .. } => {
-                let effects = match found {
+                let mut effects = match found {
                     Guest::Running => vec![Effect::Pause],
                     Guest::Absent | Guest::Paused | Guest::Loaded(_) => vec![],
                 };
-                self.with(fresh(found), effects)
+                if found != Guest::Absent {
+                    effects.extend(now.disarm());
+                }
+                now.with(volatile, effects)
             }
         }
     }

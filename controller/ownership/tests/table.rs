@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use pageport_ownership::{
-    Effect, Epoch, Event, Evidence, Guest, Nonce, Owner, Ownership, Record, Volatile, controller::Fact, needs_grant,
-    worker_step,
+    Effect, Epoch, Event, Evidence, Guest, Nonce, Owner, Ownership, Record, Standing, Volatile, controller::Fact,
+    needs_grant, worker_step,
 };
 
 const NONCE: Nonce = Nonce(7);
@@ -39,7 +39,9 @@ fn volatiles() -> Vec<Volatile> {
     for guest in guests() {
         for question in [None, Some(NONCE)] {
             for authorised in [None, Some(e(2))] {
-                volatiles.push(Volatile { guest, question, authorised });
+                for standing in [Standing::KeepRunning, Standing::Leased(e(2)), Standing::Unleased] {
+                    volatiles.push(Volatile { guest, question, authorised, standing });
+                }
             }
         }
     }
@@ -47,7 +49,8 @@ fn volatiles() -> Vec<Volatile> {
 }
 
 fn events() -> Vec<Event> {
-    let mut events = vec![Event::Paused, Event::Resumed, Event::Asked(NONCE), Event::QemuGone];
+    let mut events = vec![Event::Paused, Event::Resumed, Event::Asked(NONCE), Event::Join, Event::QemuGone];
+    events.extend([Standing::KeepRunning, Standing::Leased(e(2)), Standing::Unleased].map(Event::Standing));
     events.extend(guests().into_iter().map(Event::Restarted));
     for epoch in (1..5).map(e) {
         events.extend([
@@ -58,6 +61,8 @@ fn events() -> Vec<Event> {
             Event::AuthReply { nonce: Nonce(8), epoch },
             Event::Grant { nonce: NONCE, own: epoch },
             Event::Grant { nonce: Nonce(8), own: epoch },
+            Event::Inherit { nonce: NONCE, own: epoch, image: e(2) },
+            Event::Inherit { nonce: Nonce(8), own: epoch, image: e(2) },
             Event::Loaded(epoch),
             Event::Release(epoch),
             Event::Refuse(epoch),
@@ -81,8 +86,22 @@ fn the_rules_hold_for_every_pair_of_state_and_event() {
                 let case = format!("{record:?} {volatile:?} {event:?} gave {step:?}");
                 assert!(after.seen() >= record.seen(), "seen fell: {case}");
                 assert_ne!(step.record, Some(record), "a write that changes nothing: {case}");
+                let effects = &step.effects;
                 let starts = step.effects.iter().any(|effect| matches!(effect, Effect::Resume | Effect::Boot));
                 assert!(!starts || matches!(after, Record::Own { .. }), "started without Own: {case}");
+                let standing = step.volatile.standing;
+                let arms = effects.iter().position(|effect| *effect == Effect::Arm);
+                let begins = effects.iter().position(|effect| matches!(effect, Effect::Resume | Effect::Boot));
+                assert!(!starts || standing != Standing::Unleased, "started without a lease: {case}");
+                assert!(!starts || standing.permits(after.owned().unwrap()), "started under another's lease: {case}");
+                assert!(
+                    !starts || !matches!(standing, Standing::Leased(_)) || arms < begins && arms.is_some(),
+                    "unarmed: {case}"
+                );
+                assert!(arms.is_none() || after.owned().is_some(), "armed what must not run: {case}");
+                let disarms = effects.contains(&Effect::Disarm);
+                let unfenced = standing == Standing::KeepRunning || matches!(after, Record::Released { .. });
+                assert!(!disarms || unfenced, "disarmed what may run: {case}");
                 if let Record::Released { epoch } = after
                     && record != after
                 {
@@ -91,8 +110,9 @@ fn the_rules_hold_for_every_pair_of_state_and_event() {
                 }
                 if after.owned() > record.owned() {
                     let by_release = matches!((event, after), (Event::Release(epoch), Record::Own { own, .. })
-                        if epoch == own && volatile.guest == Guest::Loaded(epoch) && epoch > record.seen());
-                    let by_grant = matches!((event, after), (Event::Grant { nonce, own: granted }, Record::Own { own, .. })
+                        if epoch == own && volatile.guest == Guest::Loaded(epoch) && epoch > record.seen()
+                            && standing.permits(epoch));
+                    let by_grant = matches!((event, after), (Event::Grant { nonce, own: granted } | Event::Inherit { nonce, own: granted, .. }, Record::Own { own, .. })
                         if volatile.question == Some(nonce) && granted == own && own > record.seen());
                     assert!(by_release || by_grant, "became owner otherwise: {case}");
                 }
@@ -116,6 +136,7 @@ fn rows() -> Vec<Row> {
     let replica = |seen| Record::Replica { seen: e(seen), refused: None };
     let refused = |seen| Record::Replica { seen: e(seen), refused: Some(e(seen)) };
     let grant = |own| Event::Grant { nonce: NONCE, own: e(own) };
+    let inherit = |own, image| Event::Inherit { nonce: NONCE, own: e(own), image: e(image) };
     let other = |epoch| Event::Owned { epoch: e(epoch), owner: Owner::Other };
     let (absent, running, paused, loaded) = (Guest::Absent, Guest::Running, Guest::Paused, Guest::Loaded(e(2)));
     vec![
@@ -163,15 +184,77 @@ fn rows() -> Vec<Row> {
         (replica(1), absent, Event::Restarted(loaded), None, vec![]),
         (replica(2), absent, Event::Restarted(loaded), None, vec![Effect::KillGuest]),
         (replica(1), absent, Event::Restarted(running), None, vec![Effect::KillGuest]),
+        (own(2, 2), absent, Event::Restarted(loaded), None, vec![Effect::Resume]),
+        (own(3, 3), absent, Event::Restarted(loaded), None, vec![Effect::KillGuest]),
+        // The store was lost: who runs goes on, and is taken over with a grant or ended by a tombstone.
+        (Record::UNKNOWN, absent, Event::Restarted(running), None, vec![]),
+        (Record::UNKNOWN, absent, Event::Restarted(paused), None, vec![Effect::KillGuest]),
+        (Record::UNKNOWN, running, grant(2), Some(own(2, 2)), vec![]),
+        (Record::UNKNOWN, running, other(2), None, vec![Effect::KillGuest]),
+        (Record::UNKNOWN, running, Event::Release(e(2)), None, vec![]),
+        (Record::UNKNOWN, running, Event::Revoked(e(2)), None, vec![]),
+        // Failover: a newer epoch for who holds the VM, or the image of the move.
+        (replica(1), loaded, grant(3), Some(own(3, 3)), vec![Effect::DropImage]),
+        (replica(1), loaded, inherit(3, 2), Some(own(3, 3)), vec![Effect::Resume]),
+        (replica(1), absent, inherit(3, 2), Some(own(3, 3)), vec![]),
+        (own(2, 2), loaded, grant(3), Some(own(3, 3)), vec![Effect::Resume]),
+        (prepared, running, Event::Owned { epoch: e(3), owner: Owner::Me }, Some(own(1, 2)), vec![]),
+        (prepared, running, Event::Owned { epoch: e(1), owner: Owner::Me }, None, vec![]),
+        (prepared, paused, Event::Join, Some(own(1, 2)), vec![Effect::Resume]),
+        (released, paused, Event::Join, None, vec![]),
+    ]
+}
+
+/// With a fence: the standing before, and the row.
+fn fenced_rows() -> Vec<(Standing, Row)> {
+    let own = |own, seen| Record::Own { own: e(own), seen: e(seen) };
+    let prepared = Record::Prepared { own: e(1), epoch: e(2) };
+    let released = Record::Released { epoch: e(2) };
+    let replica = Record::Replica { seen: e(1), refused: None };
+    let grant = |own| Event::Grant { nonce: NONCE, own: e(own) };
+    let (absent, running, paused, loaded) = (Guest::Absent, Guest::Running, Guest::Paused, Guest::Loaded(e(2)));
+    let (one, leased, three) = (Standing::Leased(e(1)), Standing::Leased(e(2)), Standing::Leased(e(3)));
+    let unleased = Standing::Unleased;
+    let extended = Event::Standing;
+    let arm_resume = vec![Effect::Arm, Effect::Resume];
+    vec![
+        (leased, (replica, loaded, Event::Release(e(2)), Some(own(2, 2)), arm_resume.clone())),
+        (unleased, (replica, loaded, Event::Release(e(2)), None, vec![])),
+        (
+            unleased,
+            (replica, absent, Event::Release(e(2)), Some(Record::Replica { seen: e(2), refused: Some(e(2)) }), vec![]),
+        ),
+        (unleased, (own(2, 2), loaded, extended(leased), None, arm_resume.clone())),
+        (unleased, (own(1, 1), paused, extended(one), None, arm_resume.clone())),
+        (unleased, (own(1, 1), running, extended(one), None, vec![Effect::Arm])),
+        (unleased, (own(1, 1), running, extended(leased), None, vec![])),
+        (unleased, (own(1, 1), paused, extended(leased), None, vec![])),
+        (leased, (own(1, 1), running, Event::Standing(Standing::KeepRunning), None, vec![Effect::Disarm])),
+        (leased, (own(1, 1), running, Event::Standing(unleased), None, vec![])),
+        (one, (prepared, paused, extended(one), None, vec![Effect::Arm])),
+        (one, (released, paused, extended(leased), None, vec![])),
+        (leased, (prepared, paused, Event::Ready(e(2)), Some(released), vec![Effect::Disarm])),
+        (one, (prepared, paused, Event::Cancel(e(2)), Some(own(1, 2)), arm_resume.clone())),
+        (unleased, (prepared, paused, Event::Cancel(e(2)), Some(own(1, 2)), vec![])),
+        (one, (own(1, 1), absent, grant(1), None, vec![Effect::Arm, Effect::Boot])),
+        (unleased, (own(1, 1), absent, grant(1), None, vec![])),
+        (leased, (own(1, 1), absent, grant(1), None, vec![])),
+        (one, (replica, loaded, Event::Release(e(2)), None, vec![])),
+        (three, (released, paused, grant(3), Some(own(3, 3)), arm_resume)),
+        (unleased, (released, paused, grant(3), Some(own(3, 3)), vec![])),
+        // The lease is lost with the worker.
+        (leased, (own(1, 1), absent, Event::Restarted(paused), None, vec![])),
+        (leased, (released, absent, Event::Restarted(running), None, vec![Effect::Pause, Effect::Disarm])),
     ]
 }
 
 #[test]
 fn each_row_of_the_protocol() {
-    for (record, guest, event, written, effects) in rows() {
-        let volatile = Volatile { guest, question: Some(NONCE), authorised: None };
+    let plain = rows().into_iter().map(|row| (Standing::KeepRunning, row));
+    for (standing, (record, guest, event, written, effects)) in plain.chain(fenced_rows()) {
+        let volatile = Volatile { guest, question: Some(NONCE), authorised: None, standing };
         let step = worker_step(&record, &volatile, event);
-        assert_eq!((step.record, step.effects), (written, effects), "{record:?} {guest:?} {event:?}");
+        assert_eq!((step.record, step.effects), (written, effects), "{standing:?} {record:?} {guest:?} {event:?}");
     }
 }
 
@@ -200,9 +283,17 @@ fn a_grant_is_asked_for_when_it_would_change_something() {
 
 #[test]
 fn the_register_follows_each_fact_as_the_protocol_says() {
-    let owned = |owner, own, last| Ownership::Owned { owner, own: e(own), last: e(last) };
-    let moving =
-        |released, refused| Ownership::Migrating { from: 'a', to: 'b', own: e(1), epoch: e(2), released, refused };
+    let owned = |owner, own, last| Ownership::Owned { owner, own: e(own), last: e(last), image: None };
+    let floor = Epoch::ZERO;
+    let moving = |released, refused| Ownership::Migrating {
+        from: 'a',
+        to: 'b',
+        own: e(1),
+        epoch: e(2),
+        released,
+        refused,
+        floor,
+    };
     let revoked = Fact::Revoked(e(2));
     let (released, refused, acquired) = (Fact::Released(e(2)), Fact::Refused(e(2)), Fact::Acquired(e(2)));
     let rows = [
@@ -232,4 +323,9 @@ fn the_register_follows_each_fact_as_the_protocol_says() {
     assert_eq!(moving(true, false).grantable(&'a'), None);
     assert_eq!(moving(false, false).authorised(&'b'), Some(e(2)));
     assert_eq!(moving(false, false).authorised(&'a'), None);
+    assert_eq!(owned('a', 1, 1).possible_holders(), [&'a']);
+    assert_eq!(moving(false, false).possible_holders(), [&'a', &'b']);
+    assert_eq!(moving(true, false).possible_holders(), [&'b']);
+    assert_eq!(moving(false, true).possible_holders(), [&'a']);
+    assert!(moving(true, false).in_doubt() && !moving(false, false).in_doubt() && !moving(false, true).in_doubt());
 }

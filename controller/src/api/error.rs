@@ -40,6 +40,24 @@ pub enum ApiError {
         /// The worker.
         worker: WorkerName,
     },
+    /// The name that was typed is not the VM's.
+    #[error("\"{typed}\" is not the name of the vm (\"{name}\"): nothing was changed")]
+    NotConfirmed {
+        /// What was typed.
+        typed: String,
+        /// What it is called.
+        name: String,
+    },
+    /// Force is for workers that do not answer.
+    #[error(
+        "worker \"{worker}\" is connected and may run vm \"{name}\": stop it there or migrate it; force is for workers that do not answer"
+    )]
+    HolderAnswers {
+        /// The worker.
+        worker: WorkerName,
+        /// The VM.
+        name: String,
+    },
     /// Not an id.
     #[error("{field}: {source}")]
     BadId {
@@ -87,12 +105,15 @@ impl ApiError {
                 | Rejection::NoReplica { .. }
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
+                | Rejection::InDoubt { .. }
+                | Rejection::NotToBeTaken { .. }
+                | Rejection::Overtaken { .. }
                 | Rejection::TooLate { .. }
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
             },
-            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } => Code::InvalidArgument,
+            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } | Self::NotConfirmed { .. } => Code::InvalidArgument,
             Self::SiteUnknown { .. } => Code::NotFound,
-            Self::NoWorker { .. } | Self::WorkerLost { .. } => Code::FailedPrecondition,
+            Self::NoWorker { .. } | Self::WorkerLost { .. } | Self::HolderAnswers { .. } => Code::FailedPrecondition,
             Self::LeaderChanged => Code::Unavailable,
             Self::Consensus(error) => match error {
                 ConsensusError::NotLeader

@@ -1,5 +1,6 @@
 //! Sites, workers, VMs.
 
+use pageport_ownership::Proof;
 use pageport_proto::v1::fleet_service_server::FleetService;
 use pageport_proto::v1::{self, VmState};
 use pageport_proto::{RequestId, VmId};
@@ -10,7 +11,9 @@ use super::watch::{More, Views, views};
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
 use crate::model::state::Power;
+use crate::model::takeover;
 use crate::model::{Answer, Rejection, Spec};
+use crate::peer;
 
 type Reply<T> = Result<Response<T>, Status>;
 
@@ -42,6 +45,37 @@ impl Api {
                 Err(Rejection::RequestReused { request: id }.into())
             }
         }
+    }
+
+    async fn resolve(&self, request: v1::ResolveVmRequest, operator: String) -> Result<Option<v1::Vm>, ApiError> {
+        let request_id = request_id(&request.request_id)?;
+        let moment = self.read().await?;
+        let (id, vm) = moment.vm(&request.vm)?;
+        if request.confirm_name != vm.spec.name {
+            let typed = super::echo(&request.confirm_name);
+            return Err(ApiError::NotConfirmed { typed, name: vm.spec.name.clone() });
+        }
+        if request.reason.trim().is_empty() {
+            return Err(ApiError::Missing { field: "reason", fix: "say how you know that the vm runs nowhere else" });
+        }
+        let site = moment.site(&request.force_owner_site)?;
+        let order = takeover::Order {
+            vm: id,
+            worker: moment.heir_at(vm, &site)?,
+            site,
+            last: vm.ownership.last(),
+            proof: Proof::Override { who: operator, reason: super::long_echo(request.reason.trim()) },
+            seen: String::new(),
+        };
+        let heir = order.worker.clone();
+        let order = ClientOrder::Resolve(order);
+        if self.rehearse(&moment, request_id, &order)? == Rehearsal::New
+            && let Some(worker) = moment.answering_holder(id, vm, &heir)
+        {
+            return Err(ApiError::HolderAnswers { worker, name: vm.spec.name.clone() });
+        }
+        let (_, after) = self.order(request_id, order).await?;
+        Ok(vm_of(&after, id))
     }
 
     async fn delete_vm(&self, request: RequestId, vm: &str) -> Result<(), ApiError> {
@@ -106,6 +140,12 @@ impl FleetService for Api {
         let power = if request.force { Power::Kill } else { Power::Stop };
         let vm = self.set_power(&request.request_id, &request.vm, power).await?;
         Ok(Response::new(v1::StopVmResponse { vm }))
+    }
+
+    async fn resolve_vm(&self, request: Request<v1::ResolveVmRequest>) -> Reply<v1::ResolveVmResponse> {
+        let operator = peer::operator(&request)?;
+        let vm = self.resolve(request.into_inner(), operator).await?;
+        Ok(Response::new(v1::ResolveVmResponse { vm }))
     }
 
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {

@@ -19,6 +19,7 @@ use tonic::transport::Channel;
 use tower::{Service, ServiceExt};
 
 use crate::consensus::Consensus;
+use crate::peer::{self, CALLER_KEY};
 
 const FORWARDED: &str = "pageport-forwarded";
 /// An election takes about two seconds.
@@ -58,11 +59,16 @@ pub async fn forward(State(forwarder): State<Forwarder>, request: Request, next:
 }
 
 async fn pass_on(leader: u64, mut channel: Channel, mut request: Request) -> Response {
+    let caller = peer::name_of(request.extensions());
     let headers = request.headers_mut();
     for name in [header::HOST, header::CONNECTION, header::CONTENT_LENGTH, header::TRANSFER_ENCODING] {
         headers.remove(name);
     }
+    headers.remove(CALLER_KEY);
     headers.insert(FORWARDED, HeaderValue::from_static("1"));
+    if let Some(caller) = caller.and_then(|name| HeaderValue::try_from(name).ok()) {
+        headers.insert(CALLER_KEY, caller);
+    }
     *request.version_mut() = Version::HTTP_2;
     let request = request.map(tonic::body::Body::new);
     let answer = match channel.ready().await {

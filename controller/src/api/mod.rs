@@ -31,7 +31,7 @@ use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::consensus::Consensus;
-use crate::link::observation::{Hub, Observations};
+use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
 use crate::model::state::Vm;
 use crate::model::{Answer, Command, Order, Rejection, State, apply};
@@ -40,6 +40,9 @@ use view::View;
 
 /// Longest text of a client that an error repeats, in characters.
 const MAX_ECHO_CHARS: usize = 100;
+
+/// Longest reason of an operator that is kept, in characters.
+const MAX_REASON_CHARS: usize = 1000;
 
 /// Milliseconds since 1970.
 pub fn unix_ms() -> i64 {
@@ -104,6 +107,26 @@ impl Moment {
         best.cloned().ok_or_else(|| ApiError::NoWorker { site: site.clone() })
     }
 
+    /// The worker of a site that can become the VM's owner: one of the two of a move, or the holder of a replica.
+    ///
+    /// # Errors
+    /// [`Rejection::NoReplica`].
+    pub fn heir_at(&self, vm: &Vm, site: &SiteName) -> Result<WorkerName, ApiError> {
+        let movers = vm.ownership.possible_holders().into_iter().filter(|worker| self.state.site_of(worker) == Some(site));
+        let holders = vm.replicas.get(site).map(|replica| replica.worker.clone());
+        let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
+        movers.cloned().chain(holders).next().ok_or_else(|| missing().into())
+    }
+
+    /// A connected worker other than `heir` that may run the VM.
+    pub fn answering_holder(&self, id: VmId, vm: &Vm, heir: &WorkerName) -> Option<WorkerName> {
+        let may_run = |worker: &&WorkerName| {
+            let report = self.observations.connected(worker, self.now).and_then(|observed| observed.vm(id));
+            report.and_then(record_of).is_some_and(|record| record.owned().is_some())
+        };
+        vm.ownership.possible_holders().into_iter().filter(|worker| *worker != heir).find(may_run).cloned()
+    }
+
     /// Refuses unless the VM was last seen running.
     ///
     /// # Errors
@@ -124,6 +147,11 @@ impl Moment {
 /// Part of a client's text that may be repeated to it.
 pub fn echo(text: &str) -> String {
     text.chars().take(MAX_ECHO_CHARS).collect()
+}
+
+/// Text of an operator that is kept.
+pub fn long_echo(text: &str) -> String {
+    text.chars().take(MAX_REASON_CHARS).collect()
 }
 
 /// The request's id. A client that gives none cannot repeat its command safely.

@@ -4,12 +4,14 @@
 //! commit point of a move, *in doubt*.
 
 use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
-use pageport_proto::{SiteName, VmId};
+use pageport_ownership::{Policy, Proof};
+use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::link::observation::Observations;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
+use crate::model::takeover::Takeover;
 use crate::model::{Migration, State};
 
 /// Renders one moment.
@@ -84,7 +86,30 @@ impl<'a> View<'a> {
             problem: if reported.is_empty() { vm.problem.clone() } else { reported },
             replicas: self.replicas(id, vm),
             migration_id: vm.migration.map(|id| id.to_string()).unwrap_or_default(),
+            doubt: self.doubt(vm),
+            takeovers: vm.takeovers.iter().map(takeover).collect(),
         }
+    }
+
+    /// Why a VM is in doubt, and what would settle it.
+    fn doubt(&self, vm: &Vm) -> String {
+        let silent = |worker: &&WorkerName| self.observations.connected(worker, self.now).is_none();
+        let holders = vm.ownership.possible_holders();
+        let absent: Vec<_> = holders.into_iter().filter(silent).map(WorkerName::as_str).collect();
+        if absent.is_empty() || vm.power != Power::Run && vm.migration.is_none() {
+            return String::new();
+        }
+        let (who, is) = (absent.join(" and "), if absent.len() == 1 { "is" } else { "are" });
+        let cause = if vm.ownership.in_doubt() {
+            format!("the source has handed the vm over, and {who} {is} not connected")
+        } else {
+            format!("{who}, which may run it, {is} not connected")
+        };
+        let settles = match vm.spec.on_isolation {
+            Policy::SelfFence => "once every lease has run out it is started at a replica",
+            Policy::KeepRunning => "it is started nowhere else until that worker reports, or an operator resolves it",
+        };
+        format!("{cause}; {settles}")
     }
 
     /// What a VM does.
@@ -118,6 +143,7 @@ impl<'a> View<'a> {
         let (state, problem) = match &replica.phase {
             ReplicaPhase::Seeding => (ReplicaState::Seeding, String::new()),
             ReplicaPhase::Seeded => (ReplicaState::Seeded, String::new()),
+            ReplicaPhase::Outdated => (ReplicaState::Outdated, "seed it again: only what differs is sent".to_owned()),
             ReplicaPhase::Failed { reason } => (ReplicaState::Failed, reason.clone()),
         };
         let owner = self.observations.connected(vm.ownership.owner().0, self.now);
@@ -181,5 +207,22 @@ impl<'a> View<'a> {
     fn progress(&self, migration: &Migration) -> Option<v1::MigrationProgress> {
         let of = |worker| self.observations.last(worker)?.migration(migration.id)?.progress.clone();
         of(&migration.from.worker).or_else(|| of(&migration.to.worker))
+    }
+}
+
+fn takeover(takeover: &Takeover) -> v1::Takeover {
+    let (ground, reason, operator) = match &takeover.proof {
+        Proof::LeasesOut { .. } => (v1::takeover::Ground::LeaseExpired, &takeover.seen, String::new()),
+        Proof::Fenced { .. } => (v1::takeover::Ground::Fenced, &takeover.seen, String::new()),
+        Proof::Override { who, reason } => (v1::takeover::Ground::Override, reason, who.clone()),
+    };
+    v1::Takeover {
+        at_unix_ms: takeover.at_unix_ms,
+        ground: ground.into(),
+        from_worker: takeover.from.to_string(),
+        to_worker: takeover.to.to_string(),
+        epoch: takeover.epoch.raw(),
+        reason: reason.clone(),
+        operator,
     }
 }

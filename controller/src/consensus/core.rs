@@ -215,7 +215,7 @@ impl Core {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Propose { command, answer } => self.propose(command, answer),
+            Input::Propose { command, term, answer } => self.propose(command, term, answer),
             Input::Read { answer } if self.leads() => self.reads.wait(answer),
             // Whoever asked may have stopped waiting: then nobody needs the answer.
             Input::Read { answer } => drop(answer.send(Err(ConsensusError::NotLeader))),
@@ -238,9 +238,18 @@ impl Core {
         }
     }
 
-    fn propose(&mut self, command: Vec<u8>, answer: oneshot::Sender<Result<Outcome, ConsensusError>>) {
-        let refused =
-            if self.leads() { self.node.propose(vec![], command).err() } else { Some(raft::Error::ProposalDropped) };
+    fn propose(
+        &mut self,
+        command: Vec<u8>,
+        term: Option<u64>,
+        answer: oneshot::Sender<Result<Outcome, ConsensusError>>,
+    ) {
+        let in_time = term.is_none_or(|term| term == self.node.raft.term);
+        let refused = if self.leads() && in_time {
+            self.node.propose(vec![], command).err()
+        } else {
+            Some(raft::Error::ProposalDropped)
+        };
         match refused {
             None => {
                 let index = self.node.raft.raft_log.last_index();

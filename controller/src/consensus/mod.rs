@@ -89,6 +89,8 @@ pub enum Input {
     Propose {
         /// Encoded.
         command: Vec<u8>,
+        /// The only term in which it may go into the log.
+        term: Option<u64>,
         /// Gets the outcome.
         answer: oneshot::Sender<Result<Outcome, ConsensusError>>,
     },
@@ -139,12 +141,24 @@ impl Consensus {
     /// # Errors
     /// [`ConsensusError`]; only [`ConsensusError::Unknown`] leaves open whether the command takes effect.
     pub async fn propose(&self, command: &Command) -> Result<Outcome, ConsensusError> {
+        self.propose_when(command, None).await
+    }
+
+    /// Like [`Consensus::propose`], for a command that rests on what this node knows as the leader of this term.
+    ///
+    /// # Errors
+    /// [`ConsensusError::NotLeader`] when the term is over.
+    pub async fn propose_in_term(&self, command: &Command, term: u64) -> Result<Outcome, ConsensusError> {
+        self.propose_when(command, Some(term)).await
+    }
+
+    async fn propose_when(&self, command: &Command, term: Option<u64>) -> Result<Outcome, ConsensusError> {
         let command = serde_json::to_vec(command).map_err(ConsensusError::Encode)?;
         if command.len() > MAX_COMMAND_BYTES {
             return Err(ConsensusError::TooLarge { bytes: command.len() });
         }
         let (answer, answered) = oneshot::channel();
-        self.put(Input::Propose { command, answer }).await?;
+        self.put(Input::Propose { command, term, answer }).await?;
         match tokio::time::timeout(PROPOSE_WITHIN, answered).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) | Err(_) => Err(ConsensusError::Unknown),

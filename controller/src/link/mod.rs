@@ -9,6 +9,8 @@
 //! | [`observation`] | what each worker last said; the hub that keeps it, in the leader's memory only |
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
+//! | [`leases`] | what the leader has granted to whom |
+//! | [`failover`] | which VMs that fence themselves should run elsewhere: a pure function of the same |
 //! | [`driver`] | proposes them |
 //! | [`service`] | the gRPC side |
 //!
@@ -16,6 +18,8 @@
 
 pub mod assignment;
 pub mod driver;
+pub mod failover;
+pub mod leases;
 pub mod observation;
 pub mod reconcile;
 pub mod service;

@@ -20,6 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::assignment::assignment;
+use super::leases::Leases;
 use super::observation::{Hub, Observed, is_bounded};
 use crate::api::unix_ms;
 use crate::config::Member;
@@ -40,13 +41,14 @@ const QUEUE: usize = 4;
 pub struct WorkerLink {
     consensus: Consensus,
     hub: Hub,
+    leases: Arc<Leases>,
     members: Arc<Vec<Member>>,
 }
 
 impl WorkerLink {
-    /// Reports go to this hub.
-    pub fn new(consensus: Consensus, hub: Hub, members: Arc<Vec<Member>>) -> Self {
-        Self { consensus, hub, members }
+    /// Reports go to this hub, leases come from this book.
+    pub fn new(consensus: Consensus, hub: Hub, leases: Arc<Leases>, members: Arc<Vec<Member>>) -> Self {
+        Self { consensus, hub, leases, members }
     }
 
     fn not_leader(&self) -> Status {
@@ -59,11 +61,22 @@ impl WorkerLink {
         status
     }
 
-    async fn read(&self) -> Result<Arc<State>, Status> {
-        self.consensus.read().await.map_err(|error| match error {
+    /// The state after a quorum round, and the term in which this node led all through it.
+    async fn read(&self) -> Result<(Arc<State>, u64), Status> {
+        let term = self.serving_term()?;
+        let state = self.consensus.read().await.map_err(|error| match error {
             ConsensusError::NotLeader => self.not_leader(),
             other => Status::unavailable(other.to_string()),
-        })
+        })?;
+        if self.serving_term()? != term {
+            return Err(self.not_leader());
+        }
+        Ok((state, term))
+    }
+
+    fn serving_term(&self) -> Result<u64, Status> {
+        let status = self.consensus.status();
+        if status.serving { Ok(status.term) } else { Err(self.not_leader()) }
     }
 }
 
@@ -99,7 +112,7 @@ impl WorkerLinkService for WorkerLink {
         let worker: WorkerName = parse(&request.worker)?;
         let id: VmId = parse(&request.vm_id)?;
         let epoch = Epoch::from_raw(request.epoch);
-        let state = self.read().await?;
+        let (state, _) = self.read().await?;
         let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
         let authorised = vm.filter(|vm| vm.ownership.authorised(&worker) == Some(epoch));
         Ok(Response::new(v1::AskAuthorisationResponse {
@@ -114,18 +127,36 @@ impl WorkerLinkService for WorkerLink {
         }))
     }
 
+    async fn renew_lease(
+        &self,
+        request: Request<v1::RenewLeaseRequest>,
+    ) -> Result<Response<v1::RenewLeaseResponse>, Status> {
+        peer::require(&request, &worker_name(&request.get_ref().worker))?;
+        let request = request.into_inner();
+        let worker: WorkerName = parse(&request.worker)?;
+        let (state, term) = self.read().await?;
+        let grant = self.leases.grant(term, &state, &worker, Instant::now());
+        Ok(Response::new(v1::RenewLeaseResponse {
+            nonce: request.nonce,
+            lease_ms: grant.lease_ms,
+            vm_ids: grant.vms.iter().map(VmId::to_string).collect(),
+        }))
+    }
+
     async fn ask_grant(&self, request: Request<v1::AskGrantRequest>) -> Result<Response<v1::AskGrantResponse>, Status> {
         peer::require(&request, &worker_name(&request.get_ref().worker))?;
         let request = request.into_inner();
         let worker: WorkerName = parse(&request.worker)?;
         let id: VmId = parse(&request.vm_id)?;
-        let state = self.read().await?;
+        let (state, term) = self.read().await?;
         let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
         let own = vm.and_then(|vm| vm.ownership.grantable(&worker));
+        let own = own.filter(|_| self.leases.grantable(term, id, Instant::now()));
         Ok(Response::new(v1::AskGrantResponse {
             nonce: request.nonce,
             granted: own.is_some(),
             own: own.unwrap_or_default().raw(),
+            image: vm.and_then(|vm| vm.ownership.inherits(&worker)).unwrap_or_default().raw(),
             reason: match (vm, own) {
                 (_, Some(_)) => String::new(),
                 (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),

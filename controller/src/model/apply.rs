@@ -10,6 +10,7 @@ use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejecti
 use super::migration::{Cancel, Migration, Phase, Place, Turn};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
+use super::takeover::{self, take_over};
 
 /// Applies one command.
 pub fn apply(state: &mut State, command: Command) -> Outcome {
@@ -55,6 +56,7 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
             }
         }
         Order::VmHalted { vm, power_seq, cause, problem } => halted(state, vm, power_seq, cause, problem),
+        Order::TakeOver(order) => return take_over(state, order, now),
         Order::ForgetVm { vm } => {
             if state.vms.get(&vm).is_some_and(|vm| vm.life == Life::Deleted) {
                 state.vms.remove(&vm);
@@ -72,6 +74,7 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
     let answer = match order {
         ClientOrder::DefineVm { id, spec, worker } => define(state, id, *spec, worker),
         ClientOrder::SetPower { vm, power } => set_power(state, vm, power),
+        ClientOrder::Resolve(order) => take_over(state, order, now),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
@@ -88,20 +91,23 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
         (ClientOrder::DefineVm { .. }, Answer::Vm(_))
         | (ClientOrder::CreateMigration { .. }, Answer::Migration(_))
         | (ClientOrder::DeleteVm { .. } | ClientOrder::DeleteReplica { .. }, Answer::Done) => true,
-        (ClientOrder::SetPower { vm, .. }, Answer::Vm(answered)) => vm == answered,
+        (ClientOrder::SetPower { vm, .. } | ClientOrder::Resolve(takeover::Order { vm, .. }), Answer::Vm(answered)) => {
+            vm == answered
+        }
         (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
         (ClientOrder::SeedReplica { vm, site, .. }, Answer::Replica(answered, at)) => vm == answered && site == at,
         (_, Answer::Done | Answer::Vm(_) | Answer::Migration(_) | Answer::Replica(..)) => false,
     }
 }
 
-fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> {
+pub(super) fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> {
     let vm = state.vms.get_mut(&id).filter(|vm| vm.life == Life::Defined);
     vm.ok_or_else(|| Rejection::VmUnknown { vm: id.to_string() })
 }
 
 fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
     match vm.migration {
+        Some(id) if vm.ownership.in_doubt() => Err(Rejection::InDoubt { name: vm.spec.name.clone(), id }),
         Some(id) => Err(Rejection::AlreadyMigrating { name: vm.spec.name.clone(), id }),
         None => Ok(()),
     }
@@ -114,18 +120,7 @@ fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName) -> Outcom
     if !state.workers.contains_key(&worker) {
         return Err(Rejection::WorkerUnknown { worker });
     }
-    let vm = Vm {
-        spec,
-        ownership: Ownership::first(worker),
-        power: Power::Stop,
-        power_seq: 0,
-        replicas: Default::default(),
-        removals: Default::default(),
-        problem: String::new(),
-        life: Life::Defined,
-        migration: None,
-    };
-    state.vms.insert(id, vm);
+    state.vms.insert(id, Vm::new(spec, Ownership::first(worker), Power::Stop));
     Ok(Answer::Vm(id))
 }
 
@@ -274,13 +269,13 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
             vm.replicas.remove(&migration.to.site);
             vm.replicas.insert(migration.from.site.clone(), left);
         }
-        Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack => {}
+        Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack | Turn::TakenOver => {}
     }
     settle(state, id);
 }
 
 /// A move that is over no longer occupies its VM; a failed one leaves its reason there.
-fn settle(state: &mut State, id: MigrationId) {
+pub(super) fn settle(state: &mut State, id: MigrationId) {
     let Some(migration) = state.migrations.get(&id).filter(|migration| migration.is_over()) else { return };
     let Some(vm) = state.vms.get_mut(&migration.vm).filter(|vm| vm.migration == Some(id)) else { return };
     vm.migration = None;

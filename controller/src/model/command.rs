@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::migration::Record;
 use super::spec::Spec;
 use super::state::{Power, Worker};
+use super::takeover;
 
 /// An entry of the replicated log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -98,6 +99,8 @@ pub enum Order {
         /// What the worker said.
         problem: String,
     },
+    /// A VM whose worker surely does not run it any more gets another one.
+    TakeOver(takeover::Order),
     /// No worker holds anything of a deleted VM any more.
     ForgetVm {
         /// The VM.
@@ -133,6 +136,8 @@ pub enum ClientOrder {
         /// Run, stop or kill.
         power: Power,
     },
+    /// An operator's word on who owns a VM.
+    Resolve(takeover::Order),
     /// Remove a VM from the fleet.
     DeleteVm {
         /// The VM.
@@ -270,6 +275,30 @@ pub enum Rejection {
         name: String,
         /// The site.
         site: SiteName,
+    },
+    /// Handed over, and nobody has said that it arrived.
+    #[error(
+        "vm \"{name}\" is in doubt (migration {id}): its source has handed it over and its destination has not said whether it runs; both are being asked. If one of them is lost for good: \"pageportctl vm resolve {name} --force-owner SITE\""
+    )]
+    InDoubt {
+        /// The VM.
+        name: String,
+        /// The move.
+        id: MigrationId,
+    },
+    /// The state changed between the look and the command.
+    #[error("the owner of vm \"{name}\" has changed meanwhile: look again")]
+    Overtaken {
+        /// The VM.
+        name: String,
+    },
+    /// The proof does not suffice.
+    #[error("vm \"{name}\" cannot be taken over: {why}")]
+    NotToBeTaken {
+        /// The VM.
+        name: String,
+        /// Why.
+        why: String,
     },
     /// Past the commit point.
     #[error("migration {id} cannot be cancelled: the source has already handed the vm over")]

@@ -118,6 +118,8 @@ pub enum Turn {
     Revoked,
     /// The source had released, the destination refused: the source goes on under a newer epoch.
     GivenBack,
+    /// The controllers gave the VM to somebody without a worker's word.
+    TakenOver,
 }
 
 impl Migration {
@@ -179,6 +181,10 @@ impl Migration {
             }
             (Phase::Running { .. } | Phase::Released { .. }, Turn::GivenBack) => {
                 let reason = self.failure.clone().unwrap_or_else(|| "the destination lost the image".to_owned());
+                Phase::Failed { at_unix_ms: now_unix_ms, reason }
+            }
+            (Phase::Running { .. } | Phase::Released { .. }, Turn::TakenOver) => {
+                let reason = self.failure.clone().unwrap_or_else(|| "the vm was taken over".to_owned());
                 Phase::Failed { at_unix_ms: now_unix_ms, reason }
             }
             (Phase::Running { .. } | Phase::Released { .. }, Turn::Refused)

@@ -9,6 +9,7 @@
 //! | [`state`] | everything that is committed |
 //! | [`migration`] | the migration state machine |
 //! | [`command`] | what can be asked of the state, and what comes back |
+//! | [`takeover`] | a VM gets another owner without the word of the one before |
 //! | [`apply`] | the one function that changes it |
 //!
 //! Guarantees: the same commands in the same order give the same state and the same answers at every node. What a
@@ -19,6 +20,7 @@ pub mod command;
 pub mod migration;
 pub mod spec;
 pub mod state;
+pub mod takeover;
 
 pub use apply::apply;
 pub use command::{Answer, Command, Order, Outcome, Rejection};

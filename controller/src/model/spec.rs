@@ -3,6 +3,7 @@
 //! Guarantees: every length has a limit, names fit into device ids, memory is whole MiB, and empty fields have their
 //! defaults. It does not look at any host: whether an image exists is the worker's business.
 
+use pageport_ownership::Policy;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,16 @@ pub struct Spec {
     disks: Vec<Disk>,
     nics: Vec<Nic>,
     boot: Option<Boot>,
+    /// What happens when its worker is cut off.
+    pub on_isolation: Policy,
+    start: StartPolicy,
+}
+
+/// What happens when the VM's host has rebooted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum StartPolicy {
+    AsOrdered,
+    Manual,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,12 +100,22 @@ impl TryFrom<v1::VmSpec> for Spec {
         }
         word("machine", &spec.machine)?;
         word("cpu", &spec.cpu)?;
+        let on_isolation = match spec.on_isolation() {
+            v1::IsolationPolicy::Unspecified | v1::IsolationPolicy::KeepRunning => Policy::KeepRunning,
+            v1::IsolationPolicy::SelfFence => Policy::SelfFence,
+        };
+        let start = match spec.start() {
+            v1::StartPolicy::Unspecified | v1::StartPolicy::AsOrdered => StartPolicy::AsOrdered,
+            v1::StartPolicy::Manual => StartPolicy::Manual,
+        };
         let disks = disks(spec.disks)?;
         let boot = spec.direct_boot.map(boot).transpose()?;
         if disks.is_empty() && boot.is_none() {
             return bad("disks", "give at least one disk, or a kernel to boot directly");
         }
         Ok(Self {
+            on_isolation,
+            start,
             machine: if spec.machine.is_empty() { DEFAULT_MACHINE.to_owned() } else { spec.machine },
             nics: nics(spec.nics)?,
             name: spec.name,
@@ -220,6 +241,14 @@ impl From<&Spec> for v1::VmSpec {
             disks: spec.disks.iter().map(disk).collect(),
             nics: spec.nics.iter().map(nic).collect(),
             direct_boot: spec.boot.as_ref().map(boot),
+            on_isolation: match spec.on_isolation {
+                Policy::KeepRunning => v1::IsolationPolicy::KeepRunning.into(),
+                Policy::SelfFence => v1::IsolationPolicy::SelfFence.into(),
+            },
+            start: match spec.start {
+                StartPolicy::AsOrdered => v1::StartPolicy::AsOrdered.into(),
+                StartPolicy::Manual => v1::StartPolicy::Manual.into(),
+            },
         }
     }
 }

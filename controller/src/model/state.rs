@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::command::Answer;
 use super::migration::Migration;
 use super::spec::Spec;
+use super::takeover::Takeover;
 
 /// Answers kept for repeated requests; older ones are forgotten.
 pub const MAX_ANSWERS: usize = 4096;
@@ -56,6 +57,8 @@ pub enum ReplicaPhase {
     Seeding,
     /// Equal to the disk as it was at some moment.
     Seeded,
+    /// The VM's own disk as it was when the VM was taken over from there.
+    Outdated,
     /// The copy failed.
     Failed {
         /// Why.
@@ -100,10 +103,30 @@ pub struct Vm {
     pub removals: BTreeMap<SiteName, WorkerName>,
     /// The newest error that an operator should see.
     pub problem: String,
+    /// Changes of owner that no worker's record proves, newest last.
+    pub takeovers: Vec<Takeover>,
     /// Is it part of the fleet?
     pub life: Life,
     /// The move that is under way.
     pub migration: Option<MigrationId>,
+}
+
+impl Vm {
+    /// One that was just defined.
+    pub fn new(spec: Spec, ownership: Ownership<WorkerName>, power: Power) -> Self {
+        Self {
+            spec,
+            ownership,
+            power,
+            power_seq: 0,
+            replicas: BTreeMap::new(),
+            removals: BTreeMap::new(),
+            problem: String::new(),
+            takeovers: vec![],
+            life: Life::Defined,
+            migration: None,
+        }
+    }
 }
 
 /// Answers to the newest requests, oldest first out.

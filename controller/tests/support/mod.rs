@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pageport_ownership::LeaseTerms;
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
 use pageport_controller::config::{Config, LogLimits, Member};
@@ -74,6 +75,7 @@ impl Cluster {
                 listen_web: listeners.web.local_addr().unwrap(),
                 members: members.clone(),
                 log,
+                lease: LeaseTerms::new(3_000, 10_000, 500).unwrap(),
                 tls: cluster.certificate("controller", CONTROLLER_NAME),
                 telemetry: TelemetryConfig::default(),
             };

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pageport_ownership::{
-    Durable, Effect, Epoch, Event, Guest, Message, Nonce, Owner, Record, Volatile, emits, needs_grant, worker_step,
+    Durable, Effect, Epoch, Event, Guest, Licence, Message, Nonce, Owner, Policy, Record, Volatile, emits, needs_grant,
+    worker_step,
 };
 use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
 use pageport_proto::v1::{self, MigrationRole, VmState, vm_assignment};
@@ -282,13 +283,15 @@ impl Worker {
         for effect in done.effects {
             let next = match effect {
                 Effect::Resume | Effect::Boot => {
-                    assert!(self.vms[id].record.may_run().is_some(), "set running without a durable record");
+                    let licence = Licence::of(Policy::KeepRunning, None).unwrap();
+                    assert!(self.vms[id].record.may_run(licence).is_some(), "set running without a durable record");
                     self.board.lock().unwrap().runs.push((id.to_owned(), self.name.clone()));
                     Event::Resumed
                 }
                 Effect::Pause => Event::Paused,
                 Effect::KillGuest | Effect::DropImage => Event::QemuGone,
                 Effect::LoadImage(epoch) => Event::Loaded(epoch),
+                Effect::Arm | Effect::Disarm => unreachable!("no vm here fences itself"),
             };
             self.handle(id, next);
         }

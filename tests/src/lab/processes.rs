@@ -3,7 +3,7 @@
 //! | sites are | a process belongs to a site when |
 //! |---|---|
 //! | namespaces | it runs in the namespace |
-//! | ports of the loopback | it is a daemon or a QEMU and one of its arguments lies in the site's folder of the run |
+//! | ports of the loopback | it is a daemon, a keeper or a QEMU and one of its arguments lies in the site's folder of the run |
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,7 @@ use tracing::warn;
 /// How long killed processes may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// The programs that a lab on the loopback starts.
-const PROGRAMS: [&str; 3] = ["pageport-controller", "pageport-worker", "qemu-system-"];
+const PROGRAMS: [&str; 4] = ["pageport-controller", "pageport-worker", "pageport-keeper", "qemu-system-"];
 
 /// The ids of all processes in a namespace.
 pub(super) fn in_namespace(namespace: &str) -> Vec<i32> {

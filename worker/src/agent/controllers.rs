@@ -10,8 +10,8 @@ use pageport_common::telemetry;
 use pageport_common::tls::{CONTROLLER_NAME, Identity};
 use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
 use pageport_proto::v1::{
-    AskAuthorisationRequest, AskAuthorisationResponse, AskGrantRequest, AskGrantResponse, WorkerAssignment,
-    WorkerReport,
+    AskAuthorisationRequest, AskAuthorisationResponse, AskGrantRequest, AskGrantResponse, RenewLeaseRequest,
+    RenewLeaseResponse, WorkerAssignment, WorkerReport,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
@@ -103,6 +103,18 @@ impl Controllers {
         self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.ask_grant(request).await.map(Response::into_inner) }
+        })
+        .await
+    }
+
+    /// Another lease for the VMs that fence themselves.
+    ///
+    /// # Errors
+    /// No leader answers, or it refuses the question.
+    pub async fn renew_lease(&self, request: RenewLeaseRequest) -> Result<RenewLeaseResponse, ControllerError> {
+        self.ask(|mut client| {
+            let request = with_deadline(request.clone());
+            async move { client.renew_lease(request).await.map(Response::into_inner) }
         })
         .await
     }

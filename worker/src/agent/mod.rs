@@ -7,6 +7,7 @@
 //! ```
 //! - [`controllers`]: finds the leader and asks it.
 //! - [`link`]: the stream of reports and assignments.
+//! - [`lease`]: keeps the lease of VMs that fence themselves.
 //! - [`dispatch`]: from an assignment to tasks.
 //! - [`peers`]: what other workers ask of this one.
 //! - [`console`]: what operators ask of this one.
@@ -14,6 +15,7 @@
 pub mod console;
 pub mod controllers;
 pub mod dispatch;
+pub mod lease;
 pub mod link;
 pub mod peers;
 
@@ -52,6 +54,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
     tasks.spawn(stop.clone().run_until_cancelled_owned(dispatch::run(node.clone(), assigned)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(lease::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
@@ -71,13 +74,14 @@ async fn start(config: Config) -> anyhow::Result<Node> {
     }
     let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
     let qemu = config.hypervisor.qemu.clone();
+    let keeper = hypervisor::keeper::locate(&config.hypervisor.keeper)?;
     let qemu_version = accel::qemu_version(&qemu).await?;
     let accelerator = match config.hypervisor.accelerator {
         AcceleratorChoice::Auto => accel::probe(&qemu, &config.runtime_dir).await?,
         AcceleratorChoice::Kvm => Accelerator::Kvm,
         AcceleratorChoice::Tcg => Accelerator::Tcg,
     };
-    let hypervisor = hypervisor::Host { qemu, accelerator, runtime_dir: config.runtime_dir.clone() };
+    let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
     let vms = Vms::new(managed::Shared {
@@ -96,6 +100,7 @@ async fn start(config: Config) -> anyhow::Result<Node> {
         replicas,
         vms,
         changed,
+        lease_wanted: Notify::new(),
         config,
     })
 }

@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use pageport_keeper::BootTime;
 use pageport_proto::VmId;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::VmSpec;
@@ -65,6 +66,8 @@ pub struct Launch {
     pub disk_paths: BTreeMap<String, PathBuf>,
     /// How to begin.
     pub mode: StartMode,
+    /// When the keeper is to kill it, unless [`super::Vm::arm`] extends that; `None`: never.
+    pub deadline: Option<BootTime>,
 }
 
 impl Launch {
@@ -263,7 +266,7 @@ mod tests {
             ..VmSpec::default()
         };
         let vm = "018f4a3e-7c1b-7000-8000-000000000001".parse().unwrap();
-        Launch { vm, spec, disk_paths: BTreeMap::new(), mode }
+        Launch { vm, spec, disk_paths: BTreeMap::new(), mode, deadline: None }
     }
 
     fn argv(launch: &Launch) -> Vec<String> {

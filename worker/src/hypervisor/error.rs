@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pageport_keeper::DeadlineFileError;
 use pageport_proto::VmId;
 
 use super::command_line::SpecError;
@@ -38,6 +39,31 @@ pub enum HypervisorError {
     NotRunning {
         /// Which VM.
         vm: VmId,
+    },
+    /// The keeper's program is not there.
+    #[error("keeper {keeper} not found: install pageport-keeper beside pageport-worker, or set hypervisor.keeper")]
+    KeeperMissing {
+        /// As configured.
+        keeper: String,
+    },
+    /// QEMU runs without its keeper: nothing would end it when its lease runs out.
+    #[error("QEMU of VM {vm} runs without a keeper, as process {pid}: end it with kill -KILL {pid}")]
+    NotKept {
+        /// Which VM.
+        vm: VmId,
+        /// QEMU's process.
+        pid: u32,
+    },
+    /// The VM's lease could not be read or changed.
+    #[error("{operation} the lease of VM {vm}")]
+    Lease {
+        /// Which VM.
+        vm: VmId,
+        /// What was tried.
+        operation: &'static str,
+        /// Why.
+        #[source]
+        source: DeadlineFileError,
     },
     /// QEMU ended before it was ready.
     #[error("QEMU of VM {vm} did not start ({status}): {log_tail}")]

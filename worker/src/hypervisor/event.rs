@@ -86,6 +86,8 @@ pub enum ExitCause {
     Ordered,
     /// The guest shut itself down.
     GuestShutdown,
+    /// Its keeper killed it because the lease had run out.
+    LeaseExpired,
     /// Nobody told it to.
     Unexpected,
 }
@@ -102,9 +104,9 @@ pub struct ExitReport {
 }
 
 impl ExitReport {
-    /// Was this in order?
+    /// Did the guest or its operator want this?
     pub fn expected(&self) -> bool {
-        self.cause != ExitCause::Unexpected
+        matches!(self.cause, ExitCause::Ordered | ExitCause::GuestShutdown)
     }
 }
 

@@ -4,6 +4,7 @@
 //!   accel          which accelerator runs guests here, by trying
 //!   command_line   VmSpec ─▶ arguments (pure)
 //!   process        start, find again, watch, kill          tap   its network devices
+//!   keeper         its parent, which enforces its lease
 //!   qmp            commands, replies, events over a socket event what they mean (pure)
 //!   vm ─ watcher   the handle, and the task behind it
 //!   mirror         a disk copied to an NBD server          migrate   the two ends of a live migration
@@ -11,13 +12,14 @@
 //! ```
 //!
 //! Guarantees: QEMU outlives the worker and is found again; its end is noticed whoever caused it; every command and every
-//! wait has a deadline. Does not decide whether a VM may run.
+//! wait has a deadline; a lease is enforced whether or not a worker lives. Does not decide whether a VM may run.
 
 pub mod accel;
 pub mod command_line;
 pub mod console;
 mod error;
 pub mod event;
+pub mod keeper;
 pub mod migrate;
 pub mod mirror;
 mod paths;
@@ -32,6 +34,7 @@ pub use command_line::{Launch, SpecError, StartMode, check_spec};
 pub use console::Console;
 pub use error::HypervisorError;
 pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
+pub use pageport_keeper::{BootTime, Lease};
 pub use mirror::MirrorHandle;
 pub use paths::VmPaths;
 pub use qmp::QmpError;

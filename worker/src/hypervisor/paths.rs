@@ -8,8 +8,10 @@
 //! | `outgoing.sock` | the worker | the migration stream at the source |
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
 //! | `pid` | QEMU | finding a running VM again |
+//! | `deadline` | the worker | the lease that the keeper enforces, and the keeper's word when it did |
 //! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
-//! | `qemu.log` | QEMU | its standard error |
+//! | `image` | the worker | which move's image QEMU holds, complete and vouched for, until it runs |
+//! | `qemu.log` | QEMU, the keeper | their standard error |
 
 use std::path::{Path, PathBuf};
 
@@ -72,9 +74,19 @@ impl VmPaths {
         entries.flatten().map(|entry| entry.path()).filter_map(|path| Some((disk_of(&path)?, path))).collect()
     }
 
+    /// Names the move whose image is complete here.
+    pub fn image(&self) -> PathBuf {
+        self.dir.join("image")
+    }
+
     /// QEMU's process id.
     pub fn pid(&self) -> PathBuf {
         self.dir.join("pid")
+    }
+
+    /// The lease that the keeper enforces.
+    pub fn deadline(&self) -> PathBuf {
+        self.dir.join("deadline")
     }
 
     /// Names of the VM's tap devices.
@@ -82,7 +94,7 @@ impl VmPaths {
         self.dir.join("taps")
     }
 
-    /// QEMU's standard error.
+    /// Standard error of QEMU and its keeper.
     pub fn log(&self) -> PathBuf {
         self.dir.join("qemu.log")
     }

@@ -3,11 +3,13 @@
 //! A process is held by a pidfd, so a signal never reaches another process that was given the same number. The order is
 //! always: open the pidfd, *then* check in `/proc` that this is the VM's QEMU. What was checked is what is signalled.
 //!
-//! QEMU is started through `setsid`, keeps running when the worker ends, and is not started with `-daemonize`: that
-//! forks, which the sandbox (`spawn=deny`) forbids, and hides the exit status.
+//! QEMU is the child of its keeper, which is started through `setsid`; both keep running when the worker ends. The keeper
+//! ends as QEMU does, so its exit status is QEMU's. QEMU is not started with `-daemonize`: that forks, which the
+//! sandbox (`spawn=deny`) forbids, and hides the exit status.
 
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -20,12 +22,14 @@ use super::paths::VmPaths;
 
 /// How much of QEMU's log an exit report carries.
 pub const LOG_TAIL_BYTES: u64 = 2048;
-/// Longest command line that is looked at when a process is checked.
-const MAX_CMDLINE_BYTES: u64 = 1024 * 1024;
+/// Longest command line, and the like, that is looked at when a process is checked.
+const MAX_PROC_BYTES: u64 = 1024 * 1024;
+/// The keeper's option that also tells a VM's keeper from other processes.
+const DEADLINE_OPTION: &str = "--deadline-file";
 /// Longest pid file.
 const MAX_PID_FILE_BYTES: u64 = 32;
 
-/// A process that was checked to be a VM's QEMU.
+/// A process that was checked to be a VM's QEMU, or its keeper.
 #[derive(Debug)]
 pub struct Process {
     pid: u32,
@@ -55,14 +59,47 @@ impl Process {
         }
     }
 
-    // The command line of a zombie is empty, so one that has ended is not taken for a running VM.
+    /// The keeper of this QEMU: its parent, if that is one. `None` also when QEMU has ended meanwhile.
+    pub fn keeper(&self, paths: &VmPaths) -> io::Result<Option<Self>> {
+        let Some(parent) = self.parent()? else { return Ok(None) };
+        let Some(keeper) = Self::open(parent)? else { return Ok(None) };
+        // Asked again: only a parent of now is sure to have been the same process all along.
+        let is_keeper = keeper.is_keeper_of(paths)? && self.parent()? == Some(parent);
+        Ok(is_keeper.then_some(keeper))
+    }
+
+    // The command line of a zombie is empty, so one that has ended is not taken for a running VM. The keeper has QEMU's
+    // arguments too, after its own.
     fn is_qemu_of(&self, paths: &VmPaths) -> io::Result<bool> {
         let marker = qmp_argument(paths);
-        match read_limited(Path::new(&format!("/proc/{}/cmdline", self.pid)), MAX_CMDLINE_BYTES) {
-            Ok(cmdline) => Ok(cmdline.split(|byte| *byte == 0).any(|argument| argument == marker.as_bytes())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(false),
-            Err(error) => Err(error),
+        let is_qemu = self.arguments()?.iter().any(|argument| argument == marker.as_bytes());
+        Ok(is_qemu && !self.is_keeper_of(paths)?)
+    }
+
+    fn is_keeper_of(&self, paths: &VmPaths) -> io::Result<bool> {
+        let arguments = self.arguments()?;
+        let file = paths.deadline();
+        let is_ours = |pair: &[Vec<u8>]| pair[0] == DEADLINE_OPTION.as_bytes() && pair[1] == file.as_os_str().as_bytes();
+        let own = arguments.split(|argument| argument == b"--").next().unwrap_or_default();
+        Ok(own.windows(2).any(is_ours))
+    }
+
+    fn arguments(&self) -> io::Result<Vec<Vec<u8>>> {
+        Ok(self.read_proc("cmdline")?.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect())
+    }
+
+    fn parent(&self) -> io::Result<Option<u32>> {
+        // After the name, which may hold anything: state, parent.
+        let stat = String::from_utf8_lossy(&self.read_proc("stat")?).into_owned();
+        Ok(stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok()))
+    }
+
+    // Empty when the process is gone.
+    fn read_proc(&self, name: &str) -> io::Result<Vec<u8>> {
+        match read_limited(Path::new(&format!("/proc/{}/{name}", self.pid)), MAX_PROC_BYTES) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(Vec::new()),
+            read => read,
         }
     }
 
@@ -93,21 +130,16 @@ fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::new(pidfd)
 }
 
-/// Starts QEMU; its output goes to the VM's log. The child is QEMU itself (`setsid` becomes it).
-pub fn spawn(qemu: &str, arguments: &[String], paths: &VmPaths) -> io::Result<(Child, Process)> {
+/// Starts QEMU below a keeper; the output of both goes to the VM's log. The child is the keeper (`setsid` becomes it).
+pub fn spawn(keeper: &Path, qemu: &str, arguments: &[String], paths: &VmPaths) -> io::Result<Child> {
     let log = std::fs::File::create(paths.log())?;
-    let child = Command::new("setsid")
-        .arg("--")
-        .arg(qemu)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()?;
-    // Our own child that nobody has waited for: its number cannot have passed to another process.
-    let process = child.id().map(Process::open).transpose()?.flatten();
-    let process = process.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-    Ok((child, process))
+    let mut command = Command::new("setsid");
+    command.arg("--").arg(keeper).arg(DEADLINE_OPTION).arg(paths.deadline()).arg("--").arg(qemu).args(arguments);
+    // The worker's own line to systemd is not for its children.
+    for name in pageport_keeper::watchdog::VARIABLES {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 
 /// The end of the VM's log.

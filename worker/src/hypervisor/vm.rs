@@ -1,22 +1,25 @@
 //! One VM's QEMU: started or found again, commanded, watched, ended.
 //!
 //! ```text
-//!   start ──▶ spawn ──▶ QMP ──┐                       ┌─▶ events (broadcast)
-//!   adopt ──▶ pid file, check,┴─▶ Vm ◀── watcher task ┼─▶ migration status, last stop, last resume (watch)
-//!             QMP                                     └─▶ exit report (watch); removes sockets and taps
+//!   start ──▶ lease, keeper, QMP ┐                       ┌─▶ events (broadcast)
+//!   adopt ──▶ pid file, check, ──┴─▶ Vm ◀── watcher task ┼─▶ migration status, last stop, last resume (watch)
+//!             QMP                    │                   └─▶ exit report (watch); removes sockets and taps
+//!                                    └─ arm, disarm ─▶ deadline file ─▶ keeper
 //! ```
 //!
 //! Guarantees: QEMU outlives the worker. Its end is noticed by its pidfd, whoever caused it, and reported once, with its
-//! cause and the end of its log; then its tap devices and its folder's sockets are gone. When every [`Vm`] of a QEMU
-//! has been dropped its control socket is free for the next [`Vm::adopt`].
+//! cause and the end of its log; then its keeper, its tap devices and its folder's files but the log are gone. When every [`Vm`] of a QEMU
+//! has been dropped its control socket is free for the next [`Vm::adopt`]. A QEMU has a keeper, which kills it when its
+//! lease runs out, whatever has become of the worker.
 //!
 //! Does not decide whether the VM may run: [`Vm::start`] and [`Vm::cont`] are called by who holds its ownership record.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pageport_keeper::{BootTime, Lease};
 use pageport_proto::VmId;
 use serde::Deserialize;
 use tokio::sync::{broadcast, watch};
@@ -25,6 +28,7 @@ use super::accel::Accelerator;
 use super::command_line::{Launch, arguments};
 use super::error::HypervisorError;
 use super::event::{EventTime, ExitReport, MigrationStatus, VmEvent};
+use super::keeper;
 use super::paths::VmPaths;
 use super::process::{self, Process};
 use super::qmp::{Command, Ignored, Qmp, QmpError, qmp_command};
@@ -39,6 +43,8 @@ pub const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 pub const KILL_DEADLINE: Duration = Duration::from_secs(20);
 /// Time for a QEMU that has closed its control socket while starting to end.
 const GIVE_UP_DEADLINE: Duration = Duration::from_secs(2);
+/// Time for a QEMU whose keeper was killed to follow it.
+const ORPHAN_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks for the control socket of a QEMU that is starting.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(10);
 /// Events that a slow subscriber may lag behind before it loses the oldest.
@@ -95,6 +101,8 @@ pub enum RunState {
 pub struct Host {
     /// The binary.
     pub qemu: String,
+    /// The keeper's program: see [`super::keeper::locate`].
+    pub keeper: PathBuf,
     /// Found by [`super::accel::probe`] or forced by the configuration.
     pub accelerator: Accelerator,
     /// The worker's runtime folder.
@@ -112,6 +120,8 @@ struct Inner {
     id: VmId,
     paths: VmPaths,
     process: Arc<Process>,
+    keeper: Arc<Process>,
+    lease: Mutex<()>,
     qmp: Qmp,
     end_ordered: Arc<AtomicBool>,
     events: broadcast::Sender<VmEvent>,
@@ -138,7 +148,7 @@ impl Vm {
     /// Starts QEMU. If it fails nothing is left running and no device is left behind; the log stays.
     pub async fn start(host: &Host, launch: &Launch) -> Result<Self, HypervisorError> {
         let (vm, paths) = (launch.vm, VmPaths::new(&host.runtime_dir, launch.vm));
-        if let Some(running) = find(&paths)? {
+        if let Some(running) = keeper::settle(vm, &paths).await? {
             return Err(HypervisorError::AlreadyRunning { vm, pid: running.pid() });
         }
         super::command_line::check_spec(&launch.spec)?;
@@ -150,21 +160,28 @@ impl Vm {
         let started = async {
             let argv = arguments(launch, &paths, host.accelerator, &taps)?;
             tokio::fs::write(paths.taps(), taps.join("\n")).await.map_err(file_error("write", paths.taps()))?;
-            let (mut child, process) =
-                process::spawn(&host.qemu, &argv, &paths).map_err(file_error("start", host.qemu.clone().into()))?;
-            match first_connection(vm, &mut child, &paths).await {
-                Ok(connection) => Ok((child, process, connection)),
+            keeper::prepare(vm, &paths, launch.deadline)?;
+            let mut child = process::spawn(&host.keeper, &host.qemu, &argv, &paths)
+                .map_err(file_error("start", host.keeper.clone()))?;
+            let connected = async {
+                let connection = first_connection(vm, &mut child, &paths).await?;
+                // It has written its pid file before it listens.
+                let process = find(&paths)?.ok_or(HypervisorError::NotRunning { vm })?;
+                let keeper = keeper_of(vm, &process, &paths)?;
+                Ok((process, keeper, connection))
+            };
+            match connected.await {
+                Ok(running) => Ok((running, child)),
                 Err(error) => {
-                    // It may have ended by itself.
-                    let _ = child.kill().await;
+                    end_child(vm, child, &paths).await;
                     Err(error)
                 }
             }
         };
         match started.await {
-            Ok((child, process, connection)) => {
-                tracing::info!(vm_id = %vm, pid = process.pid(), mode = ?launch.mode, "QEMU started");
-                Ok(Self::watched(vm, paths, process, connection, Some(child)))
+            Ok((running, child)) => {
+                tracing::info!(vm_id = %vm, pid = running.0.pid(), mode = ?launch.mode, "QEMU started");
+                Ok(Self::watched(vm, paths, running, Some(child)))
             }
             Err(error) => {
                 tap::remove(&taps).await;
@@ -177,20 +194,28 @@ impl Vm {
     /// Takes over a QEMU that an earlier worker started.
     pub async fn adopt(runtime_dir: &Path, vm: VmId) -> Result<Self, HypervisorError> {
         let paths = VmPaths::new(runtime_dir, vm);
-        let Some(process) = find(&paths)? else { return Err(HypervisorError::NotRunning { vm }) };
+        let Some(process) = keeper::settle(vm, &paths).await? else { return Err(HypervisorError::NotRunning { vm }) };
+        let keeper = match keeper_of(vm, &process, &paths) {
+            // Its keeper was killed a moment ago, and it is about to follow.
+            Err(HypervisorError::NotKept { .. })
+                if tokio::time::timeout(ORPHAN_DEADLINE, process.gone()).await.is_ok() =>
+            {
+                return Err(HypervisorError::NotRunning { vm });
+            }
+            keeper => keeper?,
+        };
         let connection = Qmp::connect(&paths.qmp(), ADOPT_DEADLINE).await?;
-        tracing::info!(vm_id = %vm, pid = process.pid(), "QEMU adopted");
-        Ok(Self::watched(vm, paths, process, connection, None))
+        tracing::info!(vm_id = %vm, pid = process.pid(), keeper = keeper.pid(), "QEMU adopted");
+        Ok(Self::watched(vm, paths, (process, keeper, connection), None))
     }
 
     fn watched(
         id: VmId,
         paths: VmPaths,
-        process: Process,
-        (qmp, notices): super::qmp::Connected,
+        (process, keeper, (qmp, notices)): (Process, Process, super::qmp::Connected),
         child: Option<tokio::process::Child>,
     ) -> Self {
-        let process = Arc::new(process);
+        let (process, keeper) = (Arc::new(process), Arc::new(keeper));
         let end_ordered = Arc::new(AtomicBool::new(false));
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let marks = Arc::new(watch::Sender::new(Marks::default()));
@@ -199,6 +224,7 @@ impl Vm {
             vm: id,
             paths: paths.clone(),
             process: Arc::clone(&process),
+            keeper: Arc::clone(&keeper),
             child,
             notices,
             end_ordered: Arc::clone(&end_ordered),
@@ -207,7 +233,8 @@ impl Vm {
             exit: exit_sender,
         };
         tokio::spawn(watcher.run());
-        Self { inner: Arc::new(Inner { id, paths, process, qmp, end_ordered, events, marks, exit }) }
+        let lease = Mutex::new(());
+        Self { inner: Arc::new(Inner { id, paths, process, keeper, lease, qmp, end_ordered, events, marks, exit }) }
     }
 
     /// Which VM this is.
@@ -223,6 +250,56 @@ impl Vm {
     /// QEMU's process number.
     pub fn pid(&self) -> u32 {
         self.inner.process.pid()
+    }
+
+    /// The process number of QEMU's keeper.
+    pub fn keeper_pid(&self) -> u32 {
+        self.inner.keeper.pid()
+    }
+
+    /// Has the keeper kill QEMU at `deadline`, or later if it was armed for later: a deadline is not moved back by a
+    /// request that was overtaken. Cheap enough for any thread.
+    ///
+    /// # Errors
+    /// The deadline file is gone or cannot be written: the lease that the keeper read last stands.
+    pub fn arm(&self, deadline: BootTime) -> Result<(), HypervisorError> {
+        self.change_lease("extend", |standing| match standing {
+            Some(Lease::Until(later)) if later >= deadline => None,
+            _ => Some(Lease::Until(deadline)),
+        })
+    }
+
+    /// As [`Self::arm`], but also to an earlier time.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn arm_exactly(&self, deadline: BootTime) -> Result<(), HypervisorError> {
+        self.change_lease("set", |_| Some(Lease::Until(deadline)))
+    }
+
+    /// Lets QEMU live without a limit.
+    ///
+    /// # Errors
+    /// As [`Self::arm`].
+    pub fn disarm(&self) -> Result<(), HypervisorError> {
+        self.change_lease("disarm", |_| Some(Lease::Disarmed))
+    }
+
+    /// The lease that stands.
+    ///
+    /// # Errors
+    /// The deadline file cannot be read.
+    pub fn lease(&self) -> Result<Lease, HypervisorError> {
+        keeper::lease(self.id(), self.paths())
+    }
+
+    fn change_lease(
+        &self,
+        operation: &'static str,
+        new: impl FnOnce(Option<Lease>) -> Option<Lease>,
+    ) -> Result<(), HypervisorError> {
+        let _one_at_a_time = self.inner.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        keeper::change(self.id(), self.paths(), operation, new)
     }
 
     /// Everything that happens from now on.
@@ -325,17 +402,35 @@ pub fn list_running(runtime_dir: &Path) -> Result<Vec<VmId>, HypervisorError> {
     Ok(running)
 }
 
-/// Removes what a VM's QEMU left behind when it ended together with its worker: tap devices and sockets. Does nothing
-/// while it runs.
+/// Removes what a VM's QEMU left behind when it ended without a worker: tap devices and sockets. Does nothing while it
+/// runs.
 pub async fn clean_up(runtime_dir: &Path, vm: VmId) -> Result<(), HypervisorError> {
     let paths = VmPaths::new(runtime_dir, vm);
-    if find(&paths)?.is_none() {
+    if keeper::settle(vm, &paths).await?.is_none() {
+        if let Some(expired) = keeper::expired(&paths) {
+            tracing::warn!(vm_id = %vm, deadline = %expired.deadline, "QEMU's lease ran out while no worker watched");
+        }
         remove_leftovers(&paths).await;
     }
     Ok(())
 }
 
-fn find(paths: &VmPaths) -> Result<Option<Process>, HypervisorError> {
+fn keeper_of(vm: VmId, qemu: &Process, paths: &VmPaths) -> Result<Process, HypervisorError> {
+    let error = |source| HypervisorError::File { operation: "look for the keeper of", path: paths.pid(), source };
+    qemu.keeper(paths).map_err(error)?.ok_or(HypervisorError::NotKept { vm, pid: qemu.pid() })
+}
+
+/// Ends a QEMU that did not come up, and its keeper with it; it may have ended by itself.
+async fn end_child(vm: VmId, mut child: tokio::process::Child, paths: &VmPaths) {
+    if let Err(error) = keeper::order_end(vm, paths) {
+        tracing::warn!(vm_id = %vm, error = %error, "the keeper could not be told to end QEMU");
+    } else if tokio::time::timeout(KILL_DEADLINE, child.wait()).await.is_ok() {
+        return;
+    }
+    let _ = child.kill().await;
+}
+
+pub(super) fn find(paths: &VmPaths) -> Result<Option<Process>, HypervisorError> {
     Process::find(paths).map_err(|source| HypervisorError::File { operation: "check", path: paths.pid(), source })
 }
 

@@ -1,8 +1,8 @@
 //! The task that watches one QEMU: turns its QMP events into [`VmEvent`]s and notices its end.
 //!
 //! The end is QEMU's pidfd becoming readable, not the control socket's closing: the socket may close late, or never be
-//! read again. After the end, events that were already in the socket are still told, then the VM's devices and sockets
-//! are removed, then the exit is reported.
+//! read again. After the end, events that were already in the socket are still told, then the keeper's end is awaited
+//! (it may have a word to say), then the VM's devices and sockets are removed, then the exit is reported.
 //!
 //! Ends without a word when every handle on the VM is dropped; QEMU runs on.
 
@@ -24,11 +24,15 @@ use super::vm::{Marks, remove_leftovers};
 /// Time for the control socket to deliver what an ended QEMU still said.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Time for the keeper to follow QEMU; one that is stopped is helped.
+const KEEPER_DEADLINE: Duration = Duration::from_secs(5);
+
 /// The task's state.
 pub(super) struct Watcher {
     pub vm: VmId,
     pub paths: VmPaths,
     pub process: Arc<Process>,
+    pub keeper: Arc<Process>,
     pub child: Option<Child>,
     pub notices: broadcast::Receiver<QmpNotice>,
     pub end_ordered: Arc<AtomicBool>,
@@ -93,12 +97,26 @@ impl Watcher {
         }
     }
 
-    async fn report(mut self, guest_shut_down: bool) {
-        let status = match self.child.take() {
+    /// How the keeper ended, which is how QEMU did; empty if it was not our child.
+    async fn keeper_ended(&mut self) -> String {
+        if tokio::time::timeout(KEEPER_DEADLINE, self.keeper.gone()).await.is_err() {
+            tracing::warn!(vm_id = %self.vm, keeper = self.keeper.pid(), "the keeper does not end; it is killed");
+            if let Err(error) = self.keeper.kill() {
+                tracing::error!(vm_id = %self.vm, error = %error, "the keeper could not be killed");
+                return String::new();
+            }
+        }
+        match self.child.take() {
             Some(mut child) => child.wait().await.map(|status| status.to_string()).unwrap_or_default(),
             None => String::new(),
-        };
-        let cause = if self.end_ordered.load(Ordering::SeqCst) {
+        }
+    }
+
+    async fn report(mut self, guest_shut_down: bool) {
+        let status = self.keeper_ended().await;
+        let cause = if super::keeper::expired(&self.paths).is_some() {
+            ExitCause::LeaseExpired
+        } else if self.end_ordered.load(Ordering::SeqCst) {
             ExitCause::Ordered
         } else if guest_shut_down {
             ExitCause::GuestShutdown

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageport_common::telemetry;
-use pageport_ownership::{Epoch, Event, Guest, Nonce, Record};
+use pageport_ownership::{Epoch, Event, Guest, Nonce, Record, Standing};
 use pageport_proto::VmId;
 use pageport_proto::v1::{
     Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, Ready, Refused, Resumed, StreamEnd,
@@ -42,6 +42,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(60);
 /// Words of the source that wait for their phase; it sends a handful.
 const CONTROL_QUEUE: usize = 16;
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
+/// The guest stands still meanwhile, unless the lease is there already, as it should be.
+const LEASE_LIMIT: Duration = Duration::from_secs(5);
 /// Memory that a host keeps for itself, in bytes.
 const HOST_RESERVE_BYTES: u64 = 256 << 20;
 
@@ -284,6 +286,8 @@ impl Arrival {
         }
         check_memory(spec.memory_bytes)?;
         // The definition comes from the controllers, not from the peer.
+        vm.set_spec(&spec).await?;
+        self.node.lease_wanted.notify_one();
         let qemu = vm.load_image(&spec).await?;
         let prepared = async {
             let disks = self.replica_disks(id, &spec)?;
@@ -385,12 +389,23 @@ impl Arrival {
             let flushed = tokio::task::spawn_blocking(move || disk.flush()).await.map_err(std::io::Error::other);
             flushed.and_then(|flushed| flushed).map_err(|source| DestinationError::Sync { disk: name, source })?;
         }
+        self.wait_for_lease(vm).await?;
         let record = vm.step(Event::Loaded(*epoch)).await?;
         if vm.status().volatile.guest != Guest::Loaded(*epoch) {
             return Err(DestinationError::NotPermitted { record });
         }
         self.say(to_source::Kind::Ready(Ready { epoch: epoch.raw(), digest: end.digest.clone() }));
         Ok(())
+    }
+
+    /// A guest that fences itself could not run here without a lease: better found out before the source lets go.
+    async fn wait_for_lease(&self, vm: &ManagedVm) -> Result<(), DestinationError> {
+        let limit = LEASE_LIMIT;
+        let mut status = vm.watch();
+        self.node.lease_wanted.notify_one();
+        let leased = status.wait_for(|now| now.volatile.standing != Standing::Unleased);
+        let leased = tokio::time::timeout(limit, leased).await;
+        leased.map(drop).map_err(|_| DestinationError::TooLong { what: "the lease for a vm that fences itself", limit })
     }
 
     async fn resume(&mut self, admitted: &Admitted) -> Result<(), DestinationError> {

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 
 use pageport_ownership::{Epoch, Event, Nonce, Owner, Record, needs_grant};
-use pageport_proto::v1::{AskGrantRequest, VmAssignment, vm_assignment::Power};
+use pageport_proto::v1::{AskGrantRequest, StartPolicy, VmAssignment, vm_assignment::Power};
 
 use super::managed::{ManagedVm, VmError};
 use crate::agent::controllers::{ControllerError, Controllers};
@@ -53,7 +53,10 @@ pub async fn converge(
     controllers: &Controllers,
 ) -> Result<Converged, ConvergeError> {
     if let Some(spec) = &wanted.spec {
-        vm.set_spec(spec).await;
+        vm.set_spec(spec).await?;
+        if spec.start() == StartPolicy::Manual {
+            vm.stay_down(wanted.power_seq);
+        }
     }
     let owner = if wanted.owner_worker == me { Owner::Me } else { Owner::Other };
     let owned = Epoch::from_raw(wanted.owner_epoch);
@@ -110,6 +113,11 @@ async fn ask_grant(vm: &Arc<ManagedVm>, controllers: &Controllers) -> Result<(),
         return Err(ConvergeError::Denied { reason: answer.reason });
     }
     let own = Epoch::from_raw(answer.own);
-    vm.step(Event::Grant { nonce: Nonce(answer.nonce), own }).await?;
+    let nonce = Nonce(answer.nonce);
+    let event = match answer.image {
+        0 => Event::Grant { nonce, own },
+        image => Event::Inherit { nonce, own, image: Epoch::from_raw(image) },
+    };
+    vm.step(event).await?;
     Ok(())
 }

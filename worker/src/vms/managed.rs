@@ -9,17 +9,22 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pageport_common::store::{Store, StoreError};
-use pageport_ownership::{Durable, Effect, Epoch, Event, Guest, MayRun, Record, Volatile, worker_step};
+use pageport_keeper::BootTime;
+use pageport_ownership::{
+    Durable, Effect, Epoch, Event, Guest, MayRun, Nonce, Policy, Record, Standing, Volatile, worker_step,
+};
 use pageport_proto::VmId;
-use pageport_proto::v1::{VmSpec, VmState};
+use pageport_proto::v1::{IsolationPolicy, VmSpec, VmState};
 use tokio::sync::{Mutex, Notify, watch};
 
+use super::fence::{self, Fence};
 use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
+use crate::hypervisor::paths::VmPaths;
 use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm};
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
@@ -57,6 +62,21 @@ pub enum VmError {
     Undefined {
         /// The VM.
         vm: VmId,
+    },
+    /// The VM fences itself, and there is no lease.
+    #[error("vm {vm} fences itself and this worker holds no valid lease for it: are the controllers reachable?")]
+    NoLease {
+        /// The VM.
+        vm: VmId,
+    },
+    /// The note about a loaded image.
+    #[error("note which image vm {vm} holds")]
+    Image {
+        /// The VM.
+        vm: VmId,
+        /// Why.
+        #[source]
+        source: std::io::Error,
     },
     /// No hypervisor.
     #[error("vm {vm} does not run here")]
@@ -103,6 +123,7 @@ struct State {
     asked_to_end: Option<Instant>,
     console: Option<Console>,
     spec: Option<VmSpec>,
+    fence: Fence,
 }
 
 /// One VM.
@@ -112,13 +133,16 @@ pub struct ManagedVm {
     shared: Arc<Shared>,
     state: Mutex<State>,
     power_seq: AtomicU64,
+    /// It was this worker's when it started, and no hypervisor was there.
+    found_down: AtomicBool,
     status: watch::Sender<VmStatus>,
 }
 
 impl ManagedVm {
     pub(super) fn open(id: VmId, shared: Arc<Shared>) -> Result<Self, VmError> {
         let durable = Durable::read(|| records::read(&shared.store, id))?;
-        let volatile = Volatile::default();
+        let fence = Fence::new(records::read_policy(&shared.store, id)?);
+        let volatile = Volatile { standing: fence.standing(BootTime::now()), ..Volatile::default() };
         let (status, _) = watch::channel(VmStatus {
             record: durable.record(),
             volatile,
@@ -126,8 +150,15 @@ impl ManagedVm {
             problem: String::new(),
             halted_under: None,
         });
-        let state = State { durable, volatile, qemu: None, asked_to_end: None, console: None, spec: None };
-        Ok(Self { id, shared, state: Mutex::new(state), power_seq: AtomicU64::new(0), status })
+        let state = State { durable, volatile, qemu: None, asked_to_end: None, console: None, spec: None, fence };
+        Ok(Self {
+            id,
+            shared,
+            state: Mutex::new(state),
+            power_seq: AtomicU64::new(0),
+            found_down: AtomicBool::new(false),
+            status,
+        })
     }
 
     /// Which VM.
@@ -146,10 +177,58 @@ impl ManagedVm {
     }
 
     /// The definition, once it has arrived.
-    pub async fn set_spec(&self, spec: &VmSpec) {
+    ///
+    /// # Errors
+    /// Its policy could not be noted, or not be put into effect.
+    pub async fn set_spec(self: &Arc<Self>, spec: &VmSpec) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
         if state.spec.as_ref() != Some(spec) {
             state.spec = Some(spec.clone());
+        }
+        let policy = policy_of(spec);
+        if state.fence.policy() == Some(policy) {
+            return Ok(());
+        }
+        tokio::task::block_in_place(|| records::write_policy(&self.shared.store, self.id, policy))?;
+        state.fence.set_policy(policy);
+        self.stand(&mut state).await
+    }
+
+    /// Does it run under a lease only?
+    pub fn fences_itself(&self) -> bool {
+        self.status.borrow().volatile.standing != Standing::KeepRunning
+    }
+
+    /// The question for a lease leaves now.
+    pub async fn lease_asked(&self, nonce: Nonce, now: BootTime) {
+        self.state.lock().await.fence.asked(nonce, now);
+    }
+
+    /// What came of the question: a lease of so many milliseconds, or none.
+    ///
+    /// # Errors
+    /// The keeper could not be given its new deadline, or what waited for the lease did not run.
+    pub async fn lease_answered(self: &Arc<Self>, nonce: Nonce, lease_ms: Option<u64>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        if let Some(lease_ms) = lease_ms {
+            state.fence.granted(nonce, lease_ms);
+        }
+        self.stand(&mut state).await
+    }
+
+    /// Lets policy and lease take effect.
+    async fn stand(self: &Arc<Self>, state: &mut State) -> Result<(), VmError> {
+        let standing = state.fence.standing(BootTime::now());
+        let effects = self.commit(state, Event::Standing(standing))?;
+        let outcome = self.carry_out(state, effects).await;
+        self.publish(state);
+        outcome
+    }
+
+    /// The VM was here and down when this worker started, and waits for an order: it stays down under this one.
+    pub fn stay_down(&self, power_seq: u64) {
+        if self.found_down.swap(false, Ordering::SeqCst) {
+            self.modify(|status| status.halted_under = Some(power_seq));
         }
     }
 
@@ -186,6 +265,7 @@ impl ManagedVm {
         let outcome = self.carry_out(&mut state, effects).await;
         self.publish(&state);
         outcome?;
+        self.note_image(&state).await?;
         Ok(state.durable.record())
     }
 
@@ -196,7 +276,7 @@ impl ManagedVm {
     pub async fn load_image(self: &Arc<Self>, spec: &VmSpec) -> Result<Vm, VmError> {
         let mut state = self.state.lock().await;
         state.spec = Some(spec.clone());
-        let qemu = self.launch(&mut state, StartMode::Incoming).await;
+        let qemu = self.launch(&mut state, StartMode::Incoming, None).await;
         self.publish(&state);
         qemu
     }
@@ -290,6 +370,7 @@ impl ManagedVm {
             }
             Err(HypervisorError::NotRunning { .. }) => {
                 hypervisor::clean_up(runtime_dir, self.id).await?;
+                self.found_down.store(state.durable.record().owned().is_some(), Ordering::SeqCst);
                 Guest::Absent
             }
             Err(error) => return Err(error.into()),
@@ -319,11 +400,11 @@ impl ManagedVm {
         for effect in effects {
             match effect {
                 Effect::Resume => {
-                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    let permission = self.permission(state)?;
                     self.resume(state, permission).await?;
                 }
                 Effect::Boot => {
-                    let permission = state.durable.may_run().ok_or(VmError::NotPermitted { vm: self.id })?;
+                    let permission = self.permission(state)?;
                     self.boot(state, permission).await?;
                 }
                 Effect::Pause => {
@@ -334,32 +415,71 @@ impl ManagedVm {
                 Effect::KillGuest | Effect::DropImage => self.end_qemu(state).await?,
                 // The destination of the move does that: it needs the definition that comes with the move.
                 Effect::LoadImage(_) => {}
+                Effect::Arm => {
+                    if let (Some(qemu), Some(deadline)) = (&state.qemu, state.fence.deadline(BootTime::now())) {
+                        qemu.arm(deadline)?;
+                    }
+                }
+                Effect::Disarm => {
+                    if let Some(qemu) = &state.qemu {
+                        qemu.disarm()?;
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    fn permission(&self, state: &State) -> Result<MayRun, VmError> {
+        let licence = state.fence.licence(BootTime::now()).ok_or(VmError::NoLease { vm: self.id })?;
+        state.durable.may_run(licence).ok_or(VmError::NotPermitted { vm: self.id })
     }
 
     async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
         // From now on the hypervisor changes the disks.
         self.shared.replicas.close(self.id);
+        if let Some(until_ms) = permission.deadline_ms() {
+            qemu.arm(fence::deadline(until_ms))?;
+        }
         qemu.cont().await?;
         tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest resumed");
         self.commit(state, Event::Resumed).map(drop)
     }
 
+    /// Notes which image QEMU holds, so that another worker can vouch for it; the note goes when the guest runs or QEMU ends. It
+    /// matters only while this QEMU lives, so it need not be on stable storage.
+    async fn note_image(&self, state: &State) -> Result<(), VmError> {
+        let Some(qemu) = &state.qemu else { return Ok(()) };
+        let path = qemu.paths().image();
+        let noted = match state.volatile.guest {
+            Guest::Loaded(epoch) => tokio::fs::write(&path, epoch.raw().to_string()).await,
+            Guest::Absent | Guest::Running | Guest::Paused => match tokio::fs::remove_file(&path).await {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            },
+        };
+        noted.map_err(|source| VmError::Image { vm: self.id, source })
+    }
+
     async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         self.modify(|status| status.state = VmState::Starting);
         self.shared.replicas.close(self.id);
-        self.launch(state, StartMode::Running).await?;
+        self.launch(state, StartMode::Running, permission.deadline_ms().map(fence::deadline)).await?;
         tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
         self.commit(state, Event::Resumed).map(drop)
     }
 
-    async fn launch(self: &Arc<Self>, state: &mut State, mode: StartMode) -> Result<Vm, VmError> {
+    async fn launch(
+        self: &Arc<Self>,
+        state: &mut State,
+        mode: StartMode,
+        deadline: Option<BootTime>,
+    ) -> Result<Vm, VmError> {
         let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
         let disk_paths = self.disk_paths(&spec, mode)?;
-        let qemu = Vm::start(&self.shared.hypervisor, &Launch { vm: self.id, spec, disk_paths, mode }).await?;
+        let launch = Launch { vm: self.id, spec, disk_paths, mode, deadline };
+        let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
         Ok(qemu)
     }
@@ -478,11 +598,13 @@ async fn exit_report(qemu: &Vm) -> Option<hypervisor::ExitReport> {
 }
 
 /// What an adopted hypervisor does. What an earlier worker had under way in it is given up. An image that was received
-/// counts as a guest that must not run: whether the earlier worker had vouched for it is not known any more.
+/// counts as a guest that must not run, unless the earlier worker noted that it had vouched for it.
 async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
-    let found = match qemu.run_state().await? {
-        RunState::Running => Guest::Running,
-        _ => Guest::Paused,
+    let image = image_note(qemu.paths()).await;
+    let found = match (qemu.run_state().await?, image) {
+        (RunState::Running, _) => Guest::Running,
+        (_, Some(epoch)) => Guest::Loaded(epoch),
+        (_, None) => Guest::Paused,
     };
     let status = qemu.migration_info().await?.status;
     if let Some(MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::PreSwitchover) = status {
@@ -490,4 +612,16 @@ async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
     }
     qemu.end_orphaned_mirrors(ORPHAN_LIMIT).await?;
     Ok(found)
+}
+
+async fn image_note(paths: &VmPaths) -> Option<Epoch> {
+    let text = tokio::fs::read_to_string(paths.image()).await.ok()?;
+    text.trim().parse().ok().map(Epoch::from_raw)
+}
+
+fn policy_of(spec: &VmSpec) -> Policy {
+    match spec.on_isolation() {
+        IsolationPolicy::Unspecified | IsolationPolicy::KeepRunning => Policy::KeepRunning,
+        IsolationPolicy::SelfFence => Policy::SelfFence,
+    }
 }

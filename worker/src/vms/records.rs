@@ -1,10 +1,18 @@
-//! Ownership records on stable storage: key `own/<vm>`, value JSON.
+//! What this worker keeps of each VM on stable storage, as JSON.
+//!
+//! | key | value |
+//! |---|---|
+//! | `own/<vm>` | its ownership record |
+//! | `policy/<vm>` | what happens to it when this worker is cut off: must be known before the controllers are heard again |
 
 use pageport_common::store::{Batch, Store, StoreError};
-use pageport_ownership::Record;
+use pageport_ownership::{Policy, Record};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use pageport_proto::VmId;
 
 const PREFIX: &str = "own/";
+const POLICY_PREFIX: &str = "policy/";
 
 /// Why a record could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -41,26 +49,49 @@ pub(super) fn all(store: &Store) -> Result<Vec<VmId>, RecordError> {
 
 /// What is on stable storage about a VM.
 pub(super) fn read(store: &Store, vm: VmId) -> Result<Option<Record>, RecordError> {
-    let found = store.get(key(vm)).map_err(|source| RecordError::Store { vm, source })?;
-    let parse = |text: Vec<u8>| serde_json::from_slice(&text);
-    found.map(parse).transpose().map_err(|source| RecordError::Damaged { vm, source })
+    get(store, vm, &key(vm))
 }
 
 /// Returns when the record is on stable storage.
 pub(super) fn write(store: &Store, vm: VmId, record: &Record) -> Result<(), RecordError> {
-    let text = serde_json::to_vec(record).map_err(|source| RecordError::Damaged { vm, source })?;
-    let mut batch = Batch::default();
-    batch.put(key(vm), text);
-    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+    put(store, vm, &key(vm), record)
 }
 
-/// Removes the record of a VM that is gone from the fleet.
+/// The policy that was noted.
+pub(super) fn read_policy(store: &Store, vm: VmId) -> Result<Option<Policy>, RecordError> {
+    get(store, vm, &policy_key(vm))
+}
+
+/// Returns when the policy is on stable storage.
+pub(super) fn write_policy(store: &Store, vm: VmId, policy: Policy) -> Result<(), RecordError> {
+    put(store, vm, &policy_key(vm), &policy)
+}
+
+/// Removes what is kept of a VM that is gone from the fleet.
 pub(super) fn remove(store: &Store, vm: VmId) -> Result<(), RecordError> {
     let mut batch = Batch::default();
     batch.remove(key(vm));
+    batch.remove(policy_key(vm));
+    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+}
+
+fn get<T: DeserializeOwned>(store: &Store, vm: VmId, key: &str) -> Result<Option<T>, RecordError> {
+    let found = store.get(key).map_err(|source| RecordError::Store { vm, source })?;
+    let parse = |text: Vec<u8>| serde_json::from_slice(&text);
+    found.map(parse).transpose().map_err(|source| RecordError::Damaged { vm, source })
+}
+
+fn put<T: Serialize>(store: &Store, vm: VmId, key: &str, value: &T) -> Result<(), RecordError> {
+    let text = serde_json::to_vec(value).map_err(|source| RecordError::Damaged { vm, source })?;
+    let mut batch = Batch::default();
+    batch.put(key, text);
     store.commit(batch).map_err(|source| RecordError::Store { vm, source })
 }
 
 fn key(vm: VmId) -> String {
     format!("{PREFIX}{vm}")
+}
+
+fn policy_key(vm: VmId) -> String {
+    format!("{POLICY_PREFIX}{vm}")
 }

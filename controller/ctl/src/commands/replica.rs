@@ -104,7 +104,7 @@ async fn follow(context: &mut Context, vm: &str, site: &str, first: v1::Replica)
 
 fn has_ended(replica: &v1::Replica) -> bool {
     match ReplicaState::try_from(replica.state) {
-        Ok(ReplicaState::Seeded | ReplicaState::Failed) => true,
+        Ok(ReplicaState::Seeded | ReplicaState::Failed | ReplicaState::Outdated) => true,
         Ok(ReplicaState::Seeding | ReplicaState::Unspecified) | Err(_) => false,
     }
 }

@@ -1,5 +1,6 @@
 //! `vm define | list | get | start | stop | delete | console`.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -7,11 +8,11 @@ use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use tonic::transport::Channel;
 
-use super::{Context, ask, request_id, required};
+use super::{Context, ask, now_unix_ms, request_id, required};
 use crate::cli::VmCommand;
 use crate::console::{self, ConsoleError};
 use crate::error::CtlError;
-use crate::render::{lists, note};
+use crate::render::{lists, note, words};
 use crate::vmfile;
 
 type Fleet = FleetServiceClient<Channel>;
@@ -25,7 +26,7 @@ pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlErr
         }
         VmCommand::Get { vm } => {
             let vm = get(context, vm).await?;
-            context.output.message(&vm, lists::vm)
+            context.output.message(&vm, |vm| lists::vm(vm, now_unix_ms()))
         }
         VmCommand::Start { vm } => {
             let request = v1::StartVmRequest { request_id: request_id(), vm };
@@ -42,6 +43,9 @@ pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlErr
             let response = ask!(context, Fleet, delete_vm, request).await?;
             context.output.message(&response, |_| format!("{vm}: deleted; its disk image stays where it is"))
         }
+        VmCommand::Resolve { vm, force_owner, confirm, reason } => {
+            resolve(context, vm, force_owner, confirm, reason).await
+        }
         VmCommand::Console { vm, linger } => attach(context, vm, Duration::from_secs(linger.into())).await,
     }
 }
@@ -51,6 +55,38 @@ async fn define(context: &mut Context, file: &Path, site: String) -> Result<(), 
     let request = v1::DefineVmRequest { request_id: request_id(), spec: Some(spec), site };
     let response = ask!(context, Fleet, define_vm, request).await?;
     changed(context, required(response.vm, "DefineVm", "vm")?)
+}
+
+async fn resolve(
+    context: &mut Context,
+    vm: String,
+    force_owner_site: String,
+    confirm: Option<String>,
+    reason: String,
+) -> Result<(), CtlError> {
+    let confirm_name = match confirm {
+        Some(name) => name,
+        None => ask_for_name(&get(context, vm.clone()).await?, &force_owner_site)?,
+    };
+    let request = v1::ResolveVmRequest { request_id: request_id(), vm, force_owner_site, confirm_name, reason };
+    let response = ask!(context, Fleet, resolve_vm, request).await?;
+    changed(context, required(response.vm, "ResolveVm", "vm")?)
+}
+
+/// Says what is about to happen and reads the VM's name from the terminal.
+fn ask_for_name(vm: &v1::Vm, site: &str) -> Result<String, CtlError> {
+    if !std::io::stdin().is_terminal() {
+        return Err(CtlError::Unconfirmed);
+    }
+    let name = vm.spec.as_ref().map_or("", |spec| &spec.name);
+    note(&format!("{name} is owned by {} at {}, {}.", vm.owner_worker, vm.owner_site, words::vm_state(vm.state)));
+    if !vm.doubt.is_empty() {
+        note(&vm.doubt);
+    }
+    note(&format!("If it still runs there, it will run twice once {site} owns it. To go on, type the VM's name:"));
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).map_err(CtlError::Terminal)?;
+    Ok(line.trim().to_owned())
 }
 
 async fn get(context: &mut Context, vm: String) -> Result<v1::Vm, CtlError> {

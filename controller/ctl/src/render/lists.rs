@@ -2,7 +2,7 @@
 
 use pageport_proto::v1::{
     GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse, ListVmsResponse,
-    ListWorkersResponse, Migration, Replica, Vm, VmSpec,
+    ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -10,7 +10,7 @@ use super::table::Table;
 use super::words::{or_dash, yes_no};
 use super::{progress, units, words};
 
-const LABEL_CELLS: usize = 10;
+const LABEL_CELLS: usize = 12;
 
 /// `site list`
 pub fn sites(response: &ListSitesResponse) -> String {
@@ -92,7 +92,7 @@ pub fn vm_line(vm: &Vm) -> String {
 }
 
 /// `vm get`
-pub fn vm(vm: &Vm) -> String {
+pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
     let none = VmSpec::default();
     let spec = vm.spec.as_ref().unwrap_or(&none);
     let mut lines = vec![
@@ -103,6 +103,8 @@ pub fn vm(vm: &Vm) -> String {
         ("owner", format!("{} at {}, epoch {}", or_dash(&vm.owner_worker), or_dash(&vm.owner_site), vm.owner_epoch)),
         ("memory", units::bytes(spec.memory_bytes)),
         ("vcpus", spec.vcpus.to_string()),
+        ("when cut off", words::isolation(spec.on_isolation).to_owned()),
+        ("after reboot", words::start_policy(spec.start).to_owned()),
     ];
     let mut optional = |label, value: &str| {
         if !value.is_empty() {
@@ -123,13 +125,30 @@ pub fn vm(vm: &Vm) -> String {
         optional("cmdline", &boot.cmdline);
     }
     optional("migration", &vm.migration_id);
+    optional("in doubt", &vm.doubt);
     optional("problem", &vm.problem);
+    for takeover in &vm.takeovers {
+        optional("taken over", &takeover_line(takeover, now_unix_ms));
+    }
     let mut text: String = lines.iter().map(|(label, value)| format!("{label:<LABEL_CELLS$}  {value}\n")).collect();
     if !vm.replicas.is_empty() {
         text.push('\n');
         text.push_str(&replica_table(&vm.replicas));
     }
     text
+}
+
+fn takeover_line(takeover: &Takeover, now_unix_ms: i64) -> String {
+    let by = if takeover.operator.is_empty() { String::new() } else { format!(" by {}", takeover.operator) };
+    format!(
+        "{} from {} to {} (epoch {}), {}{by}: {}",
+        units::ago(takeover.at_unix_ms, now_unix_ms),
+        takeover.from_worker,
+        takeover.to_worker,
+        takeover.epoch,
+        words::ground(takeover.ground),
+        takeover.reason
+    )
 }
 
 /// `replica list`

@@ -1,6 +1,7 @@
 //! States as words. Exhaustive, so that a new state of the API is given its word here.
 
-use pageport_proto::v1::{MigrationState, ReplicaState, VmState};
+use pageport_proto::v1::takeover::Ground;
+use pageport_proto::v1::{IsolationPolicy, MigrationState, ReplicaState, StartPolicy, VmState};
 
 /// Of a newer API than ours.
 const UNKNOWN_TO_US: &str = "?";
@@ -41,6 +42,35 @@ pub fn replica_state(state: i32) -> &'static str {
         Ok(ReplicaState::Seeding) => "seeding",
         Ok(ReplicaState::Seeded) => "seeded",
         Ok(ReplicaState::Failed) => "failed",
+        Ok(ReplicaState::Outdated) => "outdated",
+    }
+}
+
+/// What a VM does whose worker is cut off.
+pub fn isolation(policy: i32) -> &'static str {
+    match IsolationPolicy::try_from(policy) {
+        Err(_) => UNKNOWN_TO_US,
+        Ok(IsolationPolicy::Unspecified | IsolationPolicy::KeepRunning) => "keeps running",
+        Ok(IsolationPolicy::SelfFence) => "fences itself",
+    }
+}
+
+/// What a VM does whose host has rebooted.
+pub fn start_policy(policy: i32) -> &'static str {
+    match StartPolicy::try_from(policy) {
+        Err(_) => UNKNOWN_TO_US,
+        Ok(StartPolicy::Unspecified | StartPolicy::AsOrdered) => "boots again if it was ordered to run",
+        Ok(StartPolicy::Manual) => "waits for an order",
+    }
+}
+
+/// On what ground a VM was taken over.
+pub fn ground(ground: i32) -> &'static str {
+    match Ground::try_from(ground) {
+        Ok(Ground::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(Ground::LeaseExpired) => "its lease had run out",
+        Ok(Ground::Fenced) => "its host was fenced",
+        Ok(Ground::Override) => "forced",
     }
 }
 

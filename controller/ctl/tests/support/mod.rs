@@ -288,6 +288,17 @@ impl FleetService for Fake {
         Ok(Response::new(v1::StopVmResponse { vm: Some(vm) }))
     }
 
+    async fn resolve_vm(&self, request: Request<v1::ResolveVmRequest>) -> Reply<v1::ResolveVmResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let vm = self.vm(&request.vm)?;
+        if request.confirm_name != request.vm {
+            return Err(Status::invalid_argument(format!("\"{}\" is not the VM's name", request.confirm_name)));
+        }
+        let vm = v1::Vm { owner_site: request.force_owner_site, ..vm };
+        Ok(Response::new(v1::ResolveVmResponse { vm: Some(vm) }))
+    }
+
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {
         let v1::DeleteVmRequest { request_id, vm } = request.into_inner();
         self.command(&request_id)?;

@@ -1,0 +1,175 @@
+//! [`Leases`]: the leases that this node has granted as the leader, and which VMs it is failing over.
+//!
+//! ```text
+//!   RenewLease ──▶ quorum round ──▶ grant ──▶ (lease, VMs it covers) ──▶ worker ──▶ its keepers
+//!   failover: hold the VM ──▶ surely out? ──▶ propose ──▶ definite answer ──▶ let go
+//! ```
+//! One [`LeaseTable`] for each term in which this node leads: a new one counts every lease as just granted. The argument why this
+//! is safe stands in [`pageport_ownership::lease`].
+//!
+//! Guarantees: a grant and a hold exclude each other; nothing of an earlier term is used in a later one. Kept in memory only:
+//! a lost table costs one lease of waiting.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pageport_ownership::{LeaseTable, LeaseTerms, Proof};
+use pageport_proto::{VmId, WorkerName};
+use tokio::time::Instant;
+
+use crate::model::State;
+use crate::model::state::{Life, Vm};
+
+/// What one worker is granted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// How long, from when the worker asked.
+    pub lease_ms: u64,
+    /// For which VMs.
+    pub vms: Vec<VmId>,
+}
+
+/// Leases granted by this node.
+#[derive(Debug)]
+pub struct Leases {
+    terms: LeaseTerms,
+    zero: Instant,
+    book: Mutex<Book>,
+}
+
+#[derive(Debug)]
+struct Book {
+    term: u64,
+    table: LeaseTable<WorkerName, VmId>,
+}
+
+impl Leases {
+    /// Nothing granted yet.
+    pub fn new(terms: LeaseTerms) -> Self {
+        let table = LeaseTable::new(0, terms);
+        Self { terms, zero: Instant::now(), book: Mutex::new(Book { term: 0, table }) }
+    }
+
+    fn ms(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.zero).as_millis() as u64
+    }
+
+    fn book(&self, term: u64, now: Instant) -> MutexGuard<'_, Book> {
+        let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        if book.term != term {
+            *book = Book { term, table: LeaseTable::new(self.ms(now), self.terms) };
+        }
+        book
+    }
+
+    /// Grants a worker its lease. `state` comes from a quorum round of this term that began after the worker's question.
+    pub fn grant(&self, term: u64, state: &State, worker: &WorkerName, now: Instant) -> Grant {
+        let mut book = self.book(term, now);
+        let covered = |(id, vm): &(&VmId, &Vm)| vm.life == Life::Defined && book.table.covers(id, &vm.ownership, worker);
+        let vms = state.vms.iter().filter(covered).map(|(id, _)| *id).collect();
+        book.table.granted(worker.clone(), self.ms(now));
+        Grant { lease_ms: self.terms.lease_ms(), vms }
+    }
+
+    /// May this VM be granted to anybody: is it not being failed over?
+    pub fn grantable(&self, term: u64, vm: VmId, now: Instant) -> bool {
+        !self.book(term, now).table.held(&vm)
+    }
+
+    /// Holds the VM if no possible holder but `heir` can still have a valid lease, and hands out the proof. Propose the failover in
+    /// this term, and [`Leases::let_go`] once its outcome is certain.
+    pub fn hold_if_out(
+        &self,
+        term: u64,
+        id: VmId,
+        vm: &Vm,
+        heir: &WorkerName,
+        now: Instant,
+    ) -> Option<Proof<WorkerName>> {
+        let mut book = self.book(term, now);
+        book.table.begin_failover(id);
+        let proof = book.table.leases_out(&id, &vm.ownership, heir, self.ms(now));
+        if proof.is_none() {
+            book.table.end_failover(&id);
+        }
+        proof
+    }
+
+    /// The failover was applied or refused.
+    pub fn let_go(&self, term: u64, id: VmId, now: Instant) {
+        self.book(term, now).table.end_failover(&id);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Duration;
+
+    use pageport_ownership::{Ownership, Policy};
+    use pageport_proto::v1;
+
+    use super::*;
+    use crate::model::Spec;
+    use crate::model::spec::tests::sample;
+    use crate::model::state::Power;
+
+    fn self_fencing(worker: &WorkerName) -> Vm {
+        let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
+        let spec = Spec::try_from(spec).unwrap();
+        assert_eq!(spec.on_isolation, Policy::SelfFence);
+        Vm::new(spec, Ownership::first(worker.clone()), Power::Run)
+    }
+
+    struct Story {
+        leases: Leases,
+        zero: Instant,
+        worker: WorkerName,
+        heir: WorkerName,
+        id: VmId,
+        vm: Vm,
+    }
+
+    impl Story {
+        fn new() -> Self {
+            let worker: WorkerName = "worker-a".parse().unwrap();
+            let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap());
+            let (zero, vm) = (leases.zero, self_fencing(&worker));
+            Self { leases, zero, vm, worker, heir: "worker-b".parse().unwrap(), id: VmId::generate() }
+        }
+
+        fn at(&self, ms: u64) -> Instant {
+            self.zero + Duration::from_millis(ms)
+        }
+
+        fn granted(&self, at_ms: u64) -> Vec<VmId> {
+            let state = State { vms: [(self.id, self.vm.clone())].into(), ..State::default() };
+            self.leases.grant(7, &state, &self.worker, self.at(at_ms)).vms
+        }
+
+        fn hold(&self, term: u64, at_ms: u64) -> Option<Proof<WorkerName>> {
+            self.leases.hold_if_out(term, self.id, &self.vm, &self.heir, self.at(at_ms))
+        }
+    }
+
+    #[test]
+    fn a_hold_comes_after_the_lease_and_shuts_grants_out_until_it_is_let_go() {
+        let story = Story::new();
+        assert_eq!(story.granted(5000), [story.id]);
+        assert_eq!(story.hold(7, 6100), None);
+        assert!(story.leases.grantable(7, story.id, story.at(6100)), "a hold that did not come about leaves nothing");
+        let proof = Proof::LeasesOut { workers: vec![story.worker.clone()], last: story.vm.ownership.last() };
+        assert_eq!(story.hold(7, 6101), Some(proof));
+        assert!(!story.leases.grantable(7, story.id, story.at(6101)));
+        assert!(story.granted(6101).is_empty());
+        story.leases.let_go(7, story.id, story.at(6102));
+        assert_eq!(story.granted(6102), [story.id]);
+    }
+
+    #[test]
+    fn a_new_term_waits_out_the_leases_of_the_one_before() {
+        let story = Story::new();
+        assert_eq!(story.hold(8, 60_000), None);
+        assert_eq!(story.hold(8, 61_100), None);
+        assert!(story.hold(8, 61_101).is_some());
+    }
+}
