@@ -10,6 +10,7 @@ use pageport_lab::faults::arena::{Arena, VM};
 use pageport_lab::faults::witness::contradictions;
 use pageport_lab::faults::{self, FaultsConfig, Passed};
 use pageport_lab::lab::LabConfig;
+use pageport_lab::lab::guest::{GuestImages, SMALL};
 use pageport_lab::lab::tls::Authority;
 use pageport_lab::netns;
 use serde_json::Value;
@@ -45,7 +46,7 @@ async fn two_copies_that_execute_are_seen() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
-    let mut arena = Arena::open().await.unwrap();
+    let mut arena = Arena::open(&GuestImages::build(SMALL).unwrap()).await.unwrap();
     arena.seed("b").await.unwrap();
     let hold = arena.lab.failpoints().join("destination.resume.hold");
     std::fs::write(&hold, b"").unwrap();

@@ -41,13 +41,12 @@ impl Arena {
     ///
     /// # Errors
     /// When a part of it does not start.
-    pub async fn open() -> Result<Self, FaultsError> {
-        let images = GuestImages::build(SMALL)?;
+    pub async fn open(images: &GuestImages) -> Result<Self, FaultsError> {
         // Software emulation everywhere: the same on every machine, and a restarted worker need not try anything.
         let accelerator = "tcg".to_owned();
         let lab = Lab::start(LabConfig { failpoints: Failpoints::On, accelerator, ..LabConfig::default() }).await?;
         let words = format!("pageport.heartbeat=10.88.255.255,{}", HEARTBEAT.as_millis());
-        let file = VmFile::telling(&lab, VM, &images, SMALL, &words)?;
+        let file = VmFile::telling(&lab, VM, images, SMALL, &words)?;
         let sniffer = Sniffer::start(lab.network());
         let arena = Self { lab, sniffer };
         arena.lab.ctl(["vm", "define", "-f", file.path(), "--site", "a"]).await?;

@@ -2,7 +2,7 @@
 //!
 //! | | at the VM's owner | elsewhere |
 //! |---|---|---|
-//! | processes | controller, worker, one QEMU of the VM | controller, worker |
+//! | processes | controller, worker, one QEMU of the VM and its keeper | controller, worker |
 //! | tap devices of guests | one | none |
 //! | the VM's runtime folder | what QEMU that runs needs | nothing but QEMU's last words |
 //! | the worker's data folder | store, replicas | store, replicas |
@@ -35,7 +35,7 @@ fn find_at(lab: &Lab, vm: &str, site: &str, owns: bool) -> Vec<String> {
     for path in files_below(&runtime) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let expected = match owns {
-            true => ["qmp.sock", "console.sock", "pid", "taps", "qemu.log"].contains(&&*name),
+            true => ["qmp.sock", "console.sock", "pid", "taps", "deadline", "qemu.log"].contains(&&*name),
             false => name == "qemu.log",
         };
         if !expected {
@@ -53,6 +53,7 @@ fn processes(lab: &Lab, site: &str, owns: bool) -> Vec<String> {
     let programs = lab.programs(site);
     let allowed = |program: &str| match program {
         "pageport-controller" | "pageport-worker" => 1,
+        "pageport-keeper" => usize::from(owns),
         program if program.starts_with("qemu-system-") => usize::from(owns),
         _ => 0,
     };

@@ -38,6 +38,7 @@ pub use plan::{Pair, matrix, short_set};
 pub use results::{CaseResult, Matrix};
 pub use table::{LEGEND, render};
 
+use crate::lab::guest::{GuestImages, SMALL};
 use arena::Arena;
 use judge::Verdict;
 use results::{Results, unix_ms};
@@ -140,13 +141,14 @@ pub async fn run(config: &FaultsConfig, mut tell: impl FnMut(News<'_>)) -> Resul
     if config.seed != 0 {
         due.shuffle(&mut StdRng::seed_from_u64(config.seed));
     }
+    let images = GuestImages::build(SMALL)?;
     let mut arena: Option<Arena> = None;
     for (number, pair) in (1..).zip(&due) {
         let mut ready = match arena.take() {
             Some(arena) => arena,
             None => {
                 tell(News::Lab);
-                Arena::open().await?
+                Arena::open(&images).await?
             }
         };
         tell(News::Begins { number, of: due.len(), pair: *pair });

@@ -215,9 +215,9 @@ pub fn matrix() -> Vec<Pair> {
 pub fn short_set() -> Vec<Pair> {
     const NAMES: [&str; 6] = [
         "receive/kill-destination-qemu",
-        "receive/kill-destination-worker",
         "switchover/kill-source-worker",
         "load/cut-both",
+        "load/stop-destination-qemu",
         "hand-over/kill-source-worker",
         "resume/kill-destination-worker",
     ];
