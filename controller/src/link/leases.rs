@@ -12,7 +12,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pageport_ownership::{LeaseTable, LeaseTerms, Proof};
+use pageport_ownership::{Epoch, LeaseTable, LeaseTerms, Proof};
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
@@ -24,8 +24,8 @@ use crate::model::state::{Life, Vm};
 pub struct Grant {
     /// How long, from when the worker asked.
     pub lease_ms: u64,
-    /// For which VMs.
-    pub vms: Vec<VmId>,
+    /// For which VMs, and under which epoch each.
+    pub vms: Vec<(VmId, Epoch)>,
 }
 
 /// Leases granted by this node.
@@ -64,8 +64,9 @@ impl Leases {
     /// Grants a worker its lease. `state` comes from a quorum round of this term that began after the worker's question.
     pub fn grant(&self, term: u64, state: &State, worker: &WorkerName, now: Instant) -> Grant {
         let mut book = self.book(term, now);
-        let covered = |(id, vm): &(&VmId, &Vm)| vm.life == Life::Defined && book.table.covers(id, &vm.ownership, worker);
-        let vms = state.vms.iter().filter(covered).map(|(id, _)| *id).collect();
+        let defined = state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
+        let covered = |(id, vm): (&VmId, &Vm)| Some((*id, book.table.covers(id, &vm.ownership, worker)?));
+        let vms = defined.filter_map(covered).collect();
         book.table.granted(worker.clone(), self.ms(now));
         Grant { lease_ms: self.terms.lease_ms(), vms }
     }
@@ -141,7 +142,7 @@ mod tests {
             self.zero + Duration::from_millis(ms)
         }
 
-        fn granted(&self, at_ms: u64) -> Vec<VmId> {
+        fn granted(&self, at_ms: u64) -> Vec<(VmId, Epoch)> {
             let state = State { vms: [(self.id, self.vm.clone())].into(), ..State::default() };
             self.leases.grant(7, &state, &self.worker, self.at(at_ms)).vms
         }
@@ -154,7 +155,8 @@ mod tests {
     #[test]
     fn a_hold_comes_after_the_lease_and_shuts_grants_out_until_it_is_let_go() {
         let story = Story::new();
-        assert_eq!(story.granted(5000), [story.id]);
+        let covered = [(story.id, story.vm.ownership.last())];
+        assert_eq!(story.granted(5000), covered);
         assert_eq!(story.hold(7, 6100), None);
         assert!(story.leases.grantable(7, story.id, story.at(6100)), "a hold that did not come about leaves nothing");
         let proof = Proof::LeasesOut { workers: vec![story.worker.clone()], last: story.vm.ownership.last() };
@@ -162,7 +164,7 @@ mod tests {
         assert!(!story.leases.grantable(7, story.id, story.at(6101)));
         assert!(story.granted(6101).is_empty());
         story.leases.let_go(7, story.id, story.at(6102));
-        assert_eq!(story.granted(6102), [story.id]);
+        assert_eq!(story.granted(6102), covered);
     }
 
     #[test]

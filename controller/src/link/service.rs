@@ -139,7 +139,7 @@ impl WorkerLinkService for WorkerLink {
         Ok(Response::new(v1::RenewLeaseResponse {
             nonce: request.nonce,
             lease_ms: grant.lease_ms,
-            vm_ids: grant.vms.iter().map(VmId::to_string).collect(),
+            vms: grant.vms.iter().map(|(id, own)| v1::LeasedVm { vm_id: id.to_string(), own: own.raw() }).collect(),
         }))
     }
 

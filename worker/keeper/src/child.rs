@@ -39,6 +39,13 @@ pub enum BecomeError {
         /// Its process.
         keeper: i32,
     },
+    /// It would have been deaf to the signals that the keeper blocks.
+    #[error("unblock signals")]
+    SignalMask {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// It would have run with the keeper's protection.
     #[error("set oom_score_adj back to {score}")]
     OomScore {
@@ -100,6 +107,10 @@ pub fn become_program(
     }
     if getppid() != Pid::from_raw(keeper) {
         return BecomeError::Orphaned { keeper };
+    }
+    // The keeper blocks the signals that stop services, and a child inherits that.
+    if let Err(error) = SigSet::empty().thread_set_mask() {
+        return BecomeError::SignalMask { source: error.into() };
     }
     if let Some(score) = oom_score_adj
         && let Err(source) = std::fs::write(OOM_SCORE_ADJ, score)

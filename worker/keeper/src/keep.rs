@@ -108,7 +108,7 @@ fn step(now: BootTime, lease: Lease) -> Step {
 /// Nothing was started, or the system failed the keeper: then the child ends with this process.
 pub fn run(deadline_file: &Path, program: &OsStr, arguments: &[OsString]) -> Result<ExitStatus, KeepError> {
     let of_file = |source| KeepError::Lease { path: deadline_file.to_owned(), source };
-    // Blocked, not ignored: a child would inherit that. Its own mask is emptied when it starts.
+    // Blocked, not ignored: the second stage can undo that.
     let mut blocked: SigSet = NOT_FOR_US.into_iter().collect();
     blocked.add(Signal::SIGCHLD);
     blocked.thread_block().map_err(system("block signals"))?;

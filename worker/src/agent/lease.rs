@@ -6,13 +6,14 @@
 //! Guarantees: the lease counts from the moment before the question was sent; an answer that comes late or to an older
 //! question extends nothing. Without an answer nothing is done here: the keepers' deadlines stand.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_keeper::BootTime;
-use pageport_ownership::Nonce;
+use pageport_ownership::{Epoch, Nonce};
 use pageport_proto::VmId;
-use pageport_proto::v1::RenewLeaseRequest;
+use pageport_proto::v1::{LeasedVm, RenewLeaseRequest};
 
 use crate::node::Node;
 
@@ -42,7 +43,7 @@ async fn renew(node: &Node) {
     let request = RenewLeaseRequest { worker: node.config.name.to_string(), nonce: nonce.0 };
     let answer = tokio::time::timeout(ANSWER_WITHIN, node.controllers.renew_lease(request)).await;
     let (lease_ms, covered) = match answer {
-        Ok(Ok(answer)) if answer.nonce == nonce.0 => (answer.lease_ms, answer.vm_ids),
+        Ok(Ok(answer)) if answer.nonce == nonce.0 => (answer.lease_ms, answer.vms),
         Ok(Ok(_)) => (0, vec![]),
         Ok(Err(error)) => {
             tracing::warn!(error = %crate::error::with_causes(&error), "lease not renewed");
@@ -53,10 +54,11 @@ async fn renew(node: &Node) {
             (0, vec![])
         }
     };
-    let covered: Vec<VmId> = covered.iter().filter_map(|id| id.parse().ok()).collect();
+    let leased = |vm: &LeasedVm| Some((vm.vm_id.parse::<VmId>().ok()?, Epoch::from_raw(vm.own)));
+    let covered: HashMap<VmId, Epoch> = covered.iter().filter_map(leased).collect();
     for vm in vms {
-        let granted = covered.contains(&vm.id()).then_some(lease_ms);
-        if let Err(error) = vm.lease_answered(nonce, granted).await {
+        let own = covered.get(&vm.id());
+        if let Err(error) = vm.lease_answered(nonce, own.map(|own| (*own, lease_ms))).await {
             tracing::error!(vm_id = %vm.id(), error = %crate::error::with_causes(&error), "the lease could not be put to use");
         }
     }

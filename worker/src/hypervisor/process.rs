@@ -79,7 +79,8 @@ impl Process {
     fn is_keeper_of(&self, paths: &VmPaths) -> io::Result<bool> {
         let arguments = self.arguments()?;
         let file = paths.deadline();
-        let is_ours = |pair: &[Vec<u8>]| pair[0] == DEADLINE_OPTION.as_bytes() && pair[1] == file.as_os_str().as_bytes();
+        let is_ours =
+            |pair: &[Vec<u8>]| pair[0] == DEADLINE_OPTION.as_bytes() && pair[1] == file.as_os_str().as_bytes();
         let own = arguments.split(|argument| argument == b"--").next().unwrap_or_default();
         Ok(own.windows(2).any(is_ours))
     }

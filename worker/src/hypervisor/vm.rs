@@ -15,8 +15,8 @@
 //! Does not decide whether the VM may run: [`Vm::start`] and [`Vm::cont`] are called by who holds its ownership record.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pageport_keeper::{BootTime, Lease};

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageport_common::telemetry;
-use pageport_ownership::{Epoch, Event, Guest, Nonce, Record, Standing};
+use pageport_ownership::{Epoch, Event, Guest, Nonce, Record};
 use pageport_proto::VmId;
 use pageport_proto::v1::{
     Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, Ready, Refused, Resumed, StreamEnd,
@@ -389,7 +389,7 @@ impl Arrival {
             let flushed = tokio::task::spawn_blocking(move || disk.flush()).await.map_err(std::io::Error::other);
             flushed.and_then(|flushed| flushed).map_err(|source| DestinationError::Sync { disk: name, source })?;
         }
-        self.wait_for_lease(vm).await?;
+        self.wait_for_lease(vm, *epoch).await?;
         let record = vm.step(Event::Loaded(*epoch)).await?;
         if vm.status().volatile.guest != Guest::Loaded(*epoch) {
             return Err(DestinationError::NotPermitted { record });
@@ -399,11 +399,11 @@ impl Arrival {
     }
 
     /// A guest that fences itself could not run here without a lease: better found out before the source lets go.
-    async fn wait_for_lease(&self, vm: &ManagedVm) -> Result<(), DestinationError> {
+    async fn wait_for_lease(&self, vm: &ManagedVm, epoch: Epoch) -> Result<(), DestinationError> {
         let limit = LEASE_LIMIT;
         let mut status = vm.watch();
         self.node.lease_wanted.notify_one();
-        let leased = status.wait_for(|now| now.volatile.standing != Standing::Unleased);
+        let leased = status.wait_for(|now| now.volatile.standing.permits(epoch));
         let leased = tokio::time::timeout(limit, leased).await;
         leased.map(drop).map_err(|_| DestinationError::TooLong { what: "the lease for a vm that fences itself", limit })
     }

@@ -10,7 +10,7 @@
 //! The clock is `CLOCK_BOOTTIME`, the keeper's. Rounding is always towards an earlier end. Ends no guest: the keeper does.
 
 use pageport_keeper::BootTime;
-use pageport_ownership::{Licence, Nonce, Policy, Standing, WorkerLease};
+use pageport_ownership::{Epoch, Licence, Nonce, Policy, Standing, WorkerLease};
 
 const NANOS_PER_MS: u64 = 1_000_000;
 
@@ -41,8 +41,8 @@ impl Fence {
     }
 
     /// The answer covers this VM.
-    pub fn granted(&mut self, nonce: Nonce, lease_ms: u64) {
-        self.lease.granted(nonce, lease_ms);
+    pub fn granted(&mut self, nonce: Nonce, own: Epoch, lease_ms: u64) {
+        self.lease.granted(nonce, own, lease_ms);
     }
 
     pub fn standing(&self, now: BootTime) -> Standing {
@@ -96,7 +96,7 @@ mod tests {
     fn a_lease_runs_from_the_question_and_parts_of_a_millisecond_count_against_it() {
         let mut fence = Fence::new(Some(Policy::SelfFence));
         fence.asked(Nonce(1), BootTime::from_nanos(5_999_999));
-        fence.granted(Nonce(1), 10);
+        fence.granted(Nonce(1), Epoch::ZERO, 10);
         assert_eq!(fence.deadline(at_ms(14)), Some(at_ms(15)));
         assert_eq!(fence.standing(BootTime::from_nanos(14_000_001)), Standing::Unleased);
     }

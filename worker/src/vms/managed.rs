@@ -24,8 +24,7 @@ use tokio::sync::{Mutex, Notify, watch};
 use super::fence::{self, Fence};
 use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
-use crate::hypervisor::paths::VmPaths;
-use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm};
+use crate::hypervisor::{self, Console, HypervisorError, Launch, MigrationStatus, RunState, StartMode, Vm, VmPaths};
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
 /// How long a guest has to shut down when asked; then it is asked again.
@@ -204,14 +203,14 @@ impl ManagedVm {
         self.state.lock().await.fence.asked(nonce, now);
     }
 
-    /// What came of the question: a lease of so many milliseconds, or none.
+    /// What came of the question: a lease for one epoch, of so many milliseconds, or none.
     ///
     /// # Errors
     /// The keeper could not be given its new deadline, or what waited for the lease did not run.
-    pub async fn lease_answered(self: &Arc<Self>, nonce: Nonce, lease_ms: Option<u64>) -> Result<(), VmError> {
+    pub async fn lease_answered(self: &Arc<Self>, nonce: Nonce, lease: Option<(Epoch, u64)>) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
-        if let Some(lease_ms) = lease_ms {
-            state.fence.granted(nonce, lease_ms);
+        if let Some((own, lease_ms)) = lease {
+            state.fence.granted(nonce, own, lease_ms);
         }
         self.stand(&mut state).await
     }

@@ -1,0 +1,84 @@
+//! A VM that moves from one QEMU to another.
+
+use std::time::Duration;
+
+use pageport_worker::hypervisor::migrate::SourceSettings;
+use pageport_worker::hypervisor::{Console, MigrationStatus, RunState, StartMode, Vm};
+
+use crate::support::{Fixture, MIB, SOON, count_on, writes};
+
+/// Starts a migration between two VMs over the destination's own socket, up to the pause.
+async fn migrate_to_the_pause(fixture: &Fixture) -> (Vm, Vm) {
+    let source = fixture.start(StartMode::Running).await;
+    writes(&Console::open(&source.paths().console()).await.unwrap(), 3).await;
+    let mut arriving = fixture.launch(StartMode::Incoming);
+    let replica = fixture.path("replica.raw");
+    std::fs::copy(fixture.path("disk.raw"), &replica).unwrap();
+    arriving.disk_paths.insert("root".into(), replica);
+    let destination = Vm::start(&fixture.host, &arriving).await.unwrap();
+    assert_eq!(destination.run_state().await.unwrap(), RunState::Inmigrate);
+    let socket = destination.paths().incoming();
+    destination.listen_incoming(&socket).await.unwrap();
+    let settings = SourceSettings { downtime_limit: Duration::from_millis(300), switchover_bandwidth: 25_000_000 };
+    source.migrate_to(&socket, settings).await.unwrap();
+    source.set_switchover_bandwidth(50_000_000).await.unwrap();
+    source.wait_migration(MigrationStatus::PreSwitchover, SOON).await.unwrap();
+    (source, destination)
+}
+
+#[tokio::test]
+async fn a_vm_moves_to_another_qemu_and_runs_there() {
+    let fixture = Fixture::new();
+    let (source, destination) = migrate_to_the_pause(&fixture).await;
+    assert!(source.marks().borrow().stopped.is_some(), "the guest is paused before the switchover");
+    let info = source.migration_info().await.unwrap();
+    let ram = info.ram.unwrap();
+    assert!(ram.total >= 64 * MIB && ram.transferred > 0 && ram.page_size == 4096, "{ram:?}");
+
+    source.continue_switchover().await.unwrap();
+    source.wait_migration(MigrationStatus::Completed, SOON).await.unwrap();
+    destination.wait_migration(MigrationStatus::Completed, SOON).await.unwrap();
+    assert_eq!(source.run_state().await.unwrap(), RunState::Postmigrate);
+    assert_eq!(destination.run_state().await.unwrap(), RunState::Paused);
+    source.kill().await.unwrap();
+    destination.cont().await.unwrap();
+    assert_eq!(destination.run_state().await.unwrap(), RunState::Running);
+    let mut marks = destination.marks();
+    let resumed = tokio::time::timeout(SOON, marks.wait_for(|marks| marks.resumed.is_some())).await.unwrap().unwrap();
+    let stopped = source.marks().borrow().stopped.unwrap();
+    assert!(stopped.qemu < resumed.resumed.unwrap().qemu);
+    drop(resumed);
+    // It goes on counting from where it was, on its new disk.
+    let left_at = count_on(&fixture.path("disk.raw"));
+    writes(&Console::open(&destination.paths().console()).await.unwrap(), 2).await;
+    let arrived_at = count_on(&fixture.path("replica.raw"));
+    assert!(left_at >= 3 && arrived_at > left_at, "left at {left_at}, now at {arrived_at}");
+    assert_eq!(count_on(&fixture.path("disk.raw")), left_at);
+    destination.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cancelled_move_leaves_the_guest_running_and_can_be_tried_again() {
+    let fixture = Fixture::new();
+    let (source, destination) = migrate_to_the_pause(&fixture).await;
+    source.cancel_migration().await.unwrap();
+    source.wait_migration(MigrationStatus::Cancelled, SOON).await.unwrap();
+    let mut marks = source.marks();
+    let runs = |resumed: &pageport_worker::hypervisor::Marks| {
+        resumed.resumed.zip(resumed.stopped).is_some_and(|(resumed, stopped)| resumed.qemu > stopped.qemu)
+    };
+    tokio::time::timeout(SOON, marks.wait_for(runs)).await.expect("the guest stays paused").unwrap();
+    assert_eq!(source.run_state().await.unwrap(), RunState::Running);
+    destination.kill().await.unwrap();
+
+    // A destination that is not there: an error, and the guest runs on.
+    let settings = SourceSettings { downtime_limit: Duration::from_millis(300), switchover_bandwidth: 25_000_000 };
+    let nowhere = fixture.path("nowhere.sock");
+    let failed = match source.migrate_to(&nowhere, settings).await {
+        Ok(()) => source.wait_migration(MigrationStatus::PreSwitchover, SOON).await,
+        refused => refused,
+    };
+    assert!(failed.is_err(), "{failed:?}");
+    assert_eq!(source.run_state().await.unwrap(), RunState::Running);
+    source.kill().await.unwrap();
+}

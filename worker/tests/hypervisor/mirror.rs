@@ -1,0 +1,152 @@
+//! Disks copied to an NBD server, and QEMU's own tools against it.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use pageport_worker::hypervisor::{Console, HypervisorError, RunState, StartMode};
+use pageport_worker::nbd::{BlockTarget, NbdServer};
+
+use crate::support::{DISK_BYTES, Fixture, SOON, image, text, tool, writes};
+
+/// A target in memory that remembers the ranges it was told to zero.
+struct Memory {
+    bytes: Mutex<Vec<u8>>,
+    zeroed: Mutex<Vec<(u64, u32)>>,
+}
+
+impl Memory {
+    fn with(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self { bytes: Mutex::new(bytes), zeroed: Mutex::default() })
+    }
+
+    fn content(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().clone()
+    }
+}
+
+impl BlockTarget for Memory {
+    fn size(&self) -> u64 {
+        self.bytes.lock().unwrap().len() as u64
+    }
+    async fn read(&self, offset: u64, length: u32) -> io::Result<Bytes> {
+        let range = offset as usize..offset as usize + length as usize;
+        Ok(Bytes::copy_from_slice(&self.bytes.lock().unwrap()[range]))
+    }
+    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        self.bytes.lock().unwrap()[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
+        Ok(())
+    }
+    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
+        self.zeroed.lock().unwrap().push((offset, length));
+        self.bytes.lock().unwrap()[offset as usize..offset as usize + length as usize].fill(0);
+        Ok(())
+    }
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A target that never answers a write.
+struct Stalled;
+
+impl BlockTarget for Stalled {
+    fn size(&self) -> u64 {
+        DISK_BYTES
+    }
+    async fn read(&self, _offset: u64, length: u32) -> io::Result<Bytes> {
+        Ok(vec![0; length as usize].into())
+    }
+    async fn write(&self, _offset: u64, _data: Bytes) -> io::Result<()> {
+        std::future::pending().await
+    }
+    async fn zero(&self, _offset: u64, _length: u32) -> io::Result<()> {
+        std::future::pending().await
+    }
+    async fn flush(&self) -> io::Result<()> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
+    let fixture = Fixture::new();
+    let vm = fixture.start(StartMode::Running).await;
+    // The target already holds the disk, but for one block.
+    let mut held = image();
+    held[4096..8192].fill(0xee);
+    let target = Memory::with(held);
+    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::clone(&target)).unwrap();
+    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let mut seen = Vec::new();
+    mirror.wait_ready(SOON, |progress| seen.push(progress)).await.unwrap();
+    writes(&Console::open(&vm.paths().console()).await.unwrap(), 3).await;
+    let last = seen.last().unwrap();
+    assert!(last.ready && last.done_bytes == last.total_bytes && last.total_bytes >= DISK_BYTES, "{last:?}");
+    vm.stop().await.unwrap();
+    mirror.finish(SOON).await.unwrap();
+    assert!(target.content() == std::fs::read(fixture.path("disk.raw")).unwrap(), "the target differs from the disk");
+    let source = image();
+    for (offset, length) in target.zeroed.lock().unwrap().iter() {
+        let range = *offset as usize..*offset as usize + *length as usize;
+        assert!(source[range].iter().all(|byte| *byte == 0), "zeroed data at {offset}+{length}");
+    }
+    server.close().await;
+    // Nothing of the mirror is left: the same names can be used again.
+    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Memory::with(vec![0; DISK_BYTES as usize])).unwrap();
+    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    mirror.cancel(SOON).await.unwrap();
+    vm.cont().await.unwrap();
+    assert_eq!(vm.run_state().await.unwrap(), RunState::Running);
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_target_that_hangs_is_reported_and_freed_by_closing_its_server() {
+    let fixture = Fixture::new();
+    let vm = fixture.start(StartMode::Running).await;
+    let console = Console::open(&vm.paths().console()).await.unwrap();
+    writes(&console, 1).await;
+    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::new(Stalled)).unwrap();
+    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let late = mirror.wait_ready(Duration::from_millis(600), |_| {}).await;
+    assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");
+    // The guest, once it has booted, notices nothing.
+    writes(&console, 10).await;
+    server.close().await;
+    let failed = mirror.wait_ready(SOON, |_| {}).await;
+    assert!(matches!(failed, Err(HypervisorError::Mirror { .. })), "{failed:?}");
+    mirror.cancel(SOON).await.unwrap();
+    writes(&console, 3).await;
+    vm.kill().await.unwrap();
+}
+
+#[tokio::test]
+async fn qemus_own_tools_accept_the_nbd_server() {
+    let fixture = Fixture::new();
+    let target = Memory::with(vec![0; DISK_BYTES as usize]);
+    let socket = fixture.path("nbd.sock");
+    let server = NbdServer::bind(&socket, "disk", Arc::clone(&target)).unwrap();
+    let url = |export: &str| format!("nbd+unix:///{export}?socket={}", text(&socket));
+    let disk = fixture.path("disk.raw");
+
+    let (ok, said) = tool("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", text(&disk), &url("disk")]).await;
+    assert!(ok, "{said}");
+    assert!(target.content() == image(), "what was written differs");
+    let (ok, said) = tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&disk), &url("disk")]).await;
+    assert!(ok && said.contains("identical"), "{said}");
+    let commands =
+        ["-f", "raw", "-c", "write -f -P 7 4k 8k", "-c", "write -z 64k 64k", "-c", "flush", "-c", "read -P 7 4k 8k"];
+    let (ok, said) = tool("qemu-io", &[&commands[..], &[&url("disk")]].concat()).await;
+    assert!(ok && !said.contains("failed"), "{said}");
+    let content = target.content();
+    assert!(content[4096..12288].iter().all(|byte| *byte == 7));
+    assert!(content[64 << 10..128 << 10].iter().all(|byte| *byte == 0));
+
+    let (ok, said) = tool("qemu-img", &["info", "-f", "raw", &url("nope")]).await;
+    assert!(!ok && said.contains("nope"), "{said}");
+    server.close().await;
+    assert!(!socket.exists());
+}
