@@ -485,6 +485,10 @@ impl Move {
         let undone = tokio::time::timeout(UNDO_LIMIT, async {
             if let Ok(qemu) = self.order.vm.qemu().await {
                 cancel_stream(&qemu).await;
+                // It is still there if the hypervisor did not come in time.
+                if let Err(error) = remove_socket(&qemu.paths().outgoing()) {
+                    tracing::warn!(%error, "the migration's socket is left behind");
+                }
                 // Stopped by the hypervisor for the switchover, perhaps without our having taken note.
                 if !matches!(qemu.run_state().await, Ok(RunState::Running)) {
                     self.order.vm.step(Event::Paused).await?;
