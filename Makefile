@@ -5,12 +5,13 @@
 #   verify  format, lints, tests, UI checks; changes nothing
 #   fix     formats and applies the lints' suggestions
 #   bench   measures; figures go to target/bench
+#   faults  strikes a move with every fault at every point, on real processes; goes on where it was interrupted
 #
 # Everything is built in one way (the whole workspace, the dev profile, which is optimised), so nothing is built twice.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench setup ui build guest lint ui-verify ui-test rust-test
+.PHONY: help demo test verify fix bench faults setup ui build guest lint ui-verify ui-test rust-test
 
 UI := web-ui
 UI_SOURCES := $(shell find $(UI)/src $(UI)/public $(UI)/index.html $(UI)/vite.config.ts $(UI)/svelte.config.js -type f 2>/dev/null)
@@ -75,3 +76,7 @@ fix: ui
 
 bench: guest
 	@tools/bench.sh
+
+# FAULTS='--only memory' runs a part; see target/debug/pageport-lab faults --help.
+faults: guest
+	@$(LAB) faults $(FAULTS)

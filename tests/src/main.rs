@@ -15,6 +15,10 @@ use pageport_lab::wan::emulator::Emulator;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use faults_command::FaultsCommand;
+
+mod faults_command;
+
 #[derive(Parser)]
 #[command(version, about = "Sites on one machine, a WAN between them, real guests")]
 struct Args {
@@ -44,6 +48,7 @@ enum Cmd {
         #[arg(long)]
         loopback: bool,
     },
+    Faults(FaultsCommand),
     /// Move a guest over the WAN and compare with QEMU's own ways.
     Demo {
         /// A guest of 256 MiB instead of 2 GiB.
@@ -95,6 +100,7 @@ async fn main() -> anyhow::Result<()> {
             let figures = serde_json::json!({"qemu_precopy": precopy, "qemu_multifd_zstd": zstd});
             writeln!(std::io::stdout(), "{figures:#}")?;
         }
+        Cmd::Faults(command) => return command.run().await,
         Cmd::Demo { small, free_page_hints, loopback } => {
             let config = DemoConfig::from_environment(small, hints(free_page_hints), mode(loopback));
             let unattended = config.end == End::AtOnce;

@@ -13,6 +13,7 @@ pub mod agent;
 pub mod clock;
 pub mod config;
 pub mod error;
+pub mod failpoint;
 pub mod hypervisor;
 pub mod migration;
 pub mod nbd;

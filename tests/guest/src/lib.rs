@@ -5,11 +5,13 @@
 //! | `protocol` | the commands and replies; the lab's client uses the same types |
 //! | `memory`, `records`, `files` | memory that stays and memory that changes, the writing load, the static files |
 //! | `server` | the TCP servers |
+//! | `heartbeat` | numbered datagrams that show which copy of a guest executes |
 //! | `serial` | the commands over a serial port, for guests without a network |
 //!
 //! Trusts the segment that it is attached to: it is a test fixture. Does not mount or configure anything: the initramfs does.
 
 pub mod files;
+pub mod heartbeat;
 pub mod memory;
 pub mod protocol;
 pub mod records;

@@ -42,6 +42,22 @@ pub async fn begin(guest: &mut GuestClient, variant: Variant) -> Result<Before, 
     Ok(Before { files, memory, uptime_s, boot_id, kernel, page_cache_bytes })
 }
 
+impl Before {
+    /// What named the boot.
+    #[must_use]
+    pub fn boot_id(&self) -> &str {
+        &self.boot_id
+    }
+}
+
+/// Compares the files alone: what is left of a guest that was booted anew from its disk.
+///
+/// # Errors
+/// When the guest does not answer.
+pub async fn files_equal(guest: &mut GuestClient, before: &Before) -> Result<bool, GuestError> {
+    Ok(guest.checksum(&Request::ChecksumFiles { every: SAMPLE }, LONG).await? == before.files)
+}
+
 /// Fills the page cache and starts the loads.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! One daemon of the lab: started at its site, killed, stopped, frozen and started again at will.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -66,21 +67,30 @@ pub struct Daemon {
     program: PathBuf,
     config: PathBuf,
     log: PathBuf,
+    environment: Vec<(&'static str, OsString)>,
     child: Option<Child>,
 }
 
 impl Daemon {
-    /// Starts `program --config config` at `place`, its output going to `log`.
+    /// Starts `program --config config` at `place`, its output going to `log`; `environment` is added to this process's own.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(name: &str, place: Place, program: &Path, config: &Path, log: &Path) -> Result<Self, DaemonError> {
+    pub fn start(
+        name: &str,
+        place: Place,
+        program: &Path,
+        config: &Path,
+        log: &Path,
+        environment: &[(&'static str, OsString)],
+    ) -> Result<Self, DaemonError> {
         let mut daemon = Self {
             name: name.to_owned(),
             place,
             program: program.to_owned(),
             config: config.to_owned(),
             log: log.to_owned(),
+            environment: environment.to_vec(),
             child: None,
         };
         daemon.spawn()?;
@@ -96,6 +106,7 @@ impl Daemon {
             .command(&self.program)
             .arg("--config")
             .arg(&self.config)
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)

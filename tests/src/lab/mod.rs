@@ -32,6 +32,7 @@
 //! daemons: `cargo build --workspace` does.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
@@ -72,6 +73,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(90);
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// The pause between looks at what is not ready yet.
 const POLL: Duration = Duration::from_millis(200);
+/// What tells the workers where failpoints are held.
+const FAILPOINTS_VARIABLE: &str = "PAGEPORT_FAILPOINTS";
 /// Folders of past runs that are kept for their logs.
 const KEPT_RUNS: usize = 10;
 
@@ -90,6 +93,18 @@ pub struct LabConfig {
     pub mode: Mode,
     /// How long a worker may run VMs that fence themselves without hearing from the leader.
     pub lease_ms: u32,
+    /// Whether moves can be held at exact points.
+    pub failpoints: Failpoints,
+}
+
+/// Whether the workers' failpoints are on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Failpoints {
+    /// As in production.
+    #[default]
+    Off,
+    /// Held by files in [`Lab::failpoints`].
+    On,
 }
 
 impl Default for LabConfig {
@@ -102,6 +117,7 @@ impl Default for LabConfig {
             accelerator: "auto".into(),
             mode: Mode::default(),
             lease_ms: 10_000,
+            failpoints: Failpoints::default(),
         }
     }
 }
@@ -203,13 +219,23 @@ impl Lab {
         let operator = authority.issue("operator", "operator.pageport")?;
         let mut lab = Self { controllers: BTreeMap::new(), workers: BTreeMap::new(), network, folders, operator };
 
-        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, .. } = config;
+        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, failpoints, .. } = config;
+        let mut environment = Vec::new();
+        if failpoints == Failpoints::On {
+            let path = lab.failpoints();
+            fs::create_dir_all(&path).map_err(|source| LabError::Io {
+                operation: "make",
+                path: path.clone(),
+                source,
+            })?;
+            environment.push((FAILPOINTS_VARIABLE, path.into_os_string()));
+        }
         let shared = Shared { otlp_endpoint, log, accelerator, lease_ms, addresses: lab.network.addresses().clone() };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;
             let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, &controller, &text)?;
+            let daemon = lab.start_daemon(&name, site, &controller, &text, &[])?;
             lab.controllers.insert(site.to_owned(), daemon);
         }
         for site in SITES {
@@ -217,7 +243,7 @@ impl Lab {
             let identity = authority.issue(&name, &format!("{name}.worker.pageport"))?;
             let runtime = lab.folders.runtime.join(site);
             let text = settings::worker(site, &lab.data_folder(&name)?, &runtime, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, &worker, &text)?;
+            let daemon = lab.start_daemon(&name, site, &worker, &text, &environment)?;
             lab.workers.insert(site.to_owned(), daemon);
         }
         lab.wait_until_ready().await?;
@@ -230,11 +256,18 @@ impl Lab {
         Ok(path)
     }
 
-    fn start_daemon(&self, name: &str, site: &str, program: &Path, config: &str) -> Result<Daemon, LabError> {
+    fn start_daemon(
+        &self,
+        name: &str,
+        site: &str,
+        program: &Path,
+        config: &str,
+        environment: &[(&'static str, OsString)],
+    ) -> Result<Daemon, LabError> {
         let path = self.folders.run.join("config").join(format!("{name}.toml"));
         fs::write(&path, config).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
         let log = self.logs().join(format!("{name}.log"));
-        Ok(Daemon::start(name, self.network.place(site), program, &path, &log)?)
+        Ok(Daemon::start(name, self.network.place(site), program, &path, &log, environment)?)
     }
 
     /// Waits until every worker is connected.
@@ -277,6 +310,18 @@ impl Lab {
     #[must_use]
     pub fn runtime(&self) -> &Path {
         &self.folders.runtime
+    }
+
+    /// Where the workers' failpoints are held and told.
+    #[must_use]
+    pub fn failpoints(&self) -> PathBuf {
+        self.folders.runtime.join("failpoints")
+    }
+
+    /// The data folder of a site's worker.
+    #[must_use]
+    pub fn worker_data(&self, site: &str) -> PathBuf {
+        self.folders.run.join("data").join(settings::worker_name(site))
     }
 
     /// Where the daemons' logs are.
@@ -353,6 +398,19 @@ impl Lab {
         };
         let at_sites = SITES.iter().map(|site| (*site, self.network.processes_at(site)));
         at_sites.flat_map(|(site, pids)| pids.into_iter().filter(is_its_qemu).map(move |pid| (site, pid))).collect()
+    }
+}
+
+impl Lab {
+    /// The processes at a site and the names of their programs; the dead are not among them.
+    #[must_use]
+    pub fn programs(&self, site: &str) -> Vec<(i32, String)> {
+        let name_of = |pid: i32| {
+            let line = processes::command_line(pid);
+            let name = Path::new(line.first()?).file_name()?.to_str()?.to_owned();
+            Some((pid, name))
+        };
+        self.network.processes_at(site).into_iter().filter_map(name_of).collect()
     }
 }
 

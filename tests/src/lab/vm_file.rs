@@ -24,6 +24,20 @@ impl VmFile {
         Self::with_address(lab, name, images, variant, GUEST_ADDRESS)
     }
 
+    /// As [`VmFile::new`], and the guest is told these words at boot as well.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn telling(
+        lab: &Lab,
+        name: &str,
+        images: &GuestImages,
+        variant: Variant,
+        words: &str,
+    ) -> Result<Self, LabError> {
+        Self::write(lab, name, images, variant, GUEST_ADDRESS, words)
+    }
+
     /// As [`VmFile::new`] with an address of the guests' segment, 10.88.0.0/16. Without a segment it has no network card.
     ///
     /// # Errors
@@ -34,6 +48,17 @@ impl VmFile {
         images: &GuestImages,
         variant: Variant,
         address: Ipv4Addr,
+    ) -> Result<Self, LabError> {
+        Self::write(lab, name, images, variant, address, "")
+    }
+
+    fn write(
+        lab: &Lab,
+        name: &str,
+        images: &GuestImages,
+        variant: Variant,
+        address: Ipv4Addr,
+        words: &str,
     ) -> Result<Self, LabError> {
         let disk = lab.folder().join("disks").join(format!("{name}.raw"));
         images.copy_disk(&disk).map_err(|error| LabError::Io {
@@ -46,11 +71,9 @@ impl VmFile {
             Mode::Namespaces => Attachment::Segment(address),
             Mode::Loopback => Attachment::Serial,
         };
-        fs::write(&path, description(name, &disk, images, variant, attachment)).map_err(|source| LabError::Io {
-            operation: "write",
-            path: path.clone(),
-            source,
-        })?;
+        let cmdline = format!("{} {words}", command_line(attachment));
+        let text = description(name, &disk, images, variant, attachment, cmdline.trim_end());
+        fs::write(&path, text).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
         Ok(Self { path, disk })
     }
 
@@ -70,7 +93,14 @@ impl VmFile {
     }
 }
 
-fn description(name: &str, disk: &Path, images: &GuestImages, variant: Variant, attachment: Attachment) -> String {
+fn description(
+    name: &str,
+    disk: &Path,
+    images: &GuestImages,
+    variant: Variant,
+    attachment: Attachment,
+    cmdline: &str,
+) -> String {
     let nics = match attachment {
         Attachment::Segment(address) => {
             let [.., c, d] = address.octets();
@@ -79,11 +109,10 @@ fn description(name: &str, disk: &Path, images: &GuestImages, variant: Variant, 
         Attachment::Serial => String::new(),
     };
     format!(
-        "name: {name}\nmemory: {}MiB\nvcpus: 1\ndisks:\n  - name: root\n    path: {}\n{nics}direct_boot:\n  kernel: {}\n  initrd: {}\n  cmdline: {}\n",
+        "name: {name}\nmemory: {}MiB\nvcpus: 1\ndisks:\n  - name: root\n    path: {}\n{nics}direct_boot:\n  kernel: {}\n  initrd: {}\n  cmdline: {cmdline}\n",
         variant.memory_bytes >> 20,
         disk.display(),
         images.kernel.display(),
         images.initrd.display(),
-        command_line(attachment),
     )
 }

@@ -27,6 +27,7 @@ use tracing::Instrument;
 use super::incoming::{Incoming, IncomingError};
 use crate::agent::controllers::ControllerError;
 use crate::clock::{at_ns, now_ns};
+use crate::failpoint;
 use crate::hypervisor::accel::refuse_live_move;
 use crate::hypervisor::{HypervisorError, MigrationStatus, Vm};
 use crate::node::Node;
@@ -258,6 +259,7 @@ impl Arrival {
         body: impl AsyncFnOnce(&mut Self) -> Result<T, DestinationError>,
     ) -> Result<T, DestinationError> {
         let began = Instant::now();
+        failpoint::reach("destination", name).await;
         let outcome = body(self).instrument(tracing::info_span!("phase", phase = name)).await;
         tracing::info!(
             phase = name,
@@ -436,6 +438,7 @@ impl Arrival {
         let record = vm.status().record;
         match record {
             Record::Own { own, .. } if own == *epoch => {
+                failpoint::reach("destination", "acquired").await;
                 let resumed_ns = resumed_at(qemu).await?;
                 self.say(to_source::Kind::Resumed(Resumed { epoch: epoch.raw(), resumed_ns }));
             }

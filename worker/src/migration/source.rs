@@ -26,6 +26,7 @@ use super::control::{Control, ControlError};
 use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
 use crate::clock::{self, Offset};
+use crate::failpoint;
 use crate::hypervisor::migrate::SourceSettings;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
@@ -217,6 +218,7 @@ impl Move {
         tracing::info!(phase = name, "phase begins");
         self.timings.push(PhaseTiming { name: name.to_owned(), duration_ms: 0 });
         self.report_progress(None);
+        failpoint::reach("source", name).await;
         let outcome = body(self).instrument(tracing::info_span!("phase", phase = name)).await;
         let duration_ms = began.elapsed().as_millis() as u64;
         if let Some(timing) = self.timings.last_mut() {
@@ -483,6 +485,10 @@ impl Move {
         let undone = tokio::time::timeout(UNDO_LIMIT, async {
             if let Ok(qemu) = self.order.vm.qemu().await {
                 cancel_stream(&qemu).await;
+                // It is still there if the hypervisor did not come in time.
+                if let Err(error) = remove_socket(&qemu.paths().outgoing()) {
+                    tracing::warn!(%error, "the migration's socket is left behind");
+                }
                 // Stopped by the hypervisor for the switchover, perhaps without our having taken note.
                 if !matches!(qemu.run_state().await, Ok(RunState::Running)) {
                     self.order.vm.step(Event::Paused).await?;

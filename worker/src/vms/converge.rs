@@ -4,6 +4,7 @@
 //! |---|---|
 //! | owned by another worker, newer | ends its guest, becomes a replica |
 //! | released / refused evidence | acquires or refuses / revokes |
+//! | run, and it stands still | resumes it, again if its hypervisor did not answer |
 //! | run, and it may | asks for a grant (twice for a cold boot), boots or resumes |
 //! | stop, kill | asks the guest, pulls the plug |
 //! | deleted | removes everything but the original disk |
@@ -93,6 +94,9 @@ async fn power(
         _ => {}
     }
     let power_on = run && status.halted_under != Some(wanted.power_seq);
+    if power_on && owned.is_some() {
+        vm.resume_what_waits().await?;
+    }
     // A cold boot takes two grants: the first is recorded, the second boots.
     for _ in 0..2 {
         let status = vm.status();

@@ -224,6 +224,19 @@ impl ManagedVm {
         outcome
     }
 
+    /// Sets running what this worker owns and what yet stands still: when it was to run, its hypervisor did not answer.
+    ///
+    /// # Errors
+    /// It still does not.
+    pub async fn resume_what_waits(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        let waits = matches!(state.volatile.guest, Guest::Paused | Guest::Loaded(_));
+        match state.durable.record() {
+            Record::Own { .. } if waits => self.stand(&mut state).await,
+            _ => Ok(()),
+        }
+    }
+
     /// The VM was here and down when this worker started, and waits for an order: it stays down under this one.
     pub fn stay_down(&self, power_seq: u64) {
         if self.found_down.swap(false, Ordering::SeqCst) {

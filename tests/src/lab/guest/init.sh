@@ -10,6 +10,7 @@ for word in $(cat /proc/cmdline); do
     case "$word" in
         pageport.ip=*) address="${word#pageport.ip=}" ;;
         pageport.control=*) control="/dev/${word#pageport.control=}" ;;
+        pageport.heartbeat=*) export PAGEPORT_HEARTBEAT="${word#pageport.heartbeat=}" ;;
     esac
 done
 ip link set lo up

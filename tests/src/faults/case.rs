@@ -1,0 +1,221 @@
+//! One case: a move that is held at a point, struck there, let go, and healed.
+//!
+//! ```text
+//! loads ─▶ hold ─▶ order the move ─▶ reached ─▶ strike ─▶ let go ─▶ the fault lasts ─▶ heal ─▶ judge
+//! ```
+//! The fault is in place before the move goes on, so it strikes exactly there.
+
+use std::fs;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::time::sleep;
+
+use super::arena::{Arena, VM, wait_for};
+use super::error::FaultsError;
+use super::plan::{Fault, Pair, Side, Target, Way};
+use crate::demo::loads::{self, Before};
+use crate::lab::guest::SMALL;
+use crate::lab::network::SITES;
+use crate::wan::control::Request;
+
+/// How long a killed daemon is away.
+const AWAY: Duration = Duration::from_secs(2);
+/// How long a link is cut: longer than a silent connection lives.
+const CUT: Duration = Duration::from_secs(12);
+const REACH_LIMIT: Duration = Duration::from_secs(60);
+const HYPERVISOR_LIMIT: Duration = Duration::from_secs(30);
+
+/// A case that was struck and healed, to be judged.
+#[derive(Debug)]
+pub struct Struck {
+    /// Which pair.
+    pub pair: Pair,
+    /// The move.
+    pub migration: String,
+    /// Where the VM was.
+    pub source: String,
+    /// Where it was to go.
+    pub destination: String,
+    /// The controller that led when the move was ordered.
+    pub leader: String,
+    /// What the guest was.
+    pub before: Before,
+}
+
+impl Struck {
+    /// The site of a side.
+    #[must_use]
+    pub fn site(&self, side: Side) -> &str {
+        match side {
+            Side::Source => &self.source,
+            Side::Destination => &self.destination,
+        }
+    }
+
+    /// The site whose QEMU was killed, if one was.
+    #[must_use]
+    pub fn killed_hypervisor(&self) -> Option<&str> {
+        match self.pair.fault {
+            Fault::Kill(Target::Hypervisor(side)) => Some(self.site(side)),
+            _ => None,
+        }
+    }
+}
+
+/// Runs a case up to the point where all is healed.
+///
+/// # Errors
+/// When it could not be set up, struck or healed.
+pub async fn strike(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<Struck, FaultsError> {
+    let vm = arena.vm().await?;
+    let source = vm["owner_site"].as_str().unwrap_or_default().to_owned();
+    let destination = if source == "a" { "b" } else { "a" }.to_owned();
+    arena.seed(&destination).await?;
+    let before = loads::begin(&mut arena.guest(&source).await?, SMALL).await?;
+
+    let folder = arena.lab.failpoints();
+    let file = |kind| folder.join(format!("{}.{}.{kind}", pair.point.side().name(), pair.point.name()));
+    let (hold, reached) = (file("hold"), file("reached"));
+    empty(&folder)?;
+    arena.sniffer.take().map_err(FaultsError::Heartbeats)?;
+    fs::write(&hold, b"").map_err(|source| FaultsError::File { operation: "write", path: hold.clone(), source })?;
+
+    let leader = arena.leader().await?;
+    let ordered = arena.lab.ctl_json(["migrate", VM, "--to", &destination]).await?;
+    let migration = ordered["id"].as_str().map(str::to_owned);
+    let migration =
+        migration.ok_or_else(|| FaultsError::Answer { what: "the move's id", answer: ordered.to_string() })?;
+    let struck = Struck { pair, migration, source, destination, leader, before };
+    wait_for(&format!("the move to reach {}", pair.point.name()), REACH_LIMIT, async || {
+        if reached.exists() { Ok(()) } else { Err(format!("there is no {}", reached.display())) }
+    })
+    .await?;
+
+    let healing = apply(arena, &struck).await;
+    // Whether it was struck or not: nobody waits for what will not come.
+    fs::remove_file(&hold).map_err(|source| FaultsError::File { operation: "remove", path: hold, source })?;
+    let healing = healing?;
+    sleep(match pair.fault {
+        Fault::Kill(_) => AWAY,
+        Fault::Cut(_) => CUT,
+        Fault::Stop(_) => lease,
+    })
+    .await;
+    heal(arena, &struck, healing)?;
+    Ok(struck)
+}
+
+/// What ends a fault.
+enum Healing {
+    Restart(Daemon),
+    Thaw(Daemon),
+    Continue(i32),
+    Mend,
+    Nothing,
+}
+
+/// A daemon of the lab.
+enum Daemon {
+    Worker(String),
+    Controller(String),
+}
+
+impl Daemon {
+    fn of<'a>(&self, arena: &'a mut Arena) -> &'a mut crate::lab::daemon::Daemon {
+        match self {
+            Self::Worker(site) => arena.lab.worker(site),
+            Self::Controller(site) => arena.lab.controller(site),
+        }
+    }
+}
+
+async fn apply(arena: &mut Arena, struck: &Struck) -> Result<Healing, FaultsError> {
+    let daemon = |target| match target {
+        Target::Worker(side) => Some(Daemon::Worker(struck.site(side).to_owned())),
+        Target::Leader => Some(Daemon::Controller(struck.leader.clone())),
+        Target::Hypervisor(_) => None,
+    };
+    match struck.pair.fault {
+        Fault::Kill(Target::Hypervisor(side)) => {
+            signal(hypervisor(arena, struck.site(side)).await?, Signal::SIGKILL)?;
+            Ok(Healing::Nothing)
+        }
+        Fault::Stop(Target::Hypervisor(side)) => {
+            let pid = hypervisor(arena, struck.site(side)).await?;
+            signal(pid, Signal::SIGSTOP)?;
+            Ok(Healing::Continue(pid))
+        }
+        Fault::Kill(target) => match daemon(target) {
+            Some(daemon) => {
+                daemon.of(arena).kill()?;
+                Ok(Healing::Restart(daemon))
+            }
+            None => Ok(Healing::Nothing),
+        },
+        Fault::Stop(target) => match daemon(target) {
+            Some(daemon) => {
+                daemon.of(arena).freeze()?;
+                Ok(Healing::Thaw(daemon))
+            }
+            None => Ok(Healing::Nothing),
+        },
+        Fault::Cut(way) => {
+            for (from, to) in directions(way, struck) {
+                arena.steer(from, to, |from, to| Request::Cut { from, to })?;
+            }
+            Ok(Healing::Mend)
+        }
+    }
+}
+
+fn heal(arena: &mut Arena, struck: &Struck, healing: Healing) -> Result<(), FaultsError> {
+    match healing {
+        Healing::Restart(daemon) => daemon.of(arena).restart()?,
+        Healing::Thaw(daemon) => daemon.of(arena).thaw()?,
+        Healing::Continue(pid) => signal(pid, Signal::SIGCONT)?,
+        Healing::Mend => {
+            for (from, to) in directions(Way::Both, struck) {
+                arena.steer(from, to, |from, to| Request::Heal { from, to })?;
+            }
+        }
+        Healing::Nothing => {}
+    }
+    Ok(())
+}
+
+fn directions(way: Way, struck: &Struck) -> Vec<(&str, &str)> {
+    let (there, back) = ((&*struck.source, &*struck.destination), (&*struck.destination, &*struck.source));
+    match way {
+        Way::There => vec![there],
+        Way::Back => vec![back],
+        Way::Both => vec![there, back],
+    }
+}
+
+/// The VM's QEMU at a site; the destination's may be about to start.
+async fn hypervisor(arena: &Arena, site: &str) -> Result<i32, FaultsError> {
+    wait_for(&format!("a qemu at {site}"), HYPERVISOR_LIMIT, async || {
+        let pids = arena.lab.qemu_pids(VM);
+        pids.iter().find(|(at, _)| *at == site).map(|(_, pid)| *pid).ok_or_else(|| format!("{pids:?} of {SITES:?}"))
+    })
+    .await
+}
+
+/// One that has ended meanwhile needs no signal.
+fn signal(pid: i32, signal: Signal) -> Result<(), FaultsError> {
+    match kill(Pid::from_raw(pid), signal) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(errno) => Err(FaultsError::Signal { signal: signal.as_str(), pid, source: errno.into() }),
+    }
+}
+
+fn empty(folder: &std::path::Path) -> Result<(), FaultsError> {
+    let named = |operation| move |source| FaultsError::File { operation, path: folder.to_owned(), source };
+    for entry in fs::read_dir(folder).map_err(named("list"))? {
+        fs::remove_file(entry.map_err(named("list"))?.path()).map_err(named("empty"))?;
+    }
+    Ok(())
+}
