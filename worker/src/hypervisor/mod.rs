@@ -35,4 +35,4 @@ pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEv
 pub use mirror::MirrorHandle;
 pub use paths::VmPaths;
 pub use qmp::QmpError;
-pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running};
+pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running, remove};
