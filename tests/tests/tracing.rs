@@ -66,7 +66,9 @@ async fn one_trace_follows_a_migration_from_the_command_across_controller_and_bo
     let serving = tokio::spawn(server.serve_with_incoming(incoming));
 
     let mut command = story.lab.ctl_command("a");
-    command.args(["migrate", VM, "--to", "b", "--watch"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{COLLECTOR}"));
+    command
+        .args(["migrate", VM, "--to", "b", "--watch"])
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{COLLECTOR}"));
     let output = tokio::time::timeout(PATIENCE, command.output()).await.unwrap().unwrap();
     assert!(output.status.success(), "{output:?}");
     wait_for("one trace with spans of all four", || async {
