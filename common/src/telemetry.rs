@@ -1,6 +1,6 @@
 //! Logs and traces.
 //!
-//! Every daemon calls [`init`] once and keeps the [`TelemetryGuard`] until it ends. Logs go to standard error; spans go
+//! Every daemon calls [`init`] once, a tool [`init_tool`], and keeps the [`TelemetryGuard`] until it ends. Logs go to standard error; spans go
 //! to an OTLP collector when an endpoint is configured. One trace follows a migration across controller and workers:
 //! its W3C trace context travels in gRPC metadata, in worker assignments and in the first message of each QUIC stream.
 //!
@@ -103,6 +103,23 @@ pub fn init(service: &'static str, node: &str, config: &TelemetryConfig) -> Resu
     Ok(TelemetryGuard { provider })
 }
 
+/// For a tool that lives as long as one command: no logs, and a trace context of its own even where nothing is exported, so
+/// that what it orders can be found by it. Call once, inside the tokio runtime.
+///
+/// # Errors
+/// An unusable endpoint.
+pub fn init_tool(service: &'static str, otlp_endpoint: Option<&str>) -> Result<TelemetryGuard, TelemetryError> {
+    let provider = match otlp_endpoint {
+        Some(endpoint) => exporter(service, "", endpoint)?,
+        None => SdkTracerProvider::builder().build(),
+    };
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer(service))
+        .with_filter(filter_fn(|meta| !SELF_TRACING.iter().any(|name| meta.target().starts_with(name))));
+    tracing_subscriber::registry().with(spans).init();
+    Ok(TelemetryGuard { provider: Some(provider) })
+}
+
 fn exporter(service: &'static str, node: &str, endpoint: &str) -> Result<SdkTracerProvider, TelemetryError> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
@@ -132,9 +149,10 @@ pub fn adopt_traceparent(span: &Span, traceparent: &str) {
     }
 }
 
-/// Puts the current span's trace context into gRPC metadata.
+/// Puts the current span's trace context into gRPC metadata, if there is one.
 pub fn inject(metadata: &mut MetadataMap) {
-    if let Ok(value) = traceparent_of(&Span::current()).parse() {
+    let traceparent = traceparent_of(&Span::current());
+    if let (false, Ok(value)) = (traceparent.is_empty(), traceparent.parse()) {
         metadata.insert(TRACEPARENT, value);
     }
 }

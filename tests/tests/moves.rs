@@ -7,7 +7,7 @@ use pageport_lab::demo::loads;
 use pageport_lab::lab::{LabConfig, VmFile};
 use pageport_lab::netns;
 use pageport_lab::wan::flow::UDP;
-use support::{Story, VM, ctl, peak_memory_bytes};
+use support::{Story, VM, ctl};
 
 const RATE_BPS: u64 = 200_000_000;
 /// The port of the workers' QUIC endpoints.
@@ -57,8 +57,7 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     assert!(checks.all(), "{checks:?}");
 
     for site in ["a", "b"] {
-        let pid = story.lab.worker(site).pid().unwrap();
-        let peak = peak_memory_bytes(pid);
+        let peak = story.lab.worker(site).peak_memory_bytes().unwrap();
         assert!(peak < WORKER_MEMORY_LIMIT_BYTES, "worker at {site} took {peak} bytes");
     }
 }

@@ -1,4 +1,4 @@
-//! One trace follows a migration across the controller and both workers, and arrives at an OTLP collector.
+//! One trace follows a migration from the command line across the controller and both workers, and arrives at an OTLP collector.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
@@ -11,7 +11,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use pageport_lab::lab::LabConfig;
 use pageport_lab::netns;
-use support::{Story, VM, ctl, wait_for};
+use support::{PATIENCE, Story, VM, wait_for};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
@@ -50,7 +50,7 @@ impl TraceService for Collector {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_trace_follows_a_migration_across_controller_and_both_workers() {
+async fn one_trace_follows_a_migration_from_the_command_across_controller_and_both_workers() {
     if !netns::available() {
         eprintln!("skipped: network namespaces need root");
         return;
@@ -65,14 +65,20 @@ async fn one_trace_follows_a_migration_across_controller_and_both_workers() {
     let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(collector.clone()));
     let serving = tokio::spawn(server.serve_with_incoming(incoming));
 
-    ctl(&story.lab, &["migrate", VM, "--to", "b", "--watch"]).await.unwrap();
-    wait_for("one trace with spans of all three", || async {
+    let mut command = story.lab.ctl_command("a");
+    command
+        .args(["migrate", VM, "--to", "b", "--watch"])
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{COLLECTOR}"));
+    let output = tokio::time::timeout(PATIENCE, command.output()).await.unwrap().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    wait_for("one trace with spans of all four", || async {
         let traces = collector.0.lock().unwrap().clone();
         let has = |trace: &BTreeSet<(String, String)>, who: &str, name: &str| {
             trace.iter().any(|(sender, span)| sender.starts_with(who) && span == name)
         };
         let whole = traces.values().find(|trace| {
-            has(trace, "pageport-controller", "create_migration")
+            has(trace, "pageportctl", "command")
+                && has(trace, "pageport-controller", "create_migration")
                 && ["worker-a", "worker-b"].iter().all(|worker| {
                     let who = format!("pageport-worker {worker}");
                     has(trace, &who, "migration") && has(trace, &who, "phase")

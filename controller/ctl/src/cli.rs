@@ -76,6 +76,33 @@ pub enum Command {
     Cluster(ClusterCommand),
 }
 
+impl Command {
+    /// Its name for people who look at traces.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Site(SiteCommand::List) => "site list",
+            Self::Worker(WorkerCommand::List) => "worker list",
+            Self::Cluster(ClusterCommand::Status) => "cluster status",
+            Self::Vm(VmCommand::Define { .. }) => "vm define",
+            Self::Vm(VmCommand::List) => "vm list",
+            Self::Vm(VmCommand::Get { .. }) => "vm get",
+            Self::Vm(VmCommand::Start { .. }) => "vm start",
+            Self::Vm(VmCommand::Stop { .. }) => "vm stop",
+            Self::Vm(VmCommand::Delete { .. }) => "vm delete",
+            Self::Vm(VmCommand::Console { .. }) => "vm console",
+            Self::Replica(ReplicaCommand::Seed { .. }) => "replica seed",
+            Self::Replica(ReplicaCommand::List { .. }) => "replica list",
+            Self::Replica(ReplicaCommand::Delete { .. }) => "replica delete",
+            Self::Migrate { .. } => "migrate",
+            Self::Migration(MigrationCommand::Get { .. }) => "migration get",
+            Self::Migration(MigrationCommand::List { .. }) => "migration list",
+            Self::Migration(MigrationCommand::Watch { .. }) => "migration watch",
+            Self::Migration(MigrationCommand::Cancel { .. }) => "migration cancel",
+        }
+    }
+}
+
 /// `site ...`
 #[derive(Debug, Subcommand)]
 pub enum SiteCommand {
@@ -147,7 +174,7 @@ pub enum VmCommand {
         #[arg(long, value_name = "TEXT")]
         reason: String,
     },
-    /// Delete a stopped VM and its replicas; its disk image stays.
+    /// Delete a stopped VM and its replicas; its original disk image stays.
     Delete {
         /// Name or id of the VM.
         vm: String,

@@ -18,6 +18,7 @@ use tonic::{Code, Response, Status};
 
 use crate::config::Settings;
 use crate::reason::{self, Class, Reason};
+use crate::trace::{Inject, Traced};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(4);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -142,7 +143,7 @@ impl Controllers {
     /// [`ClientError::Refused`] with a controller's own words, or [`ClientError::NoAnswer`].
     pub async fn call<T, F, Fut>(&mut self, operation: F) -> Result<T, ClientError>
     where
-        F: Fn(Channel) -> Fut,
+        F: Fn(Traced) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let deadline = Instant::now() + TOTAL_BUDGET;
@@ -172,7 +173,7 @@ impl Controllers {
 
     async fn attempt<T, F, Fut>(&mut self, operation: &F) -> Result<Attempt<T>, ClientError>
     where
-        F: Fn(Channel) -> Fut,
+        F: Fn(Traced) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let channel = match self.channel.take() {
@@ -182,7 +183,7 @@ impl Controllers {
                 Err(reason) => return Ok(Attempt::Unreachable(reason.text)),
             },
         };
-        match timeout(CALL_DEADLINE, operation(channel.clone())).await {
+        match timeout(CALL_DEADLINE, operation(Traced::new(channel.clone(), Inject))).await {
             Ok(Ok(response)) => {
                 self.channel = Some(channel);
                 Ok(Attempt::Answered(response.into_inner()))

@@ -28,6 +28,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::client::{self, ClientError, Verdict, judge};
 use crate::render::note;
 use crate::terminal::{RawTerminal, until_escape};
+use crate::trace::Inject;
 
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 const READ_BYTES: usize = 4096;
@@ -124,7 +125,7 @@ pub async fn attach(
     let hello = ConsoleInput { vm_id, data: Default::default() };
     // The queue is empty: there is room.
     to_guest.try_send(hello).map_err(|_| unreachable("the input queue is closed".to_owned()))?;
-    let mut host = HostServiceClient::new(channel);
+    let mut host = HostServiceClient::with_interceptor(channel, Inject);
     let opening = timeout(OPEN_DEADLINE, host.console(ReceiverStream::new(from_user)));
     let mut output = match opening.await {
         Ok(Ok(response)) => response.into_inner(),

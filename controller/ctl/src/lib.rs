@@ -25,16 +25,19 @@ pub mod reason;
 pub mod render;
 pub mod size;
 pub mod terminal;
+pub mod trace;
 pub mod vmfile;
 pub mod watch;
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use tracing::Instrument;
 
 use crate::cli::Cli;
 use crate::error::CtlError;
 use crate::render::Output;
+use crate::trace::Trace;
 
 const INTERRUPTED: u8 = 130;
 
@@ -45,7 +48,16 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(source) => return exit(Err(CtlError::Runtime { source })),
     };
-    exit(runtime.block_on(run(cli)))
+    let result = runtime.block_on(async {
+        let trace = Trace::begin();
+        let span = Trace::span(cli.command.name());
+        let result = run(cli).instrument(span).await;
+        trace.end().await;
+        result
+    });
+    // Whatever still blocks (reading a terminal, sending spans) must not keep us.
+    runtime.shutdown_background();
+    exit(result)
 }
 
 async fn run(cli: Cli) -> Result<(), CtlError> {

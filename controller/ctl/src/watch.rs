@@ -10,10 +10,10 @@
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
-use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
 use crate::client::{ClientError, Controllers, Verdict, judge};
+use crate::trace::Traced;
 
 /// Losses in a row, without a message between them, after which a watch gives up.
 pub const MAX_LOSSES: u32 = 8;
@@ -44,7 +44,7 @@ pub struct Watch<'a, T, F> {
 
 impl<'a, T, F, Fut> Watch<'a, T, F>
 where
-    F: Fn(Channel) -> Fut,
+    F: Fn(Traced) -> Fut,
     Fut: Future<Output = Result<Response<Streaming<T>>, Status>>,
 {
     /// Opens nothing yet.

@@ -7,7 +7,7 @@ use pageport_proto::{RequestId, VmId};
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
-use super::watch::{More, Views, views};
+use super::watch::{Views, unless_same, views};
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
 use crate::model::state::Power;
@@ -158,11 +158,10 @@ impl FleetService for Api {
 
     async fn watch_fleet(&self, _: Request<v1::WatchFleetRequest>) -> Reply<Self::WatchFleetStream> {
         self.read().await?;
-        let render = |moment: &Moment| {
+        let fleet = |moment: &Moment| {
             let view = moment.view();
-            let fleet = v1::WatchFleetResponse { sites: view.sites(), workers: view.workers(), vms: view.vms() };
-            Some((fleet, More::Yes))
+            v1::WatchFleetResponse { sites: view.sites(), workers: view.workers(), vms: view.vms() }
         };
-        Ok(Response::new(views(self.clone(), render)))
+        Ok(Response::new(views(self.clone(), unless_same(fleet))))
     }
 }

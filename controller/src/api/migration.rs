@@ -7,11 +7,15 @@ use pageport_proto::v1::migration_service_server::MigrationService;
 use tonic::{Request, Response, Status};
 use tracing::{Instrument, info_span};
 
+use super::changes::Changes;
 use super::error::ApiError;
-use super::watch::{More, Views, views};
+use super::watch::{View, Views, views};
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
 use crate::model::{Answer, Rejection};
+
+/// Ended migrations that a watch of all of them shows, the newest.
+const PAST_WATCHED: usize = 100;
 
 type Reply<T> = Result<Response<T>, Status>;
 
@@ -87,10 +91,37 @@ impl MigrationService for Api {
     async fn watch_migration(&self, request: Request<v1::WatchMigrationRequest>) -> Reply<Self::WatchMigrationStream> {
         let id = migration_id(&request.into_inner().id)?;
         migration_of(&self.read().await?, id)?;
+        let mut last = None;
         let render = move |moment: &Moment| {
-            let migration = moment.state.migrations.get(&id)?;
-            let more = if migration.is_over() { More::No } else { More::Yes };
-            Some((v1::WatchMigrationResponse { migration: Some(moment.view().migration(migration)) }, more))
+            let Some(migration) = moment.state.migrations.get(&id) else { return View::End };
+            let shown = Some(moment.view().migration(migration));
+            let response = v1::WatchMigrationResponse { migration: shown.clone() };
+            if migration.is_over() {
+                return View::Last(response);
+            }
+            if last == shown {
+                return View::Nothing;
+            }
+            last = shown;
+            View::Show(response)
+        };
+        Ok(Response::new(views(self.clone(), render)))
+    }
+
+    type WatchMigrationsStream = Views<v1::WatchMigrationsResponse>;
+
+    async fn watch_migrations(&self, _: Request<v1::WatchMigrationsRequest>) -> Reply<Self::WatchMigrationsStream> {
+        self.read().await?;
+        let mut changes = Changes::default();
+        let render = move |moment: &Moment| {
+            let view = moment.view();
+            let mut past = 0;
+            // Ids grow with time: the newest come first.
+            let shown = moment.state.migrations.values().rev().filter(|migration| {
+                past += usize::from(migration.is_over());
+                !migration.is_over() || past <= PAST_WATCHED
+            });
+            changes.next(shown.map(|migration| (migration.id.to_string(), view.migration(migration))))
         };
         Ok(Response::new(views(self.clone(), render)))
     }

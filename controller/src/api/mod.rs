@@ -14,6 +14,7 @@
 //! Guarantees: a read sees every answered command; a client's request id takes effect once; whatever goes wrong names
 //! its subject and what to do.
 
+pub mod changes;
 pub mod cluster;
 pub mod error;
 pub mod fleet;

@@ -21,20 +21,24 @@ const QUEUE: usize = 1;
 /// A stream of views.
 pub type Views<T> = ReceiverStream<Result<T, Status>>;
 
-/// Does a stream go on after this view?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum More {
-    /// Yes.
-    Yes,
-    /// It was the last one.
-    No,
+/// What a stream shows of a moment.
+#[derive(Debug)]
+pub enum View<T> {
+    /// This, and more may come.
+    Show(T),
+    /// This, and then it ends.
+    Last(T),
+    /// Nothing that was not shown already.
+    Nothing,
+    /// It ends.
+    End,
 }
 
-/// Streams what `render` makes of each moment; [`None`] ends the stream.
+/// Streams what `render` makes of each moment.
 pub fn views<T, R>(api: Api, render: R) -> Views<T>
 where
-    T: Clone + PartialEq + Send + Sync + 'static,
-    R: Fn(&Moment) -> Option<(T, More)> + Send + 'static,
+    T: Send + 'static,
+    R: FnMut(&Moment) -> View<T> + Send + 'static,
 {
     let (sender, receiver) = mpsc::channel(QUEUE);
     tokio::spawn(async move {
@@ -46,30 +50,45 @@ where
     ReceiverStream::new(receiver)
 }
 
-async fn send_views<T, R>(api: Api, render: R, sender: &mpsc::Sender<Result<T, Status>>) -> Result<(), ApiError>
+/// A render for [`views`] that shows the whole of something, and nothing while it stays the same.
+pub fn unless_same<T: Clone + PartialEq>(mut whole: impl FnMut(&Moment) -> T) -> impl FnMut(&Moment) -> View<T> {
+    let mut last = None;
+    move |moment| {
+        let view = whole(moment);
+        if last.as_ref() == Some(&view) {
+            return View::Nothing;
+        }
+        last = Some(view.clone());
+        View::Show(view)
+    }
+}
+
+async fn send_views<T, R>(api: Api, mut render: R, sender: &mpsc::Sender<Result<T, Status>>) -> Result<(), ApiError>
 where
-    T: Clone + PartialEq,
-    R: Fn(&Moment) -> Option<(T, More)>,
+    R: FnMut(&Moment) -> View<T>,
 {
     let mut state = api.consensus.watch_state();
     let mut status = api.consensus.watch_status();
     let mut observations = api.hub.watch();
-    let mut last = None;
     loop {
         if !status.borrow_and_update().serving {
             return Err(ApiError::LeaderChanged);
         }
         state.mark_unchanged();
         observations.mark_unchanged();
-        let Some((view, more)) = render(&api.glance()) else { return Ok(()) };
-        if last.as_ref() != Some(&view) {
-            if sender.send(Ok(view.clone())).await.is_err() {
+        match render(&api.glance()) {
+            View::Show(view) => {
+                if sender.send(Ok(view)).await.is_err() {
+                    return Ok(());
+                }
+            }
+            View::Last(view) => {
+                // The reader may be gone.
+                let _ = sender.send(Ok(view)).await;
                 return Ok(());
             }
-            last = Some(view);
-        }
-        if more == More::No {
-            return Ok(());
+            View::Nothing => {}
+            View::End => return Ok(()),
         }
         tokio::select! {
             () = sender.closed() => return Ok(()),

@@ -30,7 +30,7 @@ pub mod opponents;
 pub mod report;
 pub mod session;
 
-use report::{GuestFigures, Report};
+use report::{GuestFigures, Report, WorkerMemory};
 use session::BusySession;
 
 /// The demo's VM.
@@ -126,6 +126,12 @@ pub enum DemoError {
         /// What there was instead.
         answer: String,
     },
+    /// A worker is gone.
+    #[error("read the highest memory of the worker at {site}: it does not run")]
+    NoPeakMemory {
+        /// Where.
+        site: &'static str,
+    },
     /// The guest's QEMU is not where it should be.
     #[error("find one qemu of {VM}, at b: there are {found:?}")]
     WrongPlace {
@@ -171,7 +177,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
     if config.mode == Mode::Loopback {
         say(LOOPBACK);
     }
-    let lab = Lab::start(LabConfig { link: config.link, mode: config.mode, ..LabConfig::default() }).await?;
+    let mut lab = Lab::start(LabConfig { link: config.link, mode: config.mode, ..LabConfig::default() }).await?;
     say(&format!("logs: {}", lab.logs().display()));
 
     say(&format!("defining and starting {VM} at a: {} MiB of memory", memory_bytes >> 20));
@@ -213,6 +219,8 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         return Err(DemoError::WrongPlace { found });
     }
     let pageport = record(&lab).await?;
+    let worker_peak_memory_bytes =
+        WorkerMemory { source: peak_memory(&mut lab, "a")?, destination: peak_memory(&mut lab, "b")? };
 
     say("QEMU's own ways, for comparison");
     let accelerator = accelerator(&lab).await?;
@@ -229,7 +237,15 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
 
     let guest_figures = GuestFigures { memory_bytes, page_cache_bytes: before.page_cache_bytes, kernel: before.kernel };
     let link = config.link.into();
-    let report = Report { pageport, qemu_precopy, qemu_multifd_zstd, guest: guest_figures, link, guest_checks };
+    let report = Report {
+        pageport,
+        qemu_precopy,
+        qemu_multifd_zstd,
+        guest: guest_figures,
+        link,
+        worker_peak_memory_bytes,
+        guest_checks,
+    };
     let path = config.figures;
     let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::from);
     text.and_then(|text| std::fs::write(&path, text + "\n"))
@@ -291,6 +307,10 @@ async fn record(lab: &Lab) -> Result<Value, DemoError> {
         Some(record) if record.is_object() => Ok(record.clone()),
         _ => Err(DemoError::NoRecord { answer: answer.to_string() }),
     }
+}
+
+fn peak_memory(lab: &mut Lab, site: &'static str) -> Result<u64, DemoError> {
+    lab.worker(site).peak_memory_bytes().ok_or(DemoError::NoPeakMemory { site })
 }
 
 /// What the worker at a found to work.

@@ -34,6 +34,18 @@ impl From<Shape> for LinkFigures {
     }
 }
 
+/// The highest resident memory that the workers had over the whole run, seed included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerMemory {
+    /// The worker that the guest left.
+    pub source: u64,
+    /// The worker that it came to.
+    pub destination: u64,
+}
+
+/// Each worker stays below this, whatever the size of the guest.
+const WORKER_MEMORY_GOAL_BYTES: u64 = 512 << 20;
+
 /// Whether the guest is what it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestChecks {
@@ -71,6 +83,8 @@ pub struct Report {
     pub guest: GuestFigures,
     /// Over what.
     pub link: LinkFigures,
+    /// What it took of the hosts' memory.
+    pub worker_peak_memory_bytes: WorkerMemory,
     /// Whether it is what it was.
     pub guest_checks: GuestChecks,
 }
@@ -119,6 +133,15 @@ impl Report {
             pages("fallback"),
             mega(self.guest.page_cache_bytes),
         );
+        let WorkerMemory { source, destination } = self.worker_peak_memory_bytes;
+        let within = source.max(destination) < WORKER_MEMORY_GOAL_BYTES;
+        text += &format!(
+            "highest memory of the workers: source {} MiB, destination {} MiB; goal: under {} MiB: {}\n",
+            source >> 20,
+            destination >> 20,
+            WORKER_MEMORY_GOAL_BYTES >> 20,
+            if within { "met" } else { "MISSED" },
+        );
         let checks = self.guest_checks;
         let word = |good: bool| if good { "yes" } else { "NO" };
         text += &format!(
@@ -151,6 +174,7 @@ mod tests {
             qemu_multifd_zstd: Figures { total_time_ms: 32_400, downtime_ms: 470, wan_bytes: 783_000_000 },
             guest: GuestFigures { memory_bytes: 2 << 30, page_cache_bytes: 1_600_000_000, kernel: "6.1".into() },
             link: Shape { rate_bps: 200_000_000, one_way_delay_ms: 25, loss: 0.0, queue_bytes: None }.into(),
+            worker_peak_memory_bytes: WorkerMemory { source: 300 << 20, destination: 512 << 20 },
             guest_checks: GuestChecks {
                 files_checksum_equal: true,
                 memory_checksum_equal: true,
@@ -166,6 +190,10 @@ mod tests {
         for part in ["16.6x", "28.8x", "6.5x", "11.2x", "405574 teleported", "TCP session survived: NO"] {
             assert!(table.contains(part), "{part} is not in\n{table}");
         }
+        assert!(table.contains("source 300 MiB, destination 512 MiB; goal: under 512 MiB: MISSED"), "{table}");
+        let mut report = report();
+        report.worker_peak_memory_bytes.destination -= 1;
+        assert!(report.table().contains("goal: under 512 MiB: met"));
     }
 
     #[test]
@@ -183,7 +211,15 @@ mod tests {
     fn the_file_has_the_agreed_keys() {
         let value = serde_json::to_value(report()).unwrap();
         let keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
-        let mut expected = ["pageport", "qemu_precopy", "qemu_multifd_zstd", "guest", "link", "guest_checks"];
+        let mut expected = [
+            "pageport",
+            "qemu_precopy",
+            "qemu_multifd_zstd",
+            "guest",
+            "link",
+            "worker_peak_memory_bytes",
+            "guest_checks",
+        ];
         expected.sort_unstable();
         let mut keys = keys;
         keys.sort();

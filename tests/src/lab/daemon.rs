@@ -122,6 +122,14 @@ impl Daemon {
         self.child.as_ref().map(Child::id)
     }
 
+    /// The highest resident memory that it has had since it was started last, while it runs.
+    #[must_use]
+    pub fn peak_memory_bytes(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?)).ok()?;
+        let kib = |line: &str| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+        status.lines().find_map(kib).map(|kib| kib << 10)
+    }
+
     /// Its log.
     #[must_use]
     pub fn log(&self) -> &Path {

@@ -156,10 +156,3 @@ pub async fn wait_for<T, F: Future<Output = Result<T, String>>>(what: &str, look
         sleep(POLL).await;
     }
 }
-
-/// Highest resident memory of a process so far, in bytes.
-pub fn peak_memory_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let kib = |line: &str| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
-    status.lines().find_map(kib).unwrap() << 10
-}

@@ -4,7 +4,7 @@ import { expect, test } from "vitest";
 import { SiteSchema, VmSchema, VmState, WorkerSchema } from "../gen/pageport/v1/fleet_pb.ts";
 import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
 import { ReplicaSchema, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
-import { migrationsUnderWay, seedFraction, siteViews, sortedVms, vmName } from "./fleet.ts";
+import { ordered, seedFraction, siteViews, sortedVms, vmName } from "./fleet.ts";
 import { hasEnded, migrationLook, replicaLook, vmLook } from "./states.ts";
 
 test("sites carry their own workers and VMs, sorted as people sort", () => {
@@ -30,9 +30,13 @@ test("a seed has a measure only while it runs", () => {
   expect(seedFraction(replica(ReplicaState.SEEDED, 4n))).toBeUndefined();
 });
 
-test("each migration under way is watched once", () => {
-  const vm = (migrationId: string) => create(VmSchema, { migrationId });
-  expect(migrationsUnderWay([vm("m2"), vm(""), vm("m1"), vm("m2")])).toEqual(["m1", "m2"]);
+test("an order about power is shown until it is carried out", () => {
+  const vm = (state: VmState, desiredRunning: boolean) => ordered(create(VmSchema, { state, desiredRunning }));
+  expect(vm(VmState.RUNNING, true)).toBe("");
+  expect(vm(VmState.RUNNING, false)).toBe("is to stop");
+  expect(vm(VmState.STOPPED, true)).toBe("is to start");
+  expect(vm(VmState.STOPPED, false)).toBe("");
+  expect(vm(VmState.CRASHED, true)).toBe("");
 });
 
 test("a state of a newer API is shown as unknown instead of breaking the page", () => {

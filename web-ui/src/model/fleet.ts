@@ -1,5 +1,5 @@
 // The fleet as the page shows it: sites with their workers and how many VMs, VMs by name. Pure.
-import type { Site, Vm, Worker } from "../gen/pageport/v1/fleet_pb.ts";
+import { type Site, type Vm, VmState, type Worker } from "../gen/pageport/v1/fleet_pb.ts";
 import { type Replica, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
 
 export interface SiteView {
@@ -32,7 +32,9 @@ export function seedFraction(replica: Replica): number | undefined {
   return Math.min(1, Number(replica.doneBytes) / Number(replica.totalBytes));
 }
 
-/** Ids of the migrations that VMs name as under way, each once, in a stable order. */
-export function migrationsUnderWay(vms: Vm[]): string[] {
-  return [...new Set(vms.map((vm) => vm.migrationId).filter((id) => id !== ""))].sort();
+/** What was ordered of a VM and is not so yet; empty when it is as it should be. */
+export function ordered(vm: Vm): string {
+  if (vm.state === VmState.RUNNING && !vm.desiredRunning) return "is to stop";
+  if (vm.state === VmState.STOPPED && vm.desiredRunning) return "is to start";
+  return "";
 }

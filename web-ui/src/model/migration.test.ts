@@ -2,7 +2,7 @@ import { create } from "@bufbuild/protobuf";
 import { expect, test } from "vitest";
 
 import { MigrationProgressSchema, MigrationSchema, MigrationState, PageCountsSchema } from "../gen/pageport/v1/migration_pb.ts";
-import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures, unlisted } from "./migration.ts";
+import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures, stepOf, unlisted } from "./migration.ts";
 
 const memory = create(MigrationProgressSchema, {
   phase: "memory",
@@ -71,4 +71,13 @@ test("what is no longer listed is known to be gone", () => {
 test("the newest migration comes first", () => {
   const at = (id: string, createdUnixMs: bigint) => create(MigrationSchema, { id, createdUnixMs });
   expect(byAge([at("a", 1n), at("c", 3n), at("b", 3n)]).map(({ id }) => id)).toEqual(["c", "b", "a"]);
+});
+
+test("past the commit point the last step is marked, and a cancel keeps the one that it came in", () => {
+  const step = (state: MigrationState, phase?: string) =>
+    stepOf(create(MigrationSchema, { state, ...(phase === undefined ? {} : { progress: { phase } }) }));
+  expect(step(MigrationState.REQUESTED)).toBe("");
+  expect(step(MigrationState.RUNNING, "memory")).toBe("memory");
+  expect(step(MigrationState.CANCELLING, "memory")).toBe("memory");
+  expect(step(MigrationState.COMMITTED, "switchover")).toBe("hand-over");
 });

@@ -37,6 +37,11 @@ export function phaseOf(migration: Migration): string {
   return migration.state === MigrationState.RUNNING && phase !== "" ? phase : migrationLook(migration.state).word;
 }
 
+/** The step to mark; empty before the first. Past the commit point it is the last, whatever was heard of the workers. */
+export function stepOf(migration: Migration): string {
+  return migration.state === MigrationState.COMMITTED ? "hand-over" : (migration.progress?.phase ?? "");
+}
+
 /** How far the present phase is, 0 to 1; undefined when it has no measure. */
 export function fractionOf(progress: MigrationProgress | undefined): number | undefined {
   if (progress === undefined) return undefined;

@@ -1,5 +1,5 @@
 // The web port of a controller, faked: the built page and gRPC-Web on one port, answers decided by the test.
-import { Code, ConnectError, createConnectRouter } from "@connectrpc/connect";
+import { createConnectRouter } from "@connectrpc/connect";
 import { readFile } from "node:fs/promises";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -43,14 +43,14 @@ class Cell<T> {
 
 export class FakeController {
   readonly fleet: Cell<WatchFleetResponse>;
-  readonly migration: Cell<Migration>;
-  history: Migration[] = [];
+  /** All migrations; watchers are told all of them at first, then what has changed. */
+  readonly migrations: Cell<Migration[]>;
   #server: Server | undefined;
   #port = 0;
 
-  constructor(fleet: WatchFleetResponse, migration: Migration) {
+  constructor(fleet: WatchFleetResponse, migrations: Migration[]) {
     this.fleet = new Cell(fleet);
-    this.migration = new Cell(migration);
+    this.migrations = new Cell(migrations);
   }
 
   get url(): string {
@@ -63,11 +63,14 @@ export class FakeController {
       watchFleet: (_, { signal }) => this.fleet.follow(signal),
     });
     router.service(MigrationService, {
-      watchMigration: async function* (this: FakeController, { id }: { id: string }, { signal }: { signal: AbortSignal }) {
-        if (this.migration.value.id !== id) throw new ConnectError("there is no such migration", Code.NotFound);
-        for await (const migration of this.migration.follow(signal)) yield { migration };
+      watchMigrations: async function* (this: FakeController, _: unknown, { signal }: { signal: AbortSignal }) {
+        let told: Migration[] = [];
+        for await (const now of this.migrations.follow(signal)) {
+          const forgottenIds = told.map(({ id }) => id).filter((id) => now.every((migration) => migration.id !== id));
+          yield { migrations: now.filter((migration) => !told.includes(migration)), forgottenIds };
+          told = now;
+        }
       }.bind(this),
-      listMigrations: () => ({ migrations: this.history }),
     });
     const handlers = new Map(router.handlers.map((handler) => [handler.requestPath, handler]));
     const server = createServer((request, response) => {

@@ -43,8 +43,7 @@ afterAll(async () => {
 });
 
 beforeEach(async () => {
-  controller = new FakeController(fleet("0199-m1"), inMemoryPhase());
-  controller.history = [failedBefore()];
+  controller = new FakeController(fleet("0199-m1"), [inMemoryPhase(), failedBefore()]);
   await controller.start();
   page = await context.newPage();
   page.setDefaultTimeout(DEADLINE_MS);
@@ -99,7 +98,7 @@ test("sites, VMs, replicas and a running migration are shown", async () => {
 });
 
 test("a migration that will not converge says so", async () => {
-  controller.migration.set(notConverging());
+  controller.migrations.set([notConverging(), failedBefore()]);
   await page.goto(controller.url);
   await sees("Will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s.");
   await shoot("not-converging");
@@ -108,8 +107,7 @@ test("a migration that will not converge says so", async () => {
 test("a migration that ends becomes a record", async () => {
   await page.goto(controller.url);
   await page.getByRole("heading", { name: "Moving now" }).waitFor();
-  controller.history = [completed(), failedBefore()];
-  controller.migration.set(completed());
+  controller.migrations.set([completed(), failedBefore()]);
   controller.fleet.set(fleet(""));
   await page.getByRole("heading", { name: "Moving now" }).waitFor({ state: "detached" });
   await sees("6.21 s, 312 ms downtime, 70.2 MiB sent");
@@ -117,6 +115,25 @@ test("a migration that ends becomes a record", async () => {
   await page.getByText("stream digest").locator("xpath=following-sibling::dd").getByText("equal", { exact: true }).waitFor();
   await page.getByRole("row", { name: /disk-sync/ }).getByText("1.26 s").waitFor();
   await shoot("completed");
+});
+
+test("any number of migrations is live at once, and what is forgotten goes", async () => {
+  const move = (n: number, rateBps: bigint) => {
+    const migration = inMemoryPhase();
+    Object.assign(migration, { id: `0199-n${n}`, vmName: `vm${n}`, createdUnixMs: BigInt(3_000 + n) });
+    if (migration.progress) migration.progress.rateBps = rateBps;
+    return migration;
+  };
+  const numbers = [1, 2, 3, 4, 5, 6, 7, 8];
+  controller.migrations.set(numbers.map((n) => move(n, 1_000_000n)));
+  await page.goto(controller.url);
+  controller.migrations.set(numbers.map((n) => move(n, BigInt(n) * 11_000_000n)));
+  for (const n of numbers) {
+    const card = page.getByRole("article", { name: `Migration of vm${n}` });
+    await card.getByText(`${(n * 11).toFixed(n * 11 < 100 ? 1 : 0)} Mbit/s`, { exact: true }).waitFor();
+  }
+  controller.migrations.set(numbers.slice(1).map((n) => move(n, 1_000_000n)));
+  await page.getByRole("article", { name: "Migration of vm1" }).waitFor({ state: "detached" });
 });
 
 test("a lost controller is shown, and the page recovers by itself", async () => {
@@ -127,8 +144,7 @@ test("a lost controller is shown, and the page recovers by itself", async () => 
   await page.getByRole("row", { name: /^web/ }).getByText("migrating").waitFor();
   await shoot("lost");
   controller.fleet.set(fleet(""));
-  controller.migration.set(completed());
-  controller.history = [completed()];
+  controller.migrations.set([completed()]);
   await controller.start();
   await page.getByRole("status").getByText("live", { exact: true }).waitFor();
   await page.getByRole("row", { name: /^web/ }).getByText("running").waitFor();

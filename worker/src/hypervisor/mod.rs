@@ -38,4 +38,4 @@ pub use mirror::MirrorHandle;
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;
 pub use qmp::QmpError;
-pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running};
+pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running, remove};

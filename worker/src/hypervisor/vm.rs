@@ -430,6 +430,21 @@ async fn end_child(vm: VmId, mut child: tokio::process::Child, paths: &VmPaths) 
     let _ = child.kill().await;
 }
 
+/// Removes everything of a deleted VM, its log too. Does nothing while it runs.
+pub async fn remove(runtime_dir: &Path, vm: VmId) -> Result<(), HypervisorError> {
+    clean_up(runtime_dir, vm).await?;
+    let paths = VmPaths::new(runtime_dir, vm);
+    if find(&paths)?.is_some() {
+        return Ok(());
+    }
+    match tokio::fs::remove_dir_all(paths.dir()).await {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(HypervisorError::File { operation: "remove", path: paths.dir().to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
 pub(super) fn find(paths: &VmPaths) -> Result<Option<Process>, HypervisorError> {
     Process::find(paths).map_err(|source| HypervisorError::File { operation: "check", path: paths.pid(), source })
 }

@@ -362,6 +362,7 @@ impl ManagedVm {
     pub async fn purge(self: &Arc<Self>) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
         self.end_qemu(&mut state).await?;
+        hypervisor::remove(&self.shared.hypervisor.runtime_dir, self.id).await?;
         let (store, replicas, id) = (self.shared.store.clone(), self.shared.replicas.clone(), self.id);
         tokio::task::block_in_place(|| {
             replicas.remove(id)?;

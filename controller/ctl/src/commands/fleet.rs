@@ -3,24 +3,24 @@
 use pageport_proto::v1;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
-use tonic::transport::Channel;
 
 use super::{Context, ask, now_unix_ms};
 use crate::error::CtlError;
 use crate::render::lists;
+use crate::trace::Traced;
 
 pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
-    let response = ask!(context, FleetServiceClient<Channel>, list_sites, v1::ListSitesRequest {}).await?;
+    let response = ask!(context, FleetServiceClient<Traced>, list_sites, v1::ListSitesRequest {}).await?;
     context.output.message(&response, lists::sites)
 }
 
 pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
-    let response = ask!(context, FleetServiceClient<Channel>, list_workers, v1::ListWorkersRequest {}).await?;
+    let response = ask!(context, FleetServiceClient<Traced>, list_workers, v1::ListWorkersRequest {}).await?;
     context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
 }
 
 pub async fn cluster(context: &mut Context) -> Result<(), CtlError> {
     let request = v1::GetClusterStatusRequest {};
-    let response = ask!(context, ClusterServiceClient<Channel>, get_cluster_status, request).await?;
+    let response = ask!(context, ClusterServiceClient<Traced>, get_cluster_status, request).await?;
     context.output.message(&response, lists::cluster)
 }

@@ -3,17 +3,15 @@
 use pageport_proto::v1;
 use pageport_proto::v1::MigrationState;
 use pageport_proto::v1::migration_service_client::MigrationServiceClient;
-use tokio::signal;
-use tonic::transport::Channel;
 
-use super::{Context, ask, now_unix_ms, request_id, required};
+use super::{Context, ask, follow, now_unix_ms, request_id, required};
 use crate::cli::MigrationCommand;
 use crate::error::CtlError;
 use crate::render::screen::Screen;
 use crate::render::{lists, progress, record};
-use crate::watch::{Event, Watch};
+use crate::trace::Traced;
 
-type Migrations = MigrationServiceClient<Channel>;
+type Migrations = MigrationServiceClient<Traced>;
 
 pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(), CtlError> {
     match command {
@@ -74,39 +72,23 @@ async fn watch(context: &mut Context, id: String) -> Result<(), CtlError> {
 
 async fn follow(context: &mut Context, id: &str) -> Result<v1::Migration, CtlError> {
     let Context { controllers, output } = context;
-    let mut screen = Screen::open();
-    let open = |channel: Channel| {
+    let hint = format!(
+        "the migration goes on; follow it: pageportctl migration watch {id}; stop it: pageportctl migration cancel {id}"
+    );
+    let open = |channel: Traced| {
         let request = v1::WatchMigrationRequest { id: id.to_owned() };
         async move { Migrations::new(channel).watch_migration(request).await }
     };
-    let mut updates = Watch::new(controllers, open);
-    loop {
-        let event = tokio::select! {
-            event = updates.next() => event?,
-            _ = signal::ctrl_c() => {
-                let hint = format!(
-                    "the migration goes on; follow it: pageportctl migration watch {id}; stop it: pageportctl migration cancel {id}"
-                );
-                return Err(CtlError::Interrupted { hint });
-            }
-        };
-        let response = match event {
-            Event::Message(response) => response,
-            Event::Lost { reason } => {
-                screen.remark(&format!("lost the controller ({reason}); watching again"));
-                continue;
-            }
-        };
+    let take = |screen: &mut Screen, response: v1::WatchMigrationResponse| {
         let migration = required(response.migration, "WatchMigration", "migration")?;
         if output.is_json() {
             output.message(&migration, |_| String::new())?;
         } else {
             screen.show(progress::phase(&migration), &progress::migration(&migration));
         }
-        if end_of(&migration).is_some() {
-            return Ok(migration);
-        }
-    }
+        Ok(end_of(&migration).is_some().then_some(migration))
+    };
+    follow::follow(controllers, &mut Screen::open(), &hint, open, take).await
 }
 
 /// How a migration ended.

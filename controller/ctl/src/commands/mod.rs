@@ -3,6 +3,7 @@
 //! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
 
 mod fleet;
+mod follow;
 mod migration;
 mod replica;
 mod vm;

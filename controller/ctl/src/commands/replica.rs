@@ -6,17 +6,15 @@ use pageport_proto::v1;
 use pageport_proto::v1::ReplicaState;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use pageport_proto::v1::replication_service_client::ReplicationServiceClient;
-use tokio::signal;
-use tonic::transport::Channel;
 
-use super::{Context, ask, request_id, required};
+use super::{Context, ask, follow, request_id, required};
 use crate::cli::ReplicaCommand;
 use crate::error::CtlError;
 use crate::render::screen::Screen;
 use crate::render::{lists, progress, units, words};
-use crate::watch::{Event, Watch};
+use crate::trace::Traced;
 
-type Replication = ReplicationServiceClient<Channel>;
+type Replication = ReplicationServiceClient<Traced>;
 
 pub async fn run(context: &mut Context, command: ReplicaCommand) -> Result<(), CtlError> {
     match command {
@@ -75,31 +73,15 @@ async fn follow(context: &mut Context, vm: &str, site: &str, first: v1::Replica)
         return Ok(first);
     }
     let open =
-        |channel: Channel| async move { FleetServiceClient::new(channel).watch_fleet(v1::WatchFleetRequest {}).await };
-    let mut fleet = Watch::new(controllers, open);
-    loop {
-        let event = tokio::select! {
-            event = fleet.next() => event?,
-            _ = signal::ctrl_c() => {
-                let hint = format!("the copy goes on; `pageportctl replica list {vm}` shows it");
-                return Err(CtlError::Interrupted { hint });
-            }
-        };
-        let response = match event {
-            Event::Message(response) => response,
-            Event::Lost { reason } => {
-                screen.remark(&format!("lost the controller ({reason}); watching again"));
-                continue;
-            }
-        };
-        let replica = find(&response, vm, site);
-        let subject = || format!("the replica of {vm} at {site}");
-        let replica = replica.ok_or_else(|| CtlError::Gone { subject: subject() })?;
-        show(&mut screen, replica)?;
-        if has_ended(replica) {
-            return Ok(replica.clone());
-        }
-    }
+        |channel: Traced| async move { FleetServiceClient::new(channel).watch_fleet(v1::WatchFleetRequest {}).await };
+    let take = |screen: &mut Screen, fleet: v1::WatchFleetResponse| {
+        let gone = || CtlError::Gone { subject: format!("the replica of {vm} at {site}") };
+        let replica = find(&fleet, vm, site).ok_or_else(gone)?;
+        show(screen, replica)?;
+        Ok(has_ended(replica).then(|| replica.clone()))
+    };
+    let hint = format!("the copy goes on; `pageportctl replica list {vm}` shows it");
+    follow::follow(controllers, &mut screen, &hint, open, take).await
 }
 
 fn has_ended(replica: &v1::Replica) -> bool {

@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
-use tonic::transport::Channel;
 
 use super::{Context, ask, now_unix_ms, request_id, required};
 use crate::cli::VmCommand;
 use crate::console::{self, ConsoleError};
 use crate::error::CtlError;
 use crate::render::{lists, note, words};
+use crate::trace::Traced;
 use crate::vmfile;
 
-type Fleet = FleetServiceClient<Channel>;
+type Fleet = FleetServiceClient<Traced>;
 
 pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlError> {
     match command {
@@ -41,7 +41,7 @@ pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlErr
         VmCommand::Delete { vm } => {
             let request = v1::DeleteVmRequest { request_id: request_id(), vm: vm.clone() };
             let response = ask!(context, Fleet, delete_vm, request).await?;
-            context.output.message(&response, |_| format!("{vm}: deleted; its disk image stays where it is"))
+            context.output.message(&response, |_| format!("{vm}: deleted; its original disk image stays where it is"))
         }
         VmCommand::Resolve { vm, force_owner, confirm, reason } => {
             resolve(context, vm, force_owner, confirm, reason).await

@@ -1,7 +1,7 @@
 //! One line that says how far a migration or a seed is. Pure: a message in, a line out.
 //!
 //! ```text
-//! memory       [#######-----]  58 %  1.02 GiB of 1.96 GiB  zero 210 MiB, teleported 790 MiB, ...  35.2 MiB sent at 142 Mbit/s  ETA 3.40 s
+//! memory       [#######-----]  58 %  1.02 GiB of 1.96 GiB  ETA 3.40 s  35.2 MiB sent at 142 Mbit/s  zero 210 MiB, teleported 790 MiB, ...
 //! ```
 //! What matters most stands left, since a narrow terminal cuts the line at its right end.
 
@@ -38,20 +38,23 @@ pub fn migration(migration: &Migration) -> String {
             units::rate(progress.rate_bps),
         ));
     }
+    let whole = progress.memory_bytes + progress.remaining_bytes;
+    let eta = progress.eta_ms.filter(|_| !has_ended(migration));
+    let eta = eta.map(|eta| format!("ETA {}", units::duration(eta)));
     match progress.phase.as_str() {
+        _ if has_ended(migration) => {}
         "disk-sync" => {
-            parts.push(of(progress.disk_done_bytes, progress.disk_total_bytes));
-            parts.push(sent(progress.disk_wan_bytes, progress.rate_bps));
+            parts.extend(of(progress.disk_done_bytes, progress.disk_total_bytes));
+            parts.extend(eta);
+            parts.extend(sent(progress.disk_wan_bytes, progress.rate_bps));
         }
         "memory" | "switchover" => {
-            parts.push(of(progress.memory_bytes, progress.memory_bytes + progress.remaining_bytes));
-            parts.push(classes(progress.pages.as_ref()));
-            parts.push(sent(progress.wan_bytes, progress.rate_bps));
+            parts.extend(of(progress.memory_bytes, whole));
+            parts.extend(eta);
+            parts.extend(sent(progress.wan_bytes, progress.rate_bps));
+            parts.extend((whole > 0).then(|| classes(progress.pages.as_ref())));
         }
         _ => parts.push(format!("{} so far", units::duration(progress.elapsed_ms))),
-    }
-    if let Some(eta) = progress.eta_ms {
-        parts.push(format!("ETA {}", units::duration(eta)));
     }
     if !migration.reason.is_empty() {
         parts.push(migration.reason.clone());
@@ -66,8 +69,9 @@ pub fn seed(replica: &Replica) -> String {
         return with_reason(state, &replica.problem);
     }
     let done = (replica.total_bytes > 0).then(|| replica.done_bytes as f64 / replica.total_bytes as f64);
-    let mut parts = vec![head(state, done), of(replica.done_bytes, replica.total_bytes)];
-    parts.push(sent(replica.wan_bytes, replica.rate_bps));
+    let mut parts = vec![head(state, done)];
+    parts.extend(of(replica.done_bytes, replica.total_bytes));
+    parts.extend(sent(replica.wan_bytes, replica.rate_bps));
     if !replica.problem.is_empty() {
         parts.push(replica.problem.clone());
     }
@@ -107,12 +111,19 @@ fn head(phase: &str, fraction: Option<f64>) -> String {
     }
 }
 
-fn of(done: u64, whole: u64) -> String {
-    format!("{} of {}", units::bytes(done), units::bytes(whole))
+fn has_ended(migration: &Migration) -> bool {
+    migration.ended_unix_ms != 0
 }
 
-fn sent(wan_bytes: u64, rate_bps: u64) -> String {
-    format!("{} sent at {}", units::bytes(wan_bytes), units::rate(rate_bps))
+/// Nothing while the whole is not known.
+fn of(done: u64, whole: u64) -> Option<String> {
+    (whole > 0).then(|| format!("{} of {}", units::bytes(done), units::bytes(whole)))
+}
+
+/// Nothing until something was sent, and no rate until there is one.
+fn sent(wan_bytes: u64, rate_bps: u64) -> Option<String> {
+    let sent = (wan_bytes > 0).then(|| format!("{} sent", units::bytes(wan_bytes)))?;
+    Some(if rate_bps > 0 { format!("{sent} at {}", units::rate(rate_bps)) } else { sent })
 }
 
 fn classes(pages: Option<&PageCounts>) -> String {
@@ -150,8 +161,8 @@ mod tests {
     fn the_memory_phase_shows_classes_rate_and_time_left() {
         assert_eq!(
             migration(&running(memory())),
-            "memory      [##########----------]  52 %  1.02 GiB of 1.96 GiB  \
-             zero 210 MiB, teleported 790 MiB, literal 20.0 MiB  35.2 MiB sent at 142 Mbit/s  ETA 3.40 s"
+            "memory      [##########----------]  52 %  1.02 GiB of 1.96 GiB  ETA 3.40 s  \
+             35.2 MiB sent at 142 Mbit/s  zero 210 MiB, teleported 790 MiB, literal 20.0 MiB"
         );
     }
 
@@ -164,7 +175,7 @@ mod tests {
             migration(&running(progress)),
             "memory      [##########----------]  52 %  \
              will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s  1.02 GiB of 1.96 GiB  \
-             zero 210 MiB, teleported 790 MiB, literal 20.0 MiB, fallback 4.00 KiB  35.2 MiB sent at 142 Mbit/s"
+             35.2 MiB sent at 142 Mbit/s  zero 210 MiB, teleported 790 MiB, literal 20.0 MiB, fallback 4.00 KiB"
         );
     }
 
@@ -188,6 +199,26 @@ mod tests {
         assert_eq!(migration(&requested), "requested");
         let waits = Migration { reason: "another VM is first".into(), ..requested };
         assert_eq!(migration(&waits), "requested   another VM is first");
+    }
+
+    #[test]
+    fn what_is_not_known_yet_is_not_shown_as_nothing() {
+        let begun = |phase: &str| MigrationProgress { phase: phase.into(), ..Default::default() };
+        assert_eq!(migration(&running(begun("disk-sync"))).trim_end(), "disk-sync");
+        assert_eq!(migration(&running(begun("memory"))).trim_end(), "memory");
+        let greeted = MigrationProgress { wan_bytes: 8 << 10, ..begun("memory") };
+        assert_eq!(migration(&running(greeted)), "memory      8.00 KiB sent");
+        let ordered = Replica { state: ReplicaState::Seeding.into(), ..Default::default() };
+        assert_eq!(seed(&ordered).trim_end(), "seeding");
+    }
+
+    #[test]
+    fn what_has_ended_goes_on_no_longer() {
+        let ended =
+            MigrationProgress { phase: "hand-over".into(), elapsed_ms: 8130, eta_ms: Some(1), ..Default::default() };
+        let state = MigrationState::Completed.into();
+        let ended = Migration { state, progress: Some(ended), ended_unix_ms: 5, ..Default::default() };
+        assert_eq!(migration(&ended).trim_end(), "completed");
     }
 
     #[test]

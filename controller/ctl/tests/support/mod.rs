@@ -339,6 +339,12 @@ impl MigrationService for Fake {
         Ok(Response::new(v1::ListMigrationsResponse::default()))
     }
 
+    type WatchMigrationsStream = Boxed<v1::WatchMigrationsResponse>;
+
+    async fn watch_migrations(&self, _: Request<v1::WatchMigrationsRequest>) -> Reply<Self::WatchMigrationsStream> {
+        Err(Status::unimplemented("commands follow one migration"))
+    }
+
     type WatchMigrationStream = Boxed<v1::WatchMigrationResponse>;
 
     async fn watch_migration(&self, _: Request<v1::WatchMigrationRequest>) -> Reply<Self::WatchMigrationStream> {

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of the lab's guest: devices, the disk, the address, the helper, a shell on the serial console.
+# First process of the lab's guest: devices, the disk, the address, the helper, the power button, a shell on the serial console.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t devtmpfs dev /dev
@@ -22,5 +22,7 @@ tries=0
 while [ ! -b /dev/vda ] && [ $tries -lt 50 ]; do usleep 100000; tries=$((tries + 1)); done
 mount -t ext4 -o noatime /dev/vda /data || echo "pageport: the disk did not mount" >/dev/console
 pageport-guest /data $control &
+# It looks for input devices once, so it comes after the button's module.
+acpid -f -l /dev/null -p /tmp/acpid.pid &
 echo "pageport: guest is up" >/dev/console
 while true; do setsid cttyhack sh; done

@@ -7,15 +7,19 @@ use super::error::{BuildError, Named};
 
 /// What the kernel starts. Kept here so that its text is part of the cache key.
 pub const INIT: &str = include_str!("init.sh");
+/// What the power button starts.
+const POWER_BUTTON: &str = include_str!("power-button.sh");
 
 /// Builds the archive in memory.
 pub fn build(busybox: &Path, helper: &Path, modules: &[impl AsRef<Path>]) -> Result<Vec<u8>, BuildError> {
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "sys", "tmp", "data", "modules"] {
+    for folder in ["bin", "dev", "proc", "sys", "tmp", "data", "modules", "etc", "etc/acpi", "etc/acpi/PWRF"] {
         archive.add(folder, Entry::Folder);
     }
     archive.add("dev/console", Entry::Console);
     archive.add("init", Entry::Program(INIT.as_bytes()));
+    // The name that busybox's acpid looks for.
+    archive.add("etc/acpi/PWRF/00000080", Entry::Program(POWER_BUTTON.as_bytes()));
     archive.add("bin/busybox", Entry::Program(&fs::read(busybox).named("read", busybox)?));
     archive.add("bin/pageport-guest", Entry::Program(&fs::read(helper).named("read", helper)?));
     for (n, module) in modules.iter().enumerate() {

@@ -9,7 +9,7 @@ use super::error::{BuildError, Named, run};
 
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 /// What the guest needs beyond what is built in; their dependencies come by themselves.
-pub const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon"];
+pub const MODULES: [&str; 6] = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "button", "evdev"];
 
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
