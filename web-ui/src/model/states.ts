@@ -39,6 +39,7 @@ const REPLICA = {
   [ReplicaState.SEEDING]: { word: "seeding", tone: "busy" },
   [ReplicaState.SEEDED]: { word: "seeded", tone: "good" },
   [ReplicaState.FAILED]: { word: "failed", tone: "bad" },
+  [ReplicaState.OUTDATED]: { word: "outdated", tone: "warn" },
 } satisfies Record<ReplicaState, Look>;
 
 const ENDED = {

@@ -478,9 +478,21 @@ impl ManagedVm {
     async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         self.modify(|status| status.state = VmState::Starting);
         self.shared.replicas.close(self.id);
-        self.launch(state, StartMode::Running, permission.deadline_ms().map(fence::deadline)).await?;
-        tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
-        self.commit(state, Event::Resumed).map(drop)
+        let Some(until_ms) = permission.deadline_ms() else {
+            self.launch(state, StartMode::Running, None).await?;
+            tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
+            return self.commit(state, Event::Resumed).map(drop);
+        };
+        // Starting takes time: the guest waits until the lease has been looked at once more.
+        self.launch(state, StartMode::Paused, Some(fence::deadline(until_ms))).await?;
+        let resumed = match self.permission(state) {
+            Ok(permission) => self.resume(state, permission).await,
+            Err(error) => Err(error),
+        };
+        if resumed.is_err() {
+            self.end_qemu(state).await?;
+        }
+        resumed
     }
 
     async fn launch(

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIItYBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBCI2CghEaXNrU3BlYxIMCgRuYW1lGAEgASgJEgwKBHBhdGgYAiABKAkSDgoGZm9ybWF0GAMgASgJIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLmAQoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQFCDgoMX2RpcmVjdF9ib290Iv8BCgJWbRIKCgJpZBgBIAEoCRIhCgRzcGVjGAIgASgLMhMucGFnZXBvcnQudjEuVm1TcGVjEhIKCm93bmVyX3NpdGUYAyABKAkSFAoMb3duZXJfd29ya2VyGAQgASgJEhMKC293bmVyX2Vwb2NoGAUgASgEEiMKBXN0YXRlGAYgASgOMhQucGFnZXBvcnQudjEuVm1TdGF0ZRIXCg9kZXNpcmVkX3J1bm5pbmcYByABKAgSDwoHcHJvYmxlbRgIIAEoCRImCghyZXBsaWNhcxgJIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2ESFAoMbWlncmF0aW9uX2lkGAogASgJIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiEwoRV2F0Y2hGbGVldFJlcXVlc3QiegoSV2F0Y2hGbGVldFJlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZRIkCgd3b3JrZXJzGAIgAygLMhMucGFnZXBvcnQudjEuV29ya2VyEhwKA3ZtcxgDIAMoCzIPLnBhZ2Vwb3J0LnYxLlZtKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDKeBQoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJHCghEZWxldGVWbRIcLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVzcG9uc2USTwoKV2F0Y2hGbGVldBIeLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlc3BvbnNlMAFiBnByb3RvMw", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIItYBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBCI2CghEaXNrU3BlYxIMCgRuYW1lGAEgASgJEgwKBHBhdGgYAiABKAkSDgoGZm9ybWF0GAMgASgJIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLDAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3lCDgoMX2RpcmVjdF9ib290IrgCCgJWbRIKCgJpZBgBIAEoCRIhCgRzcGVjGAIgASgLMhMucGFnZXBvcnQudjEuVm1TcGVjEhIKCm93bmVyX3NpdGUYAyABKAkSFAoMb3duZXJfd29ya2VyGAQgASgJEhMKC293bmVyX2Vwb2NoGAUgASgEEiMKBXN0YXRlGAYgASgOMhQucGFnZXBvcnQudjEuVm1TdGF0ZRIXCg9kZXNpcmVkX3J1bm5pbmcYByABKAgSDwoHcHJvYmxlbRgIIAEoCRImCghyZXBsaWNhcxgJIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2ESFAoMbWlncmF0aW9uX2lkGAogASgJEg0KBWRvdWJ0GAsgASgJEigKCXRha2VvdmVycxgMIAMoCzIVLnBhZ2Vwb3J0LnYxLlRha2VvdmVyIokCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCIvCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iMQoPRGVsZXRlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkiEgoQRGVsZXRlVm1SZXNwb25zZSITChFXYXRjaEZsZWV0UmVxdWVzdCJ6ChJXYXRjaEZsZWV0UmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlEiQKB3dvcmtlcnMYAiADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXISHAoDdm1zGAMgAygLMg8ucGFnZXBvcnQudjEuVm0qdwoPSXNvbGF0aW9uUG9saWN5EiAKHElTT0xBVElPTl9QT0xJQ1lfVU5TUEVDSUZJRUQQABIhCh1JU09MQVRJT05fUE9MSUNZX0tFRVBfUlVOTklORxABEh8KG0lTT0xBVElPTl9QT0xJQ1lfU0VMRl9GRU5DRRACKmEKC1N0YXJ0UG9saWN5EhwKGFNUQVJUX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF1NUQVJUX1BPTElDWV9BU19PUkRFUkVEEAESFwoTU1RBUlRfUE9MSUNZX01BTlVBTBACKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDLqBQoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJKCglSZXNvbHZlVm0SHS5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVzcG9uc2USRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABYgZwcm90bzM", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -253,6 +253,20 @@ export type VmSpec = Message<"pageport.v1.VmSpec"> & {
    * @generated from field: optional pageport.v1.DirectBoot direct_boot = 8;
    */
   directBoot?: DirectBoot | undefined;
+
+  /**
+   * What happens when the VM's worker is cut off from the controllers.
+   *
+   * @generated from field: pageport.v1.IsolationPolicy on_isolation = 9;
+   */
+  onIsolation: IsolationPolicy;
+
+  /**
+   * What happens when the VM's host has rebooted.
+   *
+   * @generated from field: pageport.v1.StartPolicy start = 10;
+   */
+  start: StartPolicy;
 };
 
 /**
@@ -321,6 +335,20 @@ export type Vm = Message<"pageport.v1.Vm"> & {
    * @generated from field: string migration_id = 10;
    */
   migrationId: string;
+
+  /**
+   * Why the VM is in doubt and what would settle it; empty when it is not.
+   *
+   * @generated from field: string doubt = 11;
+   */
+  doubt: string;
+
+  /**
+   * Changes of owner that no worker's record proves, newest last.
+   *
+   * @generated from field: repeated pageport.v1.Takeover takeovers = 12;
+   */
+  takeovers: Takeover[];
 };
 
 /**
@@ -329,6 +357,96 @@ export type Vm = Message<"pageport.v1.Vm"> & {
  */
 export const VmSchema: GenMessage<Vm> = /*@__PURE__*/
   messageDesc(file_pageport_v1_fleet, 6);
+
+/**
+ * The controllers gave a VM to another worker without the word of the one before.
+ *
+ * @generated from message pageport.v1.Takeover
+ */
+export type Takeover = Message<"pageport.v1.Takeover"> & {
+  /**
+   * @generated from field: int64 at_unix_ms = 1;
+   */
+  atUnixMs: bigint;
+
+  /**
+   * @generated from field: pageport.v1.Takeover.Ground ground = 2;
+   */
+  ground: Takeover_Ground;
+
+  /**
+   * @generated from field: string from_worker = 3;
+   */
+  fromWorker: string;
+
+  /**
+   * @generated from field: string to_worker = 4;
+   */
+  toWorker: string;
+
+  /**
+   * @generated from field: uint64 epoch = 5;
+   */
+  epoch: bigint;
+
+  /**
+   * An override's reason, in the operator's words; else what was seen.
+   *
+   * @generated from field: string reason = 6;
+   */
+  reason: string;
+
+  /**
+   * Name in the operator's certificate; empty when the controllers acted by themselves.
+   *
+   * @generated from field: string operator = 7;
+   */
+  operator: string;
+};
+
+/**
+ * Describes the message pageport.v1.Takeover.
+ * Use `create(TakeoverSchema)` to create a new message.
+ */
+export const TakeoverSchema: GenMessage<Takeover> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 7);
+
+/**
+ * @generated from enum pageport.v1.Takeover.Ground
+ */
+export enum Takeover_Ground {
+  /**
+   * @generated from enum value: GROUND_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Every lease under which it could still have run had run out.
+   *
+   * @generated from enum value: GROUND_LEASE_EXPIRED = 1;
+   */
+  LEASE_EXPIRED = 1,
+
+  /**
+   * A fence agent turned the worker's host off.
+   *
+   * @generated from enum value: GROUND_FENCED = 2;
+   */
+  FENCED = 2,
+
+  /**
+   * An operator said so.
+   *
+   * @generated from enum value: GROUND_OVERRIDE = 3;
+   */
+  OVERRIDE = 3,
+}
+
+/**
+ * Describes the enum pageport.v1.Takeover.Ground.
+ */
+export const Takeover_GroundSchema: GenEnum<Takeover_Ground> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 7, 0);
 
 /**
  * @generated from message pageport.v1.ListSitesRequest
@@ -341,7 +459,7 @@ export type ListSitesRequest = Message<"pageport.v1.ListSitesRequest"> & {
  * Use `create(ListSitesRequestSchema)` to create a new message.
  */
 export const ListSitesRequestSchema: GenMessage<ListSitesRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 7);
+  messageDesc(file_pageport_v1_fleet, 8);
 
 /**
  * @generated from message pageport.v1.ListSitesResponse
@@ -358,7 +476,7 @@ export type ListSitesResponse = Message<"pageport.v1.ListSitesResponse"> & {
  * Use `create(ListSitesResponseSchema)` to create a new message.
  */
 export const ListSitesResponseSchema: GenMessage<ListSitesResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 8);
+  messageDesc(file_pageport_v1_fleet, 9);
 
 /**
  * @generated from message pageport.v1.ListWorkersRequest
@@ -371,7 +489,7 @@ export type ListWorkersRequest = Message<"pageport.v1.ListWorkersRequest"> & {
  * Use `create(ListWorkersRequestSchema)` to create a new message.
  */
 export const ListWorkersRequestSchema: GenMessage<ListWorkersRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 9);
+  messageDesc(file_pageport_v1_fleet, 10);
 
 /**
  * @generated from message pageport.v1.ListWorkersResponse
@@ -388,7 +506,7 @@ export type ListWorkersResponse = Message<"pageport.v1.ListWorkersResponse"> & {
  * Use `create(ListWorkersResponseSchema)` to create a new message.
  */
 export const ListWorkersResponseSchema: GenMessage<ListWorkersResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 10);
+  messageDesc(file_pageport_v1_fleet, 11);
 
 /**
  * @generated from message pageport.v1.DefineVmRequest
@@ -417,7 +535,7 @@ export type DefineVmRequest = Message<"pageport.v1.DefineVmRequest"> & {
  * Use `create(DefineVmRequestSchema)` to create a new message.
  */
 export const DefineVmRequestSchema: GenMessage<DefineVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 11);
+  messageDesc(file_pageport_v1_fleet, 12);
 
 /**
  * @generated from message pageport.v1.DefineVmResponse
@@ -434,7 +552,7 @@ export type DefineVmResponse = Message<"pageport.v1.DefineVmResponse"> & {
  * Use `create(DefineVmResponseSchema)` to create a new message.
  */
 export const DefineVmResponseSchema: GenMessage<DefineVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 12);
+  messageDesc(file_pageport_v1_fleet, 13);
 
 /**
  * `vm` is a name or an id everywhere.
@@ -453,7 +571,7 @@ export type GetVmRequest = Message<"pageport.v1.GetVmRequest"> & {
  * Use `create(GetVmRequestSchema)` to create a new message.
  */
 export const GetVmRequestSchema: GenMessage<GetVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 13);
+  messageDesc(file_pageport_v1_fleet, 14);
 
 /**
  * @generated from message pageport.v1.GetVmResponse
@@ -470,7 +588,7 @@ export type GetVmResponse = Message<"pageport.v1.GetVmResponse"> & {
  * Use `create(GetVmResponseSchema)` to create a new message.
  */
 export const GetVmResponseSchema: GenMessage<GetVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 14);
+  messageDesc(file_pageport_v1_fleet, 15);
 
 /**
  * @generated from message pageport.v1.ListVmsRequest
@@ -483,7 +601,7 @@ export type ListVmsRequest = Message<"pageport.v1.ListVmsRequest"> & {
  * Use `create(ListVmsRequestSchema)` to create a new message.
  */
 export const ListVmsRequestSchema: GenMessage<ListVmsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 15);
+  messageDesc(file_pageport_v1_fleet, 16);
 
 /**
  * @generated from message pageport.v1.ListVmsResponse
@@ -500,7 +618,7 @@ export type ListVmsResponse = Message<"pageport.v1.ListVmsResponse"> & {
  * Use `create(ListVmsResponseSchema)` to create a new message.
  */
 export const ListVmsResponseSchema: GenMessage<ListVmsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 16);
+  messageDesc(file_pageport_v1_fleet, 17);
 
 /**
  * @generated from message pageport.v1.StartVmRequest
@@ -522,7 +640,7 @@ export type StartVmRequest = Message<"pageport.v1.StartVmRequest"> & {
  * Use `create(StartVmRequestSchema)` to create a new message.
  */
 export const StartVmRequestSchema: GenMessage<StartVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 17);
+  messageDesc(file_pageport_v1_fleet, 18);
 
 /**
  * @generated from message pageport.v1.StartVmResponse
@@ -539,7 +657,7 @@ export type StartVmResponse = Message<"pageport.v1.StartVmResponse"> & {
  * Use `create(StartVmResponseSchema)` to create a new message.
  */
 export const StartVmResponseSchema: GenMessage<StartVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 18);
+  messageDesc(file_pageport_v1_fleet, 19);
 
 /**
  * @generated from message pageport.v1.StopVmRequest
@@ -568,7 +686,7 @@ export type StopVmRequest = Message<"pageport.v1.StopVmRequest"> & {
  * Use `create(StopVmRequestSchema)` to create a new message.
  */
 export const StopVmRequestSchema: GenMessage<StopVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 19);
+  messageDesc(file_pageport_v1_fleet, 20);
 
 /**
  * @generated from message pageport.v1.StopVmResponse
@@ -585,7 +703,65 @@ export type StopVmResponse = Message<"pageport.v1.StopVmResponse"> & {
  * Use `create(StopVmResponseSchema)` to create a new message.
  */
 export const StopVmResponseSchema: GenMessage<StopVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 20);
+  messageDesc(file_pageport_v1_fleet, 21);
+
+/**
+ * @generated from message pageport.v1.ResolveVmRequest
+ */
+export type ResolveVmRequest = Message<"pageport.v1.ResolveVmRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string force_owner_site = 3;
+   */
+  forceOwnerSite: string;
+
+  /**
+   * The VM's name once more: a slip of the hand must not hit another one.
+   *
+   * @generated from field: string confirm_name = 4;
+   */
+  confirmName: string;
+
+  /**
+   * For the record, in the operator's words.
+   *
+   * @generated from field: string reason = 5;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message pageport.v1.ResolveVmRequest.
+ * Use `create(ResolveVmRequestSchema)` to create a new message.
+ */
+export const ResolveVmRequestSchema: GenMessage<ResolveVmRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 22);
+
+/**
+ * @generated from message pageport.v1.ResolveVmResponse
+ */
+export type ResolveVmResponse = Message<"pageport.v1.ResolveVmResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Vm vm = 1;
+   */
+  vm?: Vm | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ResolveVmResponse.
+ * Use `create(ResolveVmResponseSchema)` to create a new message.
+ */
+export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 23);
 
 /**
  * @generated from message pageport.v1.DeleteVmRequest
@@ -607,7 +783,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 21);
+  messageDesc(file_pageport_v1_fleet, 24);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -620,7 +796,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 22);
+  messageDesc(file_pageport_v1_fleet, 25);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -633,7 +809,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 23);
+  messageDesc(file_pageport_v1_fleet, 26);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -660,7 +836,71 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 27);
+
+/**
+ * @generated from enum pageport.v1.IsolationPolicy
+ */
+export enum IsolationPolicy {
+  /**
+   * Keep running.
+   *
+   * @generated from enum value: ISOLATION_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * The VM runs on. It is taken elsewhere only on a fence agent's word or an operator's.
+   *
+   * @generated from enum value: ISOLATION_POLICY_KEEP_RUNNING = 1;
+   */
+  KEEP_RUNNING = 1,
+
+  /**
+   * The VM runs only while its worker holds a lease; once that has surely run out the controllers start it elsewhere.
+   *
+   * @generated from enum value: ISOLATION_POLICY_SELF_FENCE = 2;
+   */
+  SELF_FENCE = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.IsolationPolicy.
+ */
+export const IsolationPolicySchema: GenEnum<IsolationPolicy> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 0);
+
+/**
+ * @generated from enum pageport.v1.StartPolicy
+ */
+export enum StartPolicy {
+  /**
+   * As ordered.
+   *
+   * @generated from enum value: START_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * A VM that was ordered to run is booted again.
+   *
+   * @generated from enum value: START_POLICY_AS_ORDERED = 1;
+   */
+  AS_ORDERED = 1,
+
+  /**
+   * It waits for an order.
+   *
+   * @generated from enum value: START_POLICY_MANUAL = 2;
+   */
+  MANUAL = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.StartPolicy.
+ */
+export const StartPolicySchema: GenEnum<StartPolicy> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 1);
 
 /**
  * @generated from enum pageport.v1.VmState
@@ -722,7 +962,7 @@ export enum VmState {
  * Describes the enum pageport.v1.VmState.
  */
 export const VmStateSchema: GenEnum<VmState> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 0);
+  enumDesc(file_pageport_v1_fleet, 2);
 
 /**
  * Reads and changes what the fleet should be. Any controller answers; followers forward to the leader.
@@ -785,6 +1025,17 @@ export const FleetService: GenService<{
     methodKind: "unary";
     input: typeof StopVmRequestSchema;
     output: typeof StopVmResponseSchema;
+  },
+  /**
+   * Takes a VM that is in doubt, or whose worker does not answer, to a site that holds a replica, or back to its source, on
+   * the operator's word that it runs nowhere else. Recorded for good. Nothing else can make a VM run twice.
+   *
+   * @generated from rpc pageport.v1.FleetService.ResolveVm
+   */
+  resolveVm: {
+    methodKind: "unary";
+    input: typeof ResolveVmRequestSchema;
+    output: typeof ResolveVmResponseSchema;
   },
   /**
    * Refused while the VM runs or migrates. The disk image stays where it is; its replicas are removed.
