@@ -90,6 +90,7 @@ impl Command {
             Self::Vm(VmCommand::Start { .. }) => "vm start",
             Self::Vm(VmCommand::Stop { .. }) => "vm stop",
             Self::Vm(VmCommand::Delete { .. }) => "vm delete",
+            Self::Vm(VmCommand::Resolve { .. }) => "vm resolve",
             Self::Vm(VmCommand::Console { .. }) => "vm console",
             Self::Replica(ReplicaCommand::Seed { .. }) => "replica seed",
             Self::Replica(ReplicaCommand::List { .. }) => "replica list",

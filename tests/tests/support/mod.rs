@@ -138,6 +138,14 @@ pub fn set_rate(lab: &Lab, rate_bps: u64) {
     each_direction(lab, |from, to| Request::SetLink { from, to, shape });
 }
 
+pub fn cut(lab: &Lab) {
+    each_direction(lab, |from, to| Request::Cut { from, to });
+}
+
+pub fn heal(lab: &Lab) {
+    each_direction(lab, |from, to| Request::Heal { from, to });
+}
+
 fn each_direction(lab: &Lab, request: impl Fn(String, String) -> Request) {
     let mut wan = lab.network().wan().unwrap();
     for (from, to) in [("a", "b"), ("b", "a")] {

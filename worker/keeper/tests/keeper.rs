@@ -317,7 +317,7 @@ fn systemds_watchdog_gets_signs_of_life_that_end_when_the_keeper_is_stopped() {
     let mut command = command(folder.path(), &script);
     command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "1000000");
     let mut kept = Kept { keeper: command.spawn().unwrap(), folder, lease };
-    let mut next = || {
+    let next = || {
         let mut word = [0; 64];
         let length = systemd.recv(&mut word).expect("a sign of life");
         String::from_utf8_lossy(&word[..length]).into_owned()

@@ -1,7 +1,6 @@
 //! Disks copied to an NBD server, and QEMU's own tools against it.
 
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 

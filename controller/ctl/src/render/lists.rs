@@ -309,14 +309,32 @@ mod tests {
     #[test]
     fn one_vm_looks_like_this() {
         assert_eq!(
-            vm(&web()),
-            "name        web\nid          v1\nstate       running\nshould run  yes\n\
-             owner       worker-a at a, epoch 3\nmemory      2.00 GiB\nvcpus       2\n\
-             disk        root /srv/web.img (raw)\n\n\
+            vm(&web(), 0),
+            "name          web\nid            v1\nstate         running\nshould run    yes\n\
+             owner         worker-a at a, epoch 3\nmemory        2.00 GiB\nvcpus         2\n\
+             when cut off  keeps running\nafter reboot  boots again if it was ordered to run\n\
+             disk          root /srv/web.img (raw)\n\n\
              REPLICA AT  STATE       DONE        OF      SENT     RATE  PROBLEM\n\
              b           seeded  4.00 GiB  4.00 GiB  1.00 GiB  0 bit/s\n"
         );
         assert_eq!(vm_line(&web()), "web (v1): running at a, should run");
+    }
+
+    #[test]
+    fn a_vm_that_was_taken_over_says_from_whom_when_and_why() {
+        let takeover = Takeover {
+            at_unix_ms: 1_000,
+            ground: pageport_proto::v1::takeover::Ground::Override.into(),
+            from_worker: "worker-a".into(),
+            to_worker: "worker-b".into(),
+            epoch: 4,
+            reason: "the host burnt down".into(),
+            operator: "ann.operator.pageport".into(),
+        };
+        let text = vm(&Vm { doubt: "worker-b is away".into(), takeovers: vec![takeover], ..web() }, 61_000);
+        assert!(text.contains("in doubt      worker-b is away\n"), "{text}");
+        let line = "from worker-a to worker-b (epoch 4), forced by ann.operator.pageport: the host burnt down\n";
+        assert!(text.contains(line), "{text}");
     }
 
     #[test]
