@@ -23,17 +23,15 @@ enum Call {
     Resume,
 }
 
-/// Calls in the order in which they returned (writes, syncs) or began (the resume), whichever is stricter for the claim.
+/// Writes and syncs in the order in which they returned, the resume where it began: the strictest reading.
 fn calls(trace: &str, store: &str) -> Vec<Call> {
     let mut unfinished = std::collections::HashMap::new();
     let mut found = Vec::new();
     for line in trace.lines() {
         let Some((thread, call)) = line.split_once(' ') else { continue };
         let call = call.trim_start();
-        if call.starts_with("sendto(") || call.starts_with("write(") || call.starts_with("sendmsg(") {
-            if call.contains(r#"\"execute\":\"cont\""#) {
-                found.push(Call::Resume);
-            }
+        if call.contains(r#"\"execute\":\"cont\""#) {
+            found.push(Call::Resume);
             continue;
         }
         let whole = if let Some(begun) = call.strip_suffix("<unfinished ...>") {
@@ -58,7 +56,17 @@ fn calls(trace: &str, store: &str) -> Vec<Call> {
 
 fn attach(pid: u32, output: &Path) -> Child {
     Command::new("strace")
-        .args(["-f", "-y", "-s", "4096", "-e", "trace=pwrite64,fdatasync,write,sendto,sendmsg", "-e", "signal=none", "-o"])
+        .args([
+            "-f",
+            "-y",
+            "-s",
+            "4096",
+            "-e",
+            "trace=pwrite64,fdatasync,write,writev,sendto,sendmsg",
+            "-e",
+            "signal=none",
+            "-o",
+        ])
         .arg(output)
         .args(["-p", &pid.to_string()])
         .stdin(Stdio::null())
@@ -80,12 +88,14 @@ async fn a_guest_is_resumed_only_after_the_record_that_permits_it_has_reached_th
     let mut tracer = attach(worker, &output);
     wait_for("the tracer", || async {
         let status = std::fs::read_to_string(format!("/proc/{worker}/status")).unwrap();
-        let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:")).unwrap_or_default().trim().to_owned();
+        let tracer =
+            status.lines().find_map(|line| line.strip_prefix("TracerPid:")).unwrap_or_default().trim().to_owned();
         if tracer == "0" { Err(status) } else { Ok(()) }
     })
     .await;
     ctl(&story.lab, &["migrate", VM, "--to", "b", "--watch"]).await.unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(tracer.id().cast_signed()), nix::sys::signal::Signal::SIGINT).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(tracer.id().cast_signed()), nix::sys::signal::Signal::SIGINT)
+        .unwrap();
     tracer.wait().unwrap();
 
     let store = story.lab.folder().join("data/worker-b/store/db");

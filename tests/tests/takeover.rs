@@ -124,7 +124,11 @@ async fn a_vm_that_fences_itself_ends_with_its_lease_and_then_starts_elsewhere()
     witness.assert_never_two().await;
     lab.guest("b", GUEST_ADDRESS).await.unwrap();
     let takeover = &taken["takeovers"][0];
-    assert_eq!((&takeover["ground"], &takeover["from_worker"], &takeover["to_worker"]), (&"lease_expired".into(), &"worker-a".into(), &"worker-b".into()), "{taken}");
+    assert_eq!(
+        (&takeover["ground"], &takeover["from_worker"], &takeover["to_worker"]),
+        (&"lease_expired".into(), &"worker-a".into(), &"worker-b".into()),
+        "{taken}"
+    );
     assert!(taken["problem"].as_str().unwrap().contains("lost"), "{taken}");
 
     let witness = Witness::of(&lab);
@@ -145,9 +149,12 @@ async fn a_vm_that_keeps_running_is_taken_over_on_an_operators_word_alone() {
     let resolve = |confirm: &'static str, reason: &'static str| {
         ["vm", "resolve", VM, "--force-owner", "b", "--confirm", confirm, "--reason", reason]
     };
-    for (confirm, reason, named) in
-        [("web2", "burnt", "web2"), (VM, " ", "reason"), (VM, "burnt", "connected"), ("", "burnt", "nothing was changed")]
-    {
+    for (confirm, reason, named) in [
+        ("web2", "burnt", "web2"),
+        (VM, " ", "reason"),
+        (VM, "burnt", "connected"),
+        ("", "burnt", "nothing was changed"),
+    ] {
         let refused = ctl(&lab, &resolve(confirm, reason)).await.unwrap_err();
         assert!(refused.contains(named) && refused.lines().count() == 1, "{refused}");
     }
@@ -163,7 +170,11 @@ async fn a_vm_that_keeps_running_is_taken_over_on_an_operators_word_alone() {
     ctl(&lab, &resolve(VM, "the host burnt down")).await.unwrap();
     let taken = wait_for_vm(&lab, "the guest at b", |vm| vm["state"] == "running" && vm["owner_site"] == "b").await;
     let takeover = &taken["takeovers"][0];
-    assert_eq!((&takeover["ground"], &takeover["reason"]), (&"override".into(), &"the host burnt down".into()), "{taken}");
+    assert_eq!(
+        (&takeover["ground"], &takeover["reason"]),
+        (&"override".into(), &"the host burnt down".into()),
+        "{taken}"
+    );
     assert_eq!(takeover["operator"], "operator.pageport");
 
     let witness = Witness::of(&lab);

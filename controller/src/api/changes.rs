@@ -36,7 +36,10 @@ impl Changes {
 mod tests {
     use super::*;
 
-    fn told(changes: &mut Changes, now: &[(&str, u64)]) -> Option<(Vec<(String, u64)>, Vec<String>)> {
+    /// What is new or different, and what is forgotten.
+    type Told = (Vec<(String, u64)>, Vec<String>);
+
+    fn told(changes: &mut Changes, now: &[(&str, u64)]) -> Option<Told> {
         let migration = |id: &str, epoch| v1::Migration { id: id.to_owned(), epoch, ..v1::Migration::default() };
         match changes.next(now.iter().map(|(id, epoch)| ((*id).to_owned(), migration(id, *epoch)))) {
             View::Show(v1::WatchMigrationsResponse { migrations, forgotten_ids }) => {

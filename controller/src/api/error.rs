@@ -111,7 +111,9 @@ impl ApiError {
                 | Rejection::TooLate { .. }
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
             },
-            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } | Self::NotConfirmed { .. } => Code::InvalidArgument,
+            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } | Self::NotConfirmed { .. } => {
+                Code::InvalidArgument
+            }
             Self::SiteUnknown { .. } => Code::NotFound,
             Self::NoWorker { .. } | Self::WorkerLost { .. } | Self::HolderAnswers { .. } => Code::FailedPrecondition,
             Self::LeaderChanged => Code::Unavailable,

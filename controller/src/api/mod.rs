@@ -113,7 +113,8 @@ impl Moment {
     /// # Errors
     /// [`Rejection::NoReplica`].
     pub fn heir_at(&self, vm: &Vm, site: &SiteName) -> Result<WorkerName, ApiError> {
-        let movers = vm.ownership.possible_holders().into_iter().filter(|worker| self.state.site_of(worker) == Some(site));
+        let movers =
+            vm.ownership.possible_holders().into_iter().filter(|worker| self.state.site_of(worker) == Some(site));
         let holders = vm.replicas.get(site).map(|replica| replica.worker.clone());
         let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
         movers.cloned().chain(holders).next().ok_or_else(|| missing().into())

@@ -3,8 +3,8 @@
 //! What a VM does is told by its owner's last report while that worker is connected; else it is *unknown*, or, past the
 //! commit point of a move, *in doubt*.
 
-use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
 use pageport_ownership::{Policy, Proof};
+use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
 use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 

@@ -8,11 +8,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pageport_ownership::LeaseTerms;
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
 use pageport_controller::config::{Config, LogLimits, Member};
 use pageport_controller::server::{Listeners, ServerError, run};
+use pageport_ownership::LeaseTerms;
 use pageport_proto::v1;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;

@@ -130,6 +130,8 @@ pub(crate) fn end_like(status: ExitStatus) -> ExitCode {
             let mut only = SigSet::empty();
             only.add(signal);
             let _ = only.thread_unblock();
+            // Twice: the runtime takes the first SIGSEGV or SIGBUS for a stack overflow, and then steps aside.
+            let _ = raise(signal);
             let _ = raise(signal);
         }
         // Still here: a signal that has no name or is ignored.

@@ -7,9 +7,9 @@
 
 use pageport_common::store::{Batch, Store, StoreError};
 use pageport_ownership::{Policy, Record};
+use pageport_proto::VmId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use pageport_proto::VmId;
 
 const PREFIX: &str = "own/";
 const POLICY_PREFIX: &str = "policy/";

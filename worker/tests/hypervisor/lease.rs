@@ -47,9 +47,10 @@ async fn expires(vm: &Vm) -> ExitReport {
 
 #[tokio::test]
 async fn a_vm_is_killed_at_its_deadline_running_paused_or_hanging() {
-    let fixture = Fixture::new();
-    let running = fixture.start(StartMode::Running).await;
-    let (paused, hanging) = (fixture.start(StartMode::Paused).await, fixture.start(StartMode::Running).await);
+    // Each has a host of its own: they would not share a disk.
+    let hosts = [Fixture::new(), Fixture::new(), Fixture::new()];
+    let running = hosts[0].start(StartMode::Running).await;
+    let (paused, hanging) = (hosts[1].start(StartMode::Paused).await, hosts[2].start(StartMode::Running).await);
     assert_eq!(running.lease().unwrap(), Lease::Disarmed);
     // QMP answers nothing any more.
     signal(hanging.pid(), Signal::SIGSTOP);

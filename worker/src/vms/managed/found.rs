@@ -1,0 +1,76 @@
+//! What an earlier worker left of a VM, found and taken over by the next.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pageport_ownership::{Epoch, Event, Guest};
+
+use super::{ManagedVm, State, VmError};
+use crate::hypervisor::{self, HypervisorError, MigrationStatus, RunState, Vm, VmPaths};
+
+/// A mirror that an earlier worker left has this long to end.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+
+impl ManagedVm {
+    /// Looks at what an earlier worker left, and takes it over.
+    pub(in crate::vms) async fn restore(self: &Arc<Self>) -> Result<(), VmError> {
+        let mut state = self.state.lock().await;
+        let runtime_dir = &self.shared.hypervisor.runtime_dir;
+        let found = match Vm::adopt(runtime_dir, self.id).await {
+            Ok(qemu) => {
+                let found = found_guest(&qemu).await?;
+                self.install(&mut state, qemu);
+                found
+            }
+            Err(HypervisorError::NotRunning { .. }) => {
+                hypervisor::clean_up(runtime_dir, self.id).await?;
+                self.found_down.store(state.durable.record().owned().is_some(), Ordering::SeqCst);
+                Guest::Absent
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let effects = self.commit(&mut state, Event::Restarted(found))?;
+        let outcome = self.carry_out(&mut state, effects).await;
+        tracing::info!(vm_id = %self.id, ?found, record = ?state.durable.record(), "vm restored");
+        self.publish(&state);
+        outcome
+    }
+
+    /// Notes which image QEMU holds, so that another worker can vouch for it; the note goes when the guest runs or QEMU ends. It
+    /// matters only while this QEMU lives, so it need not be on stable storage.
+    pub(super) async fn note_image(&self, state: &State) -> Result<(), VmError> {
+        let Some(qemu) = &state.qemu else { return Ok(()) };
+        let path = qemu.paths().image();
+        let noted = match state.volatile.guest {
+            Guest::Loaded(epoch) => tokio::fs::write(&path, epoch.raw().to_string()).await,
+            Guest::Absent | Guest::Running | Guest::Paused => match tokio::fs::remove_file(&path).await {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            },
+        };
+        noted.map_err(|source| VmError::Image { vm: self.id, source })
+    }
+}
+
+/// What an adopted hypervisor does. What an earlier worker had under way in it is given up. An image that was received
+/// counts as a guest that must not run, unless the earlier worker noted that it had vouched for it.
+async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
+    let image = image_note(qemu.paths()).await;
+    let found = match (qemu.run_state().await?, image) {
+        (RunState::Running, _) => Guest::Running,
+        (_, Some(epoch)) => Guest::Loaded(epoch),
+        (_, None) => Guest::Paused,
+    };
+    let status = qemu.migration_info().await?.status;
+    if let Some(MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::PreSwitchover) = status {
+        qemu.cancel_migration().await?;
+    }
+    qemu.end_orphaned_mirrors(ORPHAN_LIMIT).await?;
+    Ok(found)
+}
+
+async fn image_note(paths: &VmPaths) -> Option<Epoch> {
+    let text = tokio::fs::read_to_string(paths.image()).await.ok()?;
+    text.trim().parse().ok().map(Epoch::from_raw)
+}

@@ -1,0 +1,175 @@
+//! What a step asks of the hypervisor, done: boot, resume, pause, kill; and what becomes of a hypervisor that ends.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use pageport_keeper::BootTime;
+use pageport_ownership::{Effect, Event, MayRun};
+use pageport_proto::v1::{VmSpec, VmState};
+
+use super::{ManagedVm, State, VmError};
+use crate::hypervisor::{self, HypervisorError, Launch, StartMode, Vm};
+use crate::replica::store::ReplicaError;
+use crate::vms::fence;
+
+impl ManagedVm {
+    pub(super) async fn carry_out(self: &Arc<Self>, state: &mut State, effects: Vec<Effect>) -> Result<(), VmError> {
+        for effect in effects {
+            match effect {
+                Effect::Resume => {
+                    let permission = self.permission(state)?;
+                    self.resume(state, permission).await?;
+                }
+                Effect::Boot => {
+                    let permission = self.permission(state)?;
+                    self.boot(state, permission).await?;
+                }
+                Effect::Pause => {
+                    if let Some(qemu) = &state.qemu {
+                        qemu.stop().await?;
+                    }
+                }
+                Effect::KillGuest | Effect::DropImage => self.end_qemu(state).await?,
+                // The destination of the move does that: it needs the definition that comes with the move.
+                Effect::LoadImage(_) => {}
+                Effect::Arm => {
+                    if let (Some(qemu), Some(deadline)) = (&state.qemu, state.fence.deadline(BootTime::now())) {
+                        qemu.arm(deadline)?;
+                    }
+                }
+                Effect::Disarm => {
+                    if let Some(qemu) = &state.qemu {
+                        qemu.disarm()?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
+        let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
+        // From now on the hypervisor changes the disks.
+        self.shared.replicas.close(self.id);
+        if let Some(until_ms) = permission.deadline_ms() {
+            qemu.arm(fence::deadline(until_ms))?;
+        }
+        qemu.cont().await?;
+        tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest resumed");
+        self.commit(state, Event::Resumed).map(drop)
+    }
+
+    pub(super) async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
+        self.modify(|status| status.state = VmState::Starting);
+        self.shared.replicas.close(self.id);
+        let Some(until_ms) = permission.deadline_ms() else {
+            self.launch(state, StartMode::Running, None).await?;
+            tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
+            return self.commit(state, Event::Resumed).map(drop);
+        };
+        // Starting takes time: the guest waits until the lease has been looked at once more.
+        self.launch(state, StartMode::Paused, Some(fence::deadline(until_ms))).await?;
+        let resumed = match self.permission(state) {
+            Ok(permission) => self.resume(state, permission).await,
+            Err(error) => Err(error),
+        };
+        if resumed.is_err() {
+            self.end_qemu(state).await?;
+        }
+        resumed
+    }
+
+    pub(super) async fn launch(
+        self: &Arc<Self>,
+        state: &mut State,
+        mode: StartMode,
+        deadline: Option<BootTime>,
+    ) -> Result<Vm, VmError> {
+        let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
+        let disk_paths = self.disk_paths(&spec, mode)?;
+        let launch = Launch { vm: self.id, spec, disk_paths, mode, deadline };
+        let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
+        self.install(state, qemu.clone());
+        Ok(qemu)
+    }
+
+    pub(super) fn disk_paths(&self, spec: &VmSpec, mode: StartMode) -> Result<BTreeMap<String, PathBuf>, VmError> {
+        let locate = |disk: &pageport_proto::v1::DiskSpec| {
+            let path = match mode {
+                // A destination has its replicas; the definition's path is another host's.
+                StartMode::Incoming => {
+                    let found = self.shared.replicas.locate(self.id, &disk.name)?;
+                    let missing = || ReplicaError::Missing { vm: self.id, disk: disk.name.clone() };
+                    found.ok_or_else(missing)?.path
+                }
+                StartMode::Running | StartMode::Paused => {
+                    self.shared.replicas.locate_or_adopt(self.id, &disk.name, disk.path.as_ref())?
+                }
+            };
+            Ok((disk.name.clone(), path))
+        };
+        tokio::task::block_in_place(|| spec.disks.iter().map(locate).collect())
+    }
+
+    pub(super) fn install(self: &Arc<Self>, state: &mut State, qemu: Vm) {
+        state.qemu = Some(qemu.clone());
+        state.asked_to_end = None;
+        state.console = None;
+        let vm = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let report = exit_report(&qemu).await;
+            if let (Some(vm), Some(report)) = (vm.upgrade(), report) {
+                vm.qemu_ended(&qemu, &report).await;
+            }
+        });
+    }
+
+    pub(super) async fn qemu_ended(self: &Arc<Self>, ended: &Vm, report: &hypervisor::ExitReport) {
+        let mut state = self.state.lock().await;
+        if state.qemu.as_ref().is_none_or(|qemu| qemu.pid() != ended.pid()) {
+            return;
+        }
+        // Who ended as told boots again when the next order says so.
+        let unasked = state.durable.record().owned().is_some() && state.asked_to_end.is_none();
+        state.qemu = None;
+        state.console = None;
+        if let Err(error) = self.commit(&mut state, Event::QemuGone) {
+            tracing::error!(vm_id = %self.id, %error, "the end of the hypervisor could not be recorded");
+        }
+        self.publish(&state);
+        if unasked {
+            self.modify(|status| {
+                status.halted_under = Some(self.power_seq.load(Ordering::SeqCst));
+                if !report.expected() {
+                    status.state = VmState::Crashed;
+                    status.problem =
+                        format!("the hypervisor ended unexpectedly ({}): {}", report.status, report.log_tail);
+                }
+            });
+        }
+    }
+
+    pub(super) async fn end_qemu(&self, state: &mut State) -> Result<(), VmError> {
+        if let Some(qemu) = state.qemu.take() {
+            qemu.kill().await?;
+            state.console = None;
+            self.commit(state, Event::QemuGone)?;
+        }
+        Ok(())
+    }
+}
+
+/// Waits for the end of a hypervisor, as long as it takes.
+async fn exit_report(qemu: &Vm) -> Option<hypervisor::ExitReport> {
+    const A_DAY: Duration = Duration::from_secs(24 * 3600);
+    loop {
+        match qemu.wait_exit(A_DAY).await {
+            Ok(report) => return Some(report),
+            Err(HypervisorError::Deadline { .. }) => {}
+            Err(_) => return None,
+        }
+    }
+}
