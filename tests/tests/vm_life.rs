@@ -73,9 +73,7 @@ async fn answers_at_its_console(lab: &Lab) {
     console.wait_for("answer-42").await;
     console.type_in("echo asleep-$((1+2)); sleep 1000\r");
     console.wait_for("asleep-3").await;
-    console.type_in(INTERRUPT);
-    console.type_in("echo awake-$((1+1))\r");
-    console.wait_for("awake-2").await;
+    console.type_until(&format!("{INTERRUPT}echo awake-$((1+1))\r"), "awake-2").await;
     console.type_in(LEAVE);
     let (status, screen) = console.wait_for_end().await;
     assert!(status.success(), "{status}: {screen}");

@@ -15,6 +15,8 @@ use tokio::time::{Instant, sleep};
 use crate::support::PATIENCE;
 
 const POLL: Duration = Duration::from_millis(50);
+/// A key that had no effect for so long is pressed again.
+const RETYPE: Duration = Duration::from_secs(2);
 
 /// A program that runs on a terminal.
 pub struct Terminal {
@@ -70,6 +72,19 @@ impl Terminal {
         while !self.screen().contains(text) {
             assert!(Instant::now() < deadline, "waited in vain for {text:?} on the screen:\n{}", self.screen());
             sleep(POLL).await;
+        }
+    }
+
+    /// Types this again and again until it shows `text`: a key may come before the program that it is for.
+    pub async fn type_until(&mut self, keys: &str, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.screen().contains(text) {
+            assert!(Instant::now() < deadline, "typed in vain for {text:?}; the screen:\n{}", self.screen());
+            self.type_in(keys);
+            let shown = Instant::now() + RETYPE;
+            while !self.screen().contains(text) && Instant::now() < shown {
+                sleep(POLL).await;
+            }
         }
     }
 

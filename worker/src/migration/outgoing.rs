@@ -16,9 +16,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pageport_proto::v1::{FallbackHello, MemoryHello, StreamHello, stream_hello};
 use pageport_teleport::qemu::Mode;
-use pageport_teleport::{
-    EncodeError, EncodedBatch, Encoder, EncoderParams, PAGE_SIZE, PageCounts, encode_fallback, wire,
-};
+use pageport_teleport::{EncodeError, EncodedBatch, Encoder, EncoderParams, PageCounts, encode_fallback, wire};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -80,16 +78,6 @@ pub struct Sent {
     pub pages: PageCounts,
     /// Bytes of the hypervisor's stream.
     pub raw_bytes: u64,
-    /// Bytes of the frames that it became.
-    pub wire_bytes: u64,
-}
-
-impl Sent {
-    /// Wire bytes that a byte of a changed page has cost so far: less than one where memory compresses.
-    pub fn wire_per_changed_byte(&self) -> f64 {
-        let literal_bytes = self.pages.literal.max(1) as f64 * PAGE_SIZE as f64;
-        (self.wire_bytes as f64 / literal_bytes).min(1.0)
-    }
 }
 
 #[derive(Debug, Default)]
@@ -284,7 +272,6 @@ async fn send(
         let mut sent = shared.sent();
         sent.pages += batch.counts;
         sent.raw_bytes += raw_bytes;
-        sent.wire_bytes += wire_bytes;
     }
     // The peer may have closed the connection already, which its control stream tells better.
     let _ = stream.finish();

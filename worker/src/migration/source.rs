@@ -338,8 +338,7 @@ impl Move {
         let sent_bytes_per_s = outgoing.sent().raw_bytes as f64
             / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
         let rest_s = ram.remaining as f64 / sent_bytes_per_s.max(1.0);
-        let dirty_wire_bytes_per_s = dirty_bytes_per_s as f64 * outgoing.sent().wire_per_changed_byte();
-        let not_converging = ram.dirty_sync_count >= 3 && dirty_wire_bytes_per_s > carried as f64;
+        let not_converging = ram.dirty_sync_count >= 3 && dirty_bytes_per_s > carried;
         self.report_progress(Some(MigrationProgress {
             rate_bps: lately * 8,
             remaining_bytes: ram.remaining,
