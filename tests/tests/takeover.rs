@@ -104,6 +104,27 @@ async fn assert_left_behind_and_of_use(lab: &Lab) {
     assert_eq!(vm(lab).await["owner_site"], "a");
 }
 
+/// Nobody can say that it may run: it is ended where it is, and booted there again when somebody can.
+async fn ends_without_a_majority_and_comes_back_with_it(lab: &mut Lab) {
+    let [(_, before)] = lab.qemu_pids(VM)[..] else { panic!("{:?}", lab.qemu_pids(VM)) };
+    let others = ["b", "c"].map(|site| nix::unistd::Pid::from_raw(lab.controller(site).pid().unwrap().cast_signed()));
+    for controller in others {
+        nix::sys::signal::kill(controller, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    }
+    wait_for("the keeper to end the guest", || async {
+        let pids = lab.qemu_pids(VM);
+        if pids.is_empty() { Ok(()) } else { Err(format!("{pids:?}")) }
+    })
+    .await;
+    for controller in others {
+        nix::sys::signal::kill(controller, nix::sys::signal::Signal::SIGCONT).unwrap();
+    }
+    let back = wait_for_vm(lab, "the guest back at a", |vm| vm["state"] == "running").await;
+    assert_eq!(back["owner_site"], "a", "{back}");
+    assert!(back["takeovers"].as_array().is_none_or(Vec::is_empty), "{back}");
+    assert!(matches!(lab.qemu_pids(VM)[..], [("a", pid)] if pid != before));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_fences_itself_ends_with_its_lease_and_then_starts_elsewhere() {
     if !netns::available() {
@@ -114,6 +135,7 @@ async fn a_vm_that_fences_itself_ends_with_its_lease_and_then_starts_elsewhere()
     // The leader's word keeps it alive for longer than any lease.
     tokio::time::sleep(std::time::Duration::from_secs(8)).await;
     assert!(matches!(lab.qemu_pids(VM)[..], [("a", _)]));
+    ends_without_a_majority_and_comes_back_with_it(&mut lab).await;
 
     let witness = Witness::of(&lab);
     // The worker hangs as well, so that nobody but the keeper can end the guest.

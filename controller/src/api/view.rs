@@ -143,6 +143,7 @@ impl<'a> View<'a> {
         let (state, problem) = match &replica.phase {
             ReplicaPhase::Seeding => (ReplicaState::Seeding, String::new()),
             ReplicaPhase::Seeded => (ReplicaState::Seeded, String::new()),
+            ReplicaPhase::Mixed => (ReplicaState::Seeded, self.mixed(vm)),
             ReplicaPhase::Outdated => (ReplicaState::Outdated, "seed it again: only what differs is sent".to_owned()),
             ReplicaPhase::Failed { reason } => (ReplicaState::Failed, reason.clone()),
         };
@@ -160,6 +161,14 @@ impl<'a> View<'a> {
             out.total_bytes = disk.disk_bytes;
         }
         out
+    }
+
+    /// Why a replica is not one to boot from.
+    fn mixed(&self, vm: &Vm) -> String {
+        match vm.migration {
+            Some(_) => String::new(),
+            None => "a move into it broke off: no disk to boot from before the next seed or move".to_owned(),
+        }
     }
 
     /// One move.

@@ -1,8 +1,8 @@
 //! [`failovers`]: which VMs that fence themselves should run elsewhere, and where. Pure.
 //!
-//! A VM qualifies when it should run, its policy is `self-fence`, and none of the workers that may hold it is connected. It goes to
-//! the destination of its move if that one is connected and has the image, else to a connected worker with a complete
-//! replica. Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
+//! A VM qualifies when it should run, its policy is `self-fence`, and its owner is not connected. It goes to the destination of its
+//! move if the source has let go (the disk there is whole then, and perhaps the image), else to a connected worker with a
+//! complete replica. Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: 
 }
 
 fn heir(state: &State, vm: &Vm, answers: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
-    if let Ownership::Migrating { to, .. } = &vm.ownership
+    if let Ownership::Migrating { to, released: true, refused: false, .. } = &vm.ownership
         && answers(to)
     {
         return Some((state.site_of(to)?.clone(), to.clone()));

@@ -53,27 +53,29 @@ impl Leases {
         now.saturating_duration_since(self.zero).as_millis() as u64
     }
 
-    fn book(&self, term: u64, now: Instant) -> MutexGuard<'_, Book> {
+    /// The table of this term; [`None`]: a later term has begun, and what belongs to this one is void.
+    fn book(&self, term: u64, now: Instant) -> Option<MutexGuard<'_, Book>> {
         let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
-        if book.term != term {
+        if term > book.term {
             *book = Book { term, table: LeaseTable::new(self.ms(now), self.terms) };
         }
-        book
+        (book.term == term).then_some(book)
     }
 
     /// Grants a worker its lease. `state` comes from a quorum round of this term that began after the worker's question.
-    pub fn grant(&self, term: u64, state: &State, worker: &WorkerName, now: Instant) -> Grant {
-        let mut book = self.book(term, now);
+    /// [`None`]: the term is over.
+    pub fn grant(&self, term: u64, state: &State, worker: &WorkerName, now: Instant) -> Option<Grant> {
+        let mut book = self.book(term, now)?;
         let defined = state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
         let covered = |(id, vm): (&VmId, &Vm)| Some((*id, book.table.covers(id, &vm.ownership, worker)?));
         let vms = defined.filter_map(covered).collect();
         book.table.granted(worker.clone(), self.ms(now));
-        Grant { lease_ms: self.terms.lease_ms(), vms }
+        Some(Grant { lease_ms: self.terms.lease_ms(), vms })
     }
 
     /// May this VM be granted to anybody: is it not being failed over?
     pub fn grantable(&self, term: u64, vm: VmId, now: Instant) -> bool {
-        !self.book(term, now).table.held(&vm)
+        self.book(term, now).is_some_and(|book| !book.table.held(&vm))
     }
 
     /// Holds the VM if no possible holder but `heir` can still have a valid lease, and hands out the proof. Propose the failover in
@@ -86,7 +88,7 @@ impl Leases {
         heir: &WorkerName,
         now: Instant,
     ) -> Option<Proof<WorkerName>> {
-        let mut book = self.book(term, now);
+        let mut book = self.book(term, now)?;
         book.table.begin_failover(id);
         let proof = book.table.leases_out(&id, &vm.ownership, heir, self.ms(now));
         if proof.is_none() {
@@ -97,7 +99,9 @@ impl Leases {
 
     /// The failover was applied or refused.
     pub fn let_go(&self, term: u64, id: VmId, now: Instant) {
-        self.book(term, now).table.end_failover(&id);
+        if let Some(mut book) = self.book(term, now) {
+            book.table.end_failover(&id);
+        }
     }
 }
 
@@ -144,7 +148,7 @@ mod tests {
 
         fn granted(&self, at_ms: u64) -> Vec<(VmId, Epoch)> {
             let state = State { vms: [(self.id, self.vm.clone())].into(), ..State::default() };
-            self.leases.grant(7, &state, &self.worker, self.at(at_ms)).vms
+            self.leases.grant(7, &state, &self.worker, self.at(at_ms)).unwrap().vms
         }
 
         fn hold(&self, term: u64, at_ms: u64) -> Option<Proof<WorkerName>> {
@@ -173,5 +177,16 @@ mod tests {
         assert_eq!(story.hold(8, 60_000), None);
         assert_eq!(story.hold(8, 61_100), None);
         assert!(story.hold(8, 61_101).is_some());
+    }
+
+    #[test]
+    fn what_belongs_to_an_earlier_term_is_void_and_takes_nothing_from_the_later_one() {
+        let story = Story::new();
+        assert_eq!(story.hold(8, 0), None);
+        assert!(story.hold(8, 1_101).is_some());
+        assert_eq!(story.leases.grant(7, &State::default(), &story.worker, story.at(1_102)), None);
+        assert!(!story.leases.grantable(7, story.id, story.at(1_102)));
+        story.leases.let_go(7, story.id, story.at(1_102));
+        assert!(!story.leases.grantable(8, story.id, story.at(1_102)), "the hold of term 8 stands");
     }
 }

@@ -135,7 +135,7 @@ impl WorkerLinkService for WorkerLink {
         let request = request.into_inner();
         let worker: WorkerName = parse(&request.worker)?;
         let (state, term) = self.read().await?;
-        let grant = self.leases.grant(term, &state, &worker, Instant::now());
+        let grant = self.leases.grant(term, &state, &worker, Instant::now()).ok_or_else(|| self.not_leader())?;
         Ok(Response::new(v1::RenewLeaseResponse {
             nonce: request.nonce,
             lease_ms: grant.lease_ms,

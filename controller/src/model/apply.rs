@@ -205,8 +205,11 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
     }
     let replica =
         vm.replicas.get(&site).ok_or_else(|| Rejection::NoReplica { name: name.clone(), site: site.clone() })?;
-    if replica.phase != ReplicaPhase::Seeded {
-        return Err(Rejection::ReplicaNotSeeded { name, site });
+    match replica.phase {
+        ReplicaPhase::Seeded | ReplicaPhase::Mixed => {}
+        ReplicaPhase::Seeding | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {
+            return Err(Rejection::ReplicaNotSeeded { name, site });
+        }
     }
     let to = Place { site: site.clone(), worker: replica.worker.clone() };
     let Some(ownership) = vm.ownership.order(to.worker.clone()) else {
@@ -228,6 +231,9 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
         destination_ended: false,
     };
     vm.ownership = ownership;
+    if let Some(replica) = vm.replicas.get_mut(&migration.to.site) {
+        replica.phase = ReplicaPhase::Mixed;
+    }
     vm.migration = Some(id);
     vm.problem.clear();
     state.migrations.insert(id, migration);

@@ -57,6 +57,9 @@ pub enum ReplicaPhase {
     Seeding,
     /// Equal to the disk as it was at some moment.
     Seeded,
+    /// Complete, but perhaps of several moments: a move writes into it, or one that wrote into it did not end there. Good for
+    /// another move or copy, which compares; not good to boot from.
+    Mixed,
     /// The VM's own disk as it was when the VM was taken over from there.
     Outdated,
     /// The copy failed.

@@ -101,16 +101,132 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
 /// The worker holds something that can become the VM's disk.
 fn has_disk(vm: &Vm, order: &Order) -> Result<(), Rejection> {
     let (name, site) = (vm.spec.name.clone(), order.site.clone());
+    // A source lets go only when the destination's disk is whole and on stable storage.
+    if vm.ownership.in_doubt() && vm.ownership.possible_holders().contains(&&order.worker) {
+        return Ok(());
+    }
     match vm.replicas.get(&order.site).filter(|replica| replica.worker == order.worker) {
         None => Err(Rejection::NoReplica { name, site }),
         Some(Replica { phase: ReplicaPhase::Seeded, .. }) => Ok(()),
-        Some(Replica { phase: ReplicaPhase::Outdated, .. }) => match order.proof {
-            // An operator may know that the old disk is the best there is.
+        Some(Replica { phase: ReplicaPhase::Mixed | ReplicaPhase::Outdated, .. }) => match order.proof {
+            // An operator may know that this disk is the best there is.
             Proof::Override { .. } => Ok(()),
             Proof::LeasesOut { .. } | Proof::Fenced { .. } => Err(Rejection::ReplicaNotSeeded { name, site }),
         },
         Some(Replica { phase: ReplicaPhase::Seeding | ReplicaPhase::Failed { .. }, .. }) => {
             Err(Rejection::ReplicaNotSeeded { name, site })
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use pageport_ownership::{Evidence, Fact, Ownership};
+    use pageport_proto::{MigrationId, RequestId, v1};
+
+    use super::*;
+    use crate::model::command::{ClientOrder, Command};
+    use crate::model::spec::tests::sample;
+    use crate::model::state::{Power, Worker};
+    use crate::model::{Spec, apply, command};
+
+    const NAMES: [&str; 2] = ["worker-a", "worker-b"];
+
+    fn worker(index: usize) -> WorkerName {
+        NAMES[index].parse().unwrap()
+    }
+
+    /// A VM that fences itself runs at site a; site b has a complete replica.
+    fn state() -> (State, VmId) {
+        let mut state = State::default();
+        for (index, site) in ["a", "b"].iter().enumerate() {
+            let known = Worker {
+                site: site.parse().unwrap(),
+                grpc_address: String::new(),
+                peer_address: String::new(),
+                version: String::new(),
+                qemu_version: String::new(),
+                accelerator: String::new(),
+                memory_total_bytes: 0,
+            };
+            state.workers.insert(worker(index), known);
+        }
+        let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
+        let mut vm = Vm::new(Spec::try_from(spec).unwrap(), Ownership::first(worker(0)), Power::Run);
+        let replica = Replica { worker: worker(1), seed_seq: 1, phase: ReplicaPhase::Seeded };
+        vm.replicas.insert("b".parse().unwrap(), replica);
+        let id = VmId::generate();
+        state.vms.insert(id, vm);
+        (state, id)
+    }
+
+    fn leases_out(state: &State, id: VmId) -> Order {
+        let last = state.vms[&id].ownership.last();
+        let proof = Proof::LeasesOut { workers: vec![worker(0)], last };
+        Order { vm: id, site: "b".parse().unwrap(), worker: worker(1), last, proof, seen: "silent".into() }
+    }
+
+    fn carry_out(state: &mut State, order: command::Order) -> Outcome {
+        apply(state, Command { now_unix_ms: 1, order })
+    }
+
+    fn begin_move(state: &mut State, id: VmId) -> MigrationId {
+        let migration = MigrationId::generate();
+        let order = ClientOrder::CreateMigration {
+            id: migration,
+            vm: id,
+            site: "b".parse().unwrap(),
+            traceparent: String::new(),
+        };
+        carry_out(state, command::Order::Client { request: RequestId::generate(), order }).unwrap();
+        migration
+    }
+
+    #[test]
+    fn the_heir_owns_the_vm_and_the_disk_left_behind_is_an_outdated_replica() {
+        let (mut state, id) = state();
+        let order = leases_out(&state, id);
+        carry_out(&mut state, command::Order::TakeOver(order.clone())).unwrap();
+        let vm = &state.vms[&id];
+        assert_eq!(vm.ownership.owner().0, &worker(1));
+        assert_eq!(vm.replicas.keys().map(SiteName::as_str).collect::<Vec<_>>(), ["a"]);
+        assert_eq!(vm.replicas.values().next().unwrap().phase, ReplicaPhase::Outdated);
+        assert_eq!((vm.takeovers.len(), vm.takeovers[0].from.clone()), (1, worker(0)));
+        // The same word once more is about an epoch that has passed.
+        let again = carry_out(&mut state, command::Order::TakeOver(order));
+        assert!(matches!(again, Err(Rejection::Overtaken { .. })), "{again:?}");
+    }
+
+    #[test]
+    fn a_disk_that_a_move_writes_into_is_not_booted_unless_the_source_has_let_go() {
+        let (mut state, id) = state();
+        let migration = begin_move(&mut state, id);
+        let order = leases_out(&state, id);
+        let refused = carry_out(&mut state, command::Order::TakeOver(order));
+        assert!(matches!(refused, Err(Rejection::ReplicaNotSeeded { .. })), "{refused:?}");
+        let epoch = state.migrations[&migration].epoch;
+        let evidence = Evidence { worker: worker(0), fact: Fact::Released(epoch) };
+        carry_out(&mut state, command::Order::Evidence { vm: id, evidence }).unwrap();
+        let order = leases_out(&state, id);
+        carry_out(&mut state, command::Order::TakeOver(order)).unwrap();
+        assert_eq!(state.vms[&id].ownership.inherits(&worker(1)), Some(epoch));
+        assert!(state.migrations[&migration].is_over() && state.vms[&id].migration.is_none());
+    }
+
+    #[test]
+    fn a_move_that_broke_off_leaves_a_disk_for_another_move_but_not_for_a_takeover() {
+        let (mut state, id) = state();
+        let migration = begin_move(&mut state, id);
+        let epoch = state.migrations[&migration].epoch;
+        let evidence = Evidence { worker: worker(0), fact: Fact::Revoked(epoch) };
+        carry_out(&mut state, command::Order::Evidence { vm: id, evidence }).unwrap();
+        let order = leases_out(&state, id);
+        let refused = carry_out(&mut state, command::Order::TakeOver(order));
+        assert!(matches!(refused, Err(Rejection::ReplicaNotSeeded { .. })), "{refused:?}");
+        let mut by_hand = leases_out(&state, id);
+        by_hand.proof = Proof::Override { who: "ann".into(), reason: "all that is left".into() };
+        carry_out(&mut state.clone(), command::Order::TakeOver(by_hand)).unwrap();
+        begin_move(&mut state, id);
     }
 }

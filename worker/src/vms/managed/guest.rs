@@ -11,7 +11,7 @@ use pageport_ownership::{Effect, Event, MayRun};
 use pageport_proto::v1::{VmSpec, VmState};
 
 use super::{ManagedVm, State, VmError};
-use crate::hypervisor::{self, HypervisorError, Launch, StartMode, Vm};
+use crate::hypervisor::{self, ExitCause, HypervisorError, Launch, StartMode, Vm};
 use crate::replica::store::ReplicaError;
 use crate::vms::fence;
 
@@ -132,14 +132,18 @@ impl ManagedVm {
         if state.qemu.as_ref().is_none_or(|qemu| qemu.pid() != ended.pid()) {
             return;
         }
-        // Who ended as told boots again when the next order says so.
-        let unasked = state.durable.record().owned().is_some() && state.asked_to_end.is_none();
+        let fenced = report.cause == ExitCause::LeaseExpired;
+        // Who ended as told boots again when the next order says so, and who was fenced when there is a lease.
+        let unasked = state.durable.record().owned().is_some() && state.asked_to_end.is_none() && !fenced;
         state.qemu = None;
         state.console = None;
         if let Err(error) = self.commit(&mut state, Event::QemuGone) {
             tracing::error!(vm_id = %self.id, %error, "the end of the hypervisor could not be recorded");
         }
         self.publish(&state);
+        if fenced {
+            self.set_problem("its lease ran out, so it was ended; it boots again under the next lease".to_owned());
+        }
         if unasked {
             self.modify(|status| {
                 status.halted_under = Some(self.power_seq.load(Ordering::SeqCst));
