@@ -5,7 +5,7 @@
 # package source for it is the machine's own Debian source with another suite, so mirrors stay as they are.
 set -eu
 
-packages="build-essential protobuf-compiler busybox-static e2fsprogs zstd iproute2 util-linux"
+packages="build-essential protobuf-compiler busybox-static e2fsprogs zstd iproute2 util-linux strace"
 qemu_packages="qemu-system-x86 qemu-utils"
 minimum_qemu=9
 backports_file=/etc/apt/sources.list.d/pageport-backports.sources
