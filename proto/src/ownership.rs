@@ -1,6 +1,6 @@
-//! Ownership records between wire and domain.
+//! Ownership records and policies between wire and domain.
 
-use pageport_ownership::{Epoch, Record};
+use pageport_ownership::{Epoch, Policy, Record};
 
 use crate::v1;
 use crate::v1::ownership_record::Kind;
@@ -36,6 +36,15 @@ impl TryFrom<&v1::OwnershipRecord> for Record {
             Kind::Prepared => Ok(Self::Prepared { own, epoch }),
             Kind::Released => Ok(Self::Released { epoch }),
             Kind::Unspecified => Err(UnknownRecord { kind: record.kind }),
+        }
+    }
+}
+
+impl From<v1::IsolationPolicy> for Policy {
+    fn from(policy: v1::IsolationPolicy) -> Self {
+        match policy {
+            v1::IsolationPolicy::Unspecified | v1::IsolationPolicy::KeepRunning => Self::KeepRunning,
+            v1::IsolationPolicy::SelfFence => Self::SelfFence,
         }
     }
 }

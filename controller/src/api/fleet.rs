@@ -64,7 +64,10 @@ impl Api {
             worker: moment.heir_at(vm, &site)?,
             site,
             last: vm.ownership.last(),
-            proof: Proof::Override { who: operator, reason: super::long_echo(request.reason.trim()) },
+            proof: Proof::Override {
+                who: operator,
+                reason: super::clip(request.reason.trim(), super::MAX_REASON_CHARS),
+            },
             seen: String::new(),
         };
         let heir = order.worker.clone();

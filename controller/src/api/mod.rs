@@ -148,12 +148,12 @@ impl Moment {
 
 /// Part of a client's text that may be repeated to it.
 pub fn echo(text: &str) -> String {
-    text.chars().take(MAX_ECHO_CHARS).collect()
+    clip(text, MAX_ECHO_CHARS)
 }
 
-/// Text of an operator that is kept.
-pub fn long_echo(text: &str) -> String {
-    text.chars().take(MAX_REASON_CHARS).collect()
+/// The beginning of a text that is as long as its author liked.
+pub fn clip(text: &str, max_chars: usize) -> String {
+    text.chars().take(max_chars).collect()
 }
 
 /// The request's id. A client that gives none cannot repeat its command safely.

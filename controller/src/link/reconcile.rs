@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::assignment::concerns;
 use super::observation::{Observations, Observed, record_of};
+use crate::api::clip;
 use crate::model::command::Halt;
 use crate::model::migration::{Phase, Record};
 use crate::model::state::{Life, Power, ReplicaPhase, Vm, Worker};
@@ -53,7 +54,7 @@ pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Or
 }
 
 fn shorten(text: &str) -> String {
-    text.chars().take(MAX_REASON_CHARS).collect()
+    clip(text, MAX_REASON_CHARS)
 }
 
 fn registration(state: &State, name: &WorkerName, observed: &Observed) -> Option<Order> {

@@ -100,10 +100,7 @@ impl TryFrom<v1::VmSpec> for Spec {
         }
         word("machine", &spec.machine)?;
         word("cpu", &spec.cpu)?;
-        let on_isolation = match spec.on_isolation() {
-            v1::IsolationPolicy::Unspecified | v1::IsolationPolicy::KeepRunning => Policy::KeepRunning,
-            v1::IsolationPolicy::SelfFence => Policy::SelfFence,
-        };
+        let on_isolation = Policy::from(spec.on_isolation());
         let start = match spec.start() {
             v1::StartPolicy::Unspecified | v1::StartPolicy::AsOrdered => StartPolicy::AsOrdered,
             v1::StartPolicy::Manual => StartPolicy::Manual,

@@ -116,7 +116,7 @@ fn a_store_that_is_lost() {
 
 /// The figure of issue 3: two crashes of each kind and host, and a partition.
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_two_crashes_each_and_a_partition() {
     let config =
         Config { worker_crashes: 2, host_crashes: 2, qemu_crashes: 2, cuts: 1, ..Config::new(Policy::KeepRunning) };
@@ -124,7 +124,7 @@ fn large_two_crashes_each_and_a_partition() {
 }
 
 #[test]
-#[ignore = "many minutes"]
+#[ignore = "a full space that takes many minutes: run with --ignored"]
 fn large_keep_running_with_two_failovers() {
     let config = Config {
         worker_crashes: 2,
@@ -138,7 +138,7 @@ fn large_keep_running_with_two_failovers() {
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_keep_running_there_and_back() {
     let config = Config {
         moves: 2,
@@ -152,42 +152,42 @@ fn large_keep_running_there_and_back() {
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_self_fence_with_host_crashes() {
     let config = Config { host_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 host crash per host, 1 failover", config);
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_self_fence_with_worker_crashes() {
     let config = Config { worker_crashes: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 worker crash per host, 1 failover", config);
 }
 
 #[test]
-#[ignore = "many minutes"]
+#[ignore = "a full space that takes many minutes: run with --ignored"]
 fn large_self_fence_with_crashes_and_a_partition() {
     let config = Config { worker_crashes: 1, host_crashes: 1, failovers: 1, cuts: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 worker, 1 host crash per host, 1 failover, 1 partition", config);
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_self_fence_with_an_election_and_a_loss() {
     let config = Config { losses: 1, elections: 1, failovers: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 host lost, 1 election, 1 failover", config);
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_self_fence_with_stopped_keepers() {
     let config = Config { keeper_stops: 1, failovers: 1, drift: 2, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 keeper stopped per host (guarded), clocks drift by 2, 1 failover", config);
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_restore() {
     let config = Config {
         worker_crashes: 1,
@@ -201,7 +201,7 @@ fn large_restore() {
 }
 
 #[test]
-#[ignore = "minutes"]
+#[ignore = "a full space that takes minutes: run with --ignored"]
 fn large_restore_of_self_fence() {
     let config = Config { failovers: 1, restores: 1, ..Config::new(Policy::SelfFence) };
     check("self-fence, one move; 1 failover, 1 restore", config);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pageport_keeper::BootTime;
 use pageport_ownership::{Epoch, Event, Guest, MayRun, Nonce, Policy, Record, Standing};
-use pageport_proto::v1::{IsolationPolicy, VmSpec};
+use pageport_proto::v1::VmSpec;
 
 use super::{ManagedVm, State, VmError};
 use crate::vms::records;
@@ -19,7 +19,7 @@ impl ManagedVm {
         if state.spec.as_ref() != Some(spec) {
             state.spec = Some(spec.clone());
         }
-        let policy = policy_of(spec);
+        let policy = Policy::from(spec.on_isolation());
         if state.fence.policy() == Some(policy) {
             return Ok(());
         }
@@ -75,12 +75,5 @@ impl ManagedVm {
     pub(super) fn permission(&self, state: &State) -> Result<MayRun, VmError> {
         let licence = state.fence.licence(BootTime::now()).ok_or(VmError::NoLease { vm: self.id })?;
         state.durable.may_run(licence).ok_or(VmError::NotPermitted { vm: self.id })
-    }
-}
-
-fn policy_of(spec: &VmSpec) -> Policy {
-    match spec.on_isolation() {
-        IsolationPolicy::Unspecified | IsolationPolicy::KeepRunning => Policy::KeepRunning,
-        IsolationPolicy::SelfFence => Policy::SelfFence,
     }
 }
