@@ -156,7 +156,7 @@ pub async fn run(
     let _stops_core = stop_core.clone().drop_guard();
     let (consensus, mut core_ended) = start(&core, inbox, peers, stop_core.clone())?;
     let hub = hub();
-    let leases = Arc::new(Leases::new(config.lease));
+    let leases = Arc::new(Leases::new(config.lease, tokio::time::Instant::now()));
     let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));
     let (public, internal) = routes(&config, &consensus, &hub, &leases, forwarder);
     let driver = tokio::spawn(drive(consensus, hub, leases, stop.child_token()));

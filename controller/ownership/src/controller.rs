@@ -2,7 +2,8 @@
 //!
 //! | state | fact | next |
 //! |---|---|---|
-//! | `Owned` | order | `Migrating` with the next epoch: the authorisation |
+//! | `Owned` | `Acquired` by the owner | the same, confirmed |
+//! | `Owned`, confirmed | order | `Migrating` with the next epoch: the authorisation |
 //! | `Migrating` | `Revoked` by the source | `Owned` by the source, same epoch as before |
 //! | `Migrating` | `Acquired` by the destination | `Owned` by the destination, at the move's epoch |
 //! | `Migrating` | `Released` by the source **and** `Refused` by the destination | `Owned` by the source, a newer epoch |
@@ -31,6 +32,10 @@ pub enum Ownership<W> {
         /// After a failover to the destination of a move: that move. Its image may be gone on from.
         #[serde(default)]
         image: Option<Epoch>,
+        /// The owner's record says so, too. Until then the VM is not moved on: a worker that has not acquired it could neither
+        /// release nor revoke, and the move would never end.
+        #[serde(default)]
+        confirmed: bool,
     },
     /// A move was authorised: until one of the two has spoken, either may hold the VM.
     Migrating {
@@ -91,7 +96,7 @@ impl<W: Clone + Eq> Ownership<W> {
     /// A VM that was just defined: its first owner, at the first epoch.
     pub fn first(owner: W) -> Self {
         let own = Epoch::ZERO.next();
-        Self::Owned { owner, own, last: own, image: None }
+        Self::Owned { owner, own, last: own, image: None, confirmed: false }
     }
 
     /// The newest owner that is certain, and its epoch.
@@ -136,10 +141,10 @@ impl<W: Clone + Eq> Ownership<W> {
         matches!(self, Self::Migrating { released: true, refused: false, .. })
     }
 
-    /// Authorises a move; [`None`] while another one is in doubt or when the VM is already there.
+    /// Authorises a move; [`None`] while another one is in doubt, when the VM is already there, or before its owner has confirmed.
     pub fn order(&self, to: W) -> Option<Self> {
         match self {
-            Self::Owned { owner, own, last, .. } if *owner != to => Some(Self::Migrating {
+            Self::Owned { owner, own, last, confirmed: true, .. } if *owner != to => Some(Self::Migrating {
                 from: owner.clone(),
                 to,
                 own: *own,
@@ -179,15 +184,15 @@ impl<W: Clone + Eq> Ownership<W> {
 
     /// What a piece of evidence changes; [`None`]: nothing (it is known, stale or about something else).
     pub fn step(&self, evidence: &Evidence<W>) -> Option<Self> {
-        let Self::Migrating { from, to, own, epoch, released, refused, .. } = self else { return None };
+        let Self::Migrating { from, to, own, epoch, released, refused, .. } = self else { return self.confirm(evidence) };
         let by_source = evidence.worker == *from;
         let by_destination = evidence.worker == *to;
         let next = match evidence.fact {
             Fact::Revoked(revoked) if by_source && revoked >= *epoch && !released => {
-                Self::Owned { owner: from.clone(), own: *own, last: self.last(), image: None }
+                Self::Owned { owner: from.clone(), own: *own, last: self.last(), image: None, confirmed: true }
             }
             Fact::Acquired(acquired) if by_destination && acquired == *epoch => {
-                Self::Owned { owner: to.clone(), own: *epoch, last: self.last(), image: None }
+                Self::Owned { owner: to.clone(), own: *epoch, last: self.last(), image: None, confirmed: true }
             }
             Fact::Released(e) if by_source && e == *epoch => self.doubt(true, *refused),
             Fact::Refused(e) if by_destination && e == *epoch => self.doubt(*released, true),
@@ -196,12 +201,25 @@ impl<W: Clone + Eq> Ownership<W> {
         (next != *self).then_some(next)
     }
 
+    fn confirm(&self, evidence: &Evidence<W>) -> Option<Self> {
+        let mut next = self.clone();
+        match &mut next {
+            Self::Owned { owner, own, confirmed, .. }
+                if *owner == evidence.worker && evidence.fact == Fact::Acquired(*own) && !*confirmed =>
+            {
+                *confirmed = true;
+                Some(next)
+            }
+            Self::Owned { .. } | Self::Migrating { .. } => None,
+        }
+    }
+
     fn doubt(&self, now_released: bool, now_refused: bool) -> Self {
         let mut next = self.clone();
         match &mut next {
             Self::Migrating { from, .. } if now_released && now_refused => {
                 let own = self.last().next();
-                Self::Owned { owner: from.clone(), own, last: own, image: None }
+                Self::Owned { owner: from.clone(), own, last: own, image: None, confirmed: false }
             }
             Self::Migrating { released, refused, .. } => {
                 (*released, *refused) = (now_released, now_refused);

@@ -105,7 +105,7 @@ impl<W: Clone + Eq> Ownership<W> {
             Self::Owned { .. } | Self::Migrating { .. } => None,
         };
         let own = self.last().next();
-        Ok(Self::Owned { owner: target, own, last: own, image })
+        Ok(Self::Owned { owner: target, own, last: own, image, confirmed: false })
     }
 }
 
@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn owned(owner: char, own: u64, image: Option<u64>) -> Ownership<char> {
-        Ownership::Owned { owner, own: e(own), last: e(own), image: image.map(e) }
+        Ownership::Owned { owner, own: e(own), last: e(own), image: image.map(e), confirmed: false }
     }
 
     #[test]

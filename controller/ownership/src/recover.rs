@@ -114,7 +114,7 @@ impl<W: Ord + Clone> Recover<W> {
 
     fn new_epoch(&self, owner: &W) -> Recovered<W> {
         let own = self.newest().next();
-        Recovered::Known(Ownership::Owned { owner: owner.clone(), own, last: own, image: None })
+        Recovered::Known(Ownership::Owned { owner: owner.clone(), own, last: own, image: None, confirmed: false })
     }
 
     /// Nothing older than this is given any more.
@@ -132,7 +132,7 @@ impl<W: Ord + Clone> Recover<W> {
         if self.seen_elsewhere(owner) > own {
             return self.new_epoch(owner);
         }
-        Recovered::Known(Ownership::Owned { owner: owner.clone(), own, last: self.newest(), image: None })
+        Recovered::Known(Ownership::Owned { owner: owner.clone(), own, last: self.newest(), image: None, confirmed: false })
     }
 
     fn released(&self, from: &W, to: Option<&W>, epoch: Epoch) -> Recovered<W> {
@@ -185,7 +185,7 @@ mod tests {
     }
 
     fn owned(owner: char, own: Epoch, last: Epoch) -> Recovered<char> {
-        Recovered::Known(Ownership::Owned { owner, own, last, image: None })
+        Recovered::Known(Ownership::Owned { owner, own, last, image: None, confirmed: false })
     }
 
     #[test]

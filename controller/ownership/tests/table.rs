@@ -286,7 +286,9 @@ fn a_grant_is_asked_for_when_it_would_change_something() {
 
 #[test]
 fn the_register_follows_each_fact_as_the_protocol_says() {
-    let owned = |owner, own, last| Ownership::Owned { owner, own: e(own), last: e(last), image: None };
+    let held = |owner, own, last, confirmed| Ownership::Owned { owner, own: e(own), last: e(last), image: None, confirmed };
+    let owned = |owner, own, last| held(owner, own, last, true);
+    let given = |owner, own| held(owner, own, own, false);
     let floor = Epoch::ZERO;
     let moving = |released, refused| Ownership::Migrating {
         from: 'a',
@@ -307,14 +309,17 @@ fn the_register_follows_each_fact_as_the_protocol_says() {
         (moving(false, false), 'a', Fact::Revoked(e(1)), None),
         (moving(false, false), 'a', released, Some(moving(true, false))),
         (moving(true, false), 'a', released, None),
-        (moving(false, true), 'a', released, Some(owned('a', 3, 3))),
+        (moving(false, true), 'a', released, Some(given('a', 3))),
         (moving(false, false), 'b', refused, Some(moving(false, true))),
-        (moving(true, false), 'b', refused, Some(owned('a', 3, 3))),
+        (moving(true, false), 'b', refused, Some(given('a', 3))),
         (moving(false, false), 'a', refused, None),
         (moving(false, false), 'b', acquired, Some(owned('b', 2, 2))),
         (moving(true, false), 'b', acquired, Some(owned('b', 2, 2))),
         (moving(true, false), 'a', Fact::Acquired(e(1)), None),
         (owned('a', 1, 1), 'b', acquired, None),
+        (given('b', 2), 'b', acquired, Some(owned('b', 2, 2))),
+        (given('b', 2), 'a', acquired, None),
+        (given('b', 3), 'b', acquired, None),
         (owned('a', 1, 2), 'a', released, None),
     ];
     for (before, worker, fact, after) in rows {
@@ -322,6 +327,7 @@ fn the_register_follows_each_fact_as_the_protocol_says() {
     }
     assert_eq!(owned('a', 1, 4).order('b').map(|next| next.last()), Some(e(5)));
     assert_eq!(owned('a', 1, 1).order('a'), None);
+    assert_eq!(given('a', 1).order('b'), None, "its owner has not confirmed");
     assert_eq!(moving(false, false).order('c'), None);
     assert_eq!(moving(true, false).grantable(&'a'), None);
     assert_eq!(moving(false, false).authorised(&'b'), Some(e(2)));

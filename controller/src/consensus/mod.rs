@@ -1,14 +1,16 @@
 //! Agreement among the controllers: TiKV `raft` under one task that owns the node.
 //!
 //! ```text
-//!   propose / read / step ──▶ inbox ──▶ core (RawNode, its own thread) ──▶ storage (sled + snapshot file)
+//!   propose / read / step ──▶ inbox ──▶ core (its own thread): node (RawNode) ──▶ storage ──▶ disk (sled + snapshot file)
 //!                                        │    │
 //!            peers (tonic) ◀── messages ─┘    └──▶ apply ──▶ published state, answers to proposers
 //! ```
 //! | module | what |
 //! |---|---|
-//! | [`core`] | the loop: inputs in, `Ready` handled in the documented order |
-//! | [`storage`] | log, hard state and configuration in the durable store |
+//! | [`core`] | the loop that gives the node time and inputs |
+//! | [`node`] | one member as a state machine: `Ready` handled in the documented order |
+//! | [`storage`] | log, hard state and configuration on a disk |
+//! | [`disk`] | what is needed of stable storage: the durable store and a file |
 //! | [`snapshot`] | the whole state as one checksummed file |
 //! | [`pending`] | who waits for which entry or read |
 //! | [`peers`] | raft messages over tonic as opaque bytes |
@@ -19,7 +21,9 @@
 //! the configuration's; changing it online comes later.
 
 pub mod core;
+pub mod disk;
 pub mod log;
+pub mod node;
 pub mod peers;
 pub mod pending;
 pub mod snapshot;

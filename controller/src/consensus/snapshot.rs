@@ -98,14 +98,14 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
 }
 
-/// Reads the file in `folder`; [`None`] when there is none yet.
+/// Reads the file in `folder`; [`None`] when there is none yet. Damage is found by [`decode`].
 ///
 /// # Errors
-/// [`SnapshotError`].
-pub fn load(folder: &Path) -> Result<Option<Snapshot>, SnapshotError> {
+/// [`SnapshotError::File`].
+pub fn read(folder: &Path) -> Result<Option<Vec<u8>>, SnapshotError> {
     let path = folder.join(FILE);
     match fs::read(&path) {
-        Ok(bytes) => decode(&bytes).map(Some),
+        Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(SnapshotError::File { operation: "read", path, source }),
     }
@@ -132,11 +132,12 @@ mod tests {
     #[test]
     fn the_newest_snapshot_is_the_one_that_is_read() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(load(folder.path()).unwrap().is_none());
+        assert!(read(folder.path()).unwrap().is_none());
         for index in [1, 2] {
             let snapshot = Snapshot { index, ..Snapshot::default() };
             replace(folder.path(), &encode(&snapshot).unwrap()).unwrap();
-            assert_eq!(load(folder.path()).unwrap(), Some(snapshot));
+            let bytes = read(folder.path()).unwrap().unwrap();
+            assert_eq!(decode(&bytes).unwrap(), snapshot);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! [`LogStorage`]: raft's log and hard state in the durable store, and the snapshot beside it.
+//! [`LogStorage`]: raft's log and hard state on a [`Disk`], and the snapshot beside it.
 //!
 //! | key | value |
 //! |---|---|
@@ -14,13 +14,13 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use pageport_common::store::{Batch, Store, StoreError};
 use prost_011::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
+use super::disk::{Change, Disk, DiskError, FileDisk};
 use super::snapshot::{self, Snapshot, SnapshotError};
 use crate::model::State;
 
@@ -31,10 +31,10 @@ const LOG: &str = "log/";
 /// Why the log could not be kept or read.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The store said no.
+    /// The disk said no.
     #[error("keep the replicated log")]
-    Store(#[from] StoreError),
-    /// The snapshot file said no.
+    Disk(#[from] DiskError),
+    /// The snapshot cannot be made or read.
     #[error("keep the replicated state")]
     Snapshot(#[from] SnapshotError),
     /// A value is not what was written.
@@ -56,9 +56,8 @@ pub struct Place {
 
 /// Log, hard state and snapshot of one node.
 #[derive(Debug)]
-pub struct LogStorage {
-    store: Store,
-    folder: PathBuf,
+pub struct LogStorage<D = FileDisk> {
+    disk: D,
     hard: HardState,
     voters: ConfState,
     truncated: Place,
@@ -81,13 +80,25 @@ impl LogStorage {
     /// # Errors
     /// [`LogError`].
     pub fn open(folder: &Path, voters: Vec<u64>) -> Result<(Self, State), LogError> {
-        let store = Store::open(&folder.join("log"))?;
-        let snapshot = snapshot::load(folder)?.unwrap_or_default();
-        let hard = match store.get(HARD)? {
+        Self::open_on(FileDisk::open(folder)?, voters)
+    }
+}
+
+impl<D: Disk> LogStorage<D> {
+    /// Takes up what is on a disk; gives the state of the last snapshot with it.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn open_on(disk: D, voters: Vec<u64>) -> Result<(Self, State), LogError> {
+        let snapshot = match disk.snapshot()? {
+            Some(bytes) => snapshot::decode(&bytes)?,
+            None => Snapshot::default(),
+        };
+        let hard = match disk.get(HARD)? {
             Some(bytes) => HardState::decode(bytes.as_slice()).map_err(|_| damaged(HARD))?,
             None => HardState::default(),
         };
-        let truncated = match store.get(TRUNCATED)? {
+        let truncated = match disk.get(TRUNCATED)? {
             Some(bytes) => {
                 let halves = bytes.split_first_chunk::<8>().zip(bytes.last_chunk::<8>());
                 let ((index, _), term) = halves.filter(|_| bytes.len() == 16).ok_or_else(|| damaged(TRUNCATED))?;
@@ -96,7 +107,7 @@ impl LogStorage {
             None => Place::default(),
         };
         let mut entries = VecDeque::new();
-        for (_, bytes) in store.scan(LOG)? {
+        for (_, bytes) in disk.scan(LOG)? {
             let entry = Entry::decode(bytes.as_slice()).map_err(|_| damaged(LOG))?;
             if entry.index != truncated.index + 1 + entries.len() as u64 {
                 return Err(damaged(format!("{LOG}{}", entry.index)));
@@ -106,8 +117,7 @@ impl LogStorage {
         let voters = ConfState { voters, ..ConfState::default() };
         let place = Place { index: snapshot.index, term: snapshot.term };
         let mut storage = Self {
-            store,
-            folder: folder.to_owned(),
+            disk,
             hard,
             voters,
             truncated,
@@ -120,6 +130,11 @@ impl LogStorage {
         }
         storage.hard.commit = storage.hard.commit.max(place.index);
         Ok((storage, snapshot.state))
+    }
+
+    /// Where it is kept.
+    pub fn disk(&self) -> &D {
+        &self.disk
     }
 
     /// The entry up to which the last snapshot reaches.
@@ -152,19 +167,19 @@ impl LogStorage {
     /// # Errors
     /// [`LogError`]: the node must end, since what is on disk is unknown.
     pub fn persist(&mut self, entries: &[Entry]) -> Result<(), LogError> {
-        let mut batch = Batch::default();
-        batch.put(HARD, self.hard.encode_to_vec());
+        let mut changes = vec![];
+        changes.push(Change::put(HARD, self.hard.encode_to_vec()));
         if let Some(first) = entries.first() {
             let kept = first.index.saturating_sub(self.truncated.index + 1) as usize;
             for stale in self.entries.drain(kept.min(self.entries.len())..) {
-                batch.remove(log_key(stale.index));
+                changes.push(Change::Remove(log_key(stale.index)));
             }
         }
         for entry in entries {
-            batch.put(log_key(entry.index), entry.encode_to_vec());
+            changes.push(Change::put(log_key(entry.index), entry.encode_to_vec()));
             self.entries.push_back(entry.clone());
         }
-        Ok(self.store.commit(batch)?)
+        Ok(self.disk.commit(changes)?)
     }
 
     /// Takes a snapshot that came from the leader in place of the log.
@@ -172,7 +187,7 @@ impl LogStorage {
     /// # Errors
     /// [`LogError`].
     pub fn install(&mut self, bytes: &[u8], at: Place) -> Result<(), LogError> {
-        snapshot::replace(&self.folder, bytes)?;
+        self.disk.replace_snapshot(bytes)?;
         self.snapshot = at;
         self.hard.commit = self.hard.commit.max(at.index);
         self.hard.term = self.hard.term.max(at.term);
@@ -187,36 +202,36 @@ impl LogStorage {
         let Ok(term) = self.term(applied) else { return Ok(()) };
         let voters = self.voters.voters.clone();
         let bytes = snapshot::encode(&Snapshot { index: applied, term, voters, state: state.clone() })?;
-        snapshot::replace(&self.folder, &bytes)?;
+        self.disk.replace_snapshot(&bytes)?;
         self.snapshot = Place { index: applied, term };
         let index = applied.saturating_sub(keep);
         if index <= self.truncated.index {
             return Ok(());
         }
         let Ok(term) = self.term(index) else { return Ok(()) };
-        let mut batch = Batch::default();
-        batch.put(HARD, self.hard.encode_to_vec());
+        let mut changes = vec![];
+        changes.push(Change::put(HARD, self.hard.encode_to_vec()));
         for entry in self.entries.drain(..(index - self.truncated.index) as usize) {
-            batch.remove(log_key(entry.index));
+            changes.push(Change::Remove(log_key(entry.index)));
         }
-        self.put_truncated(&mut batch, Place { index, term });
-        Ok(self.store.commit(batch)?)
+        self.put_truncated(&mut changes, Place { index, term });
+        Ok(self.disk.commit(changes)?)
     }
 
     /// The log begins after `at`, empty.
     fn reset_log(&mut self, at: Place) -> Result<(), LogError> {
-        let mut batch = Batch::default();
+        let mut changes = vec![];
         for entry in self.entries.drain(..) {
-            batch.remove(log_key(entry.index));
+            changes.push(Change::Remove(log_key(entry.index)));
         }
-        batch.put(HARD, self.hard.encode_to_vec());
-        self.put_truncated(&mut batch, at);
-        Ok(self.store.commit(batch)?)
+        changes.push(Change::put(HARD, self.hard.encode_to_vec()));
+        self.put_truncated(&mut changes, at);
+        Ok(self.disk.commit(changes)?)
     }
 
-    fn put_truncated(&mut self, batch: &mut Batch, at: Place) {
+    fn put_truncated(&mut self, changes: &mut Vec<Change>, at: Place) {
         self.truncated = at;
-        batch.put(TRUNCATED, [at.index.to_be_bytes(), at.term.to_be_bytes()].concat());
+        changes.push(Change::put(TRUNCATED, [at.index.to_be_bytes(), at.term.to_be_bytes()].concat()));
     }
 
     fn last(&self) -> Place {
@@ -227,7 +242,7 @@ impl LogStorage {
     }
 }
 
-impl Storage for LogStorage {
+impl<D: Disk> Storage for LogStorage<D> {
     fn initial_state(&self) -> raft::Result<RaftState> {
         Ok(RaftState { hard_state: self.hard.clone(), conf_state: self.voters.clone() })
     }
@@ -279,15 +294,15 @@ impl Storage for LogStorage {
             self.snapshot_wanted.set(true);
             return Err(unavailable);
         }
-        let Ok(Some(kept)) = snapshot::load(&self.folder) else {
+        let kept = self.disk.snapshot().ok().flatten();
+        let Some((data, decoded)) = kept.and_then(|bytes| snapshot::decode(&bytes).ok().map(|it| (bytes, it))) else {
             self.snapshot_wanted.set(true);
             return Err(unavailable);
         };
-        let data = snapshot::encode(&kept).map_err(|_| unavailable)?;
         let mut out = raft::eraftpb::Snapshot { data, ..Default::default() };
         let metadata = out.mut_metadata();
-        metadata.index = kept.index;
-        metadata.term = kept.term;
+        metadata.index = decoded.index;
+        metadata.term = decoded.term;
         metadata.set_conf_state(self.voters.clone());
         Ok(out)
     }

@@ -1,7 +1,10 @@
-//! [`assignment`]: what a worker should do, all of it, as a pure function of the committed state.
+//! [`assignment`]: what a worker should do, all of it, as a pure function of the committed state; [`Telling`]: what of it a
+//! worker has been told.
 //!
 //! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
 //! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
+
+use std::sync::Arc;
 
 use pageport_ownership::Ownership;
 use pageport_proto::v1::{self, vm_assignment};
@@ -109,4 +112,55 @@ fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
             })
         })
         .collect()
+}
+
+/// Is there something to say?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Say {
+    /// Whether or not: as a sign of life.
+    Always,
+    /// If it is news.
+    News,
+}
+
+/// What one worker has been told on one stream; what is news gets a number of its own.
+#[derive(Debug)]
+pub struct Telling {
+    seq: u64,
+    last: Option<Arc<v1::WorkerAssignment>>,
+}
+
+impl Telling {
+    /// Nothing yet; numbers begin after `seq`, which no earlier stream of this worker has reached.
+    pub fn new(seq: u64) -> Self {
+        Self { seq, last: None }
+    }
+
+    /// What to send now, if anything.
+    pub fn next(&mut self, state: &State, worker: &WorkerName, term: u64, say: Say) -> Option<v1::WorkerAssignment> {
+        let mut next = assignment(state, worker);
+        let before = self.last.as_deref();
+        next.term = before.map_or(0, |last| last.term);
+        next.seq = before.map_or(0, |last| last.seq);
+        let news = before != Some(&next);
+        if !news && say == Say::News {
+            return None;
+        }
+        if news {
+            self.seq += 1;
+            next.seq = self.seq;
+        }
+        next.term = term;
+        Some(next)
+    }
+
+    /// It went out.
+    pub fn sent(&mut self, assignment: v1::WorkerAssignment) {
+        self.last = Some(Arc::new(assignment));
+    }
+
+    /// The assignment of this number, if it is the newest.
+    pub fn told(&self, seq: u64) -> Option<Arc<v1::WorkerAssignment>> {
+        self.last.clone().filter(|last| last.seq == seq)
+    }
 }

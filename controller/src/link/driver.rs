@@ -1,8 +1,7 @@
-//! Runs [`reconcile`](super::reconcile::reconcile) and [`failovers`] at the leader whenever state or reports change, and
+//! Runs [`reconcile`](super::reconcile::reconcile) and [`Failovers`] at the leader whenever state or reports change, and
 //! proposes what they find.
 //!
-//! An order that fails to commit is simply found again. A VM that is failed over is held until the outcome is certain: an
-//! outcome that stays unknown in this term is proposed again (it is idempotent). Does nothing on other nodes.
+//! An order that fails to commit is simply found again. Does nothing on other nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,13 +9,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::failover::failovers;
+use super::failover::{Failovers, Proposed};
 use super::leases::Leases;
 use super::observation::Hub;
 use super::reconcile::{Now, reconcile};
 use crate::api::unix_ms;
 use crate::consensus::{Consensus, ConsensusError};
-use crate::model::{Command, Order, Outcome, takeover};
+use crate::model::{Command, Order, Outcome};
 
 /// Some gaps open by time alone.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -26,7 +25,7 @@ pub async fn drive(consensus: Consensus, hub: Hub, leases: Arc<Leases>, stop: Ca
     let mut state = consensus.watch_state();
     let mut status = consensus.watch_status();
     let mut observations = hub.watch();
-    let mut takeovers = Failovers { leases, term: 0, unsettled: vec![] };
+    let mut takeovers = Failovers::default();
     loop {
         // Before looking: what changes meanwhile wakes the loop again.
         state.mark_unchanged();
@@ -36,7 +35,7 @@ pub async fn drive(consensus: Consensus, hub: Hub, leases: Arc<Leases>, stop: Ca
             for order in reconcile(&consensus.applied(), &hub.now(), now) {
                 propose(&consensus, order).await;
             }
-            takeovers.look(&consensus, &hub).await;
+            take_over(&mut takeovers, &leases, &consensus, &hub).await;
         }
         let changed = tokio::select! {
             () = stop.cancelled() => return,
@@ -51,55 +50,13 @@ pub async fn drive(consensus: Consensus, hub: Hub, leases: Arc<Leases>, stop: Ca
     }
 }
 
-/// Takes VMs over whose leases have run out.
-#[derive(Debug)]
-struct Failovers {
-    leases: Arc<Leases>,
-    term: u64,
-    /// Proposed, with an outcome that is not certain yet: their VMs stay held.
-    unsettled: Vec<takeover::Order>,
-}
-
-impl Failovers {
-    async fn look(&mut self, consensus: &Consensus, hub: &Hub) {
-        let term = consensus.status().term;
-        if term != self.term {
-            // The leases of another term hold nothing.
-            self.unsettled.clear();
-            self.term = term;
-        }
-        for order in std::mem::take(&mut self.unsettled) {
-            self.propose(consensus, order).await;
-        }
-        let state = consensus.applied();
-        for candidate in failovers(&state, &hub.now(), Instant::now()) {
-            let Some(vm) = state.vms.get(&candidate.vm) else { continue };
-            if self.unsettled.iter().any(|other| other.vm == candidate.vm) {
-                continue;
-            }
-            let proof = self.leases.hold_if_out(term, candidate.vm, vm, &candidate.worker, Instant::now());
-            if let Some(proof) = proof {
-                self.propose(consensus, candidate.order(proof)).await;
-            }
-        }
-    }
-
-    async fn propose(&mut self, consensus: &Consensus, order: takeover::Order) {
+async fn take_over(takeovers: &mut Failovers, leases: &Leases, consensus: &Consensus, hub: &Hub) {
+    let term = consensus.status().term;
+    for order in takeovers.due(leases, term, &consensus.applied(), &hub.now(), Instant::now()) {
         let command = Command { now_unix_ms: unix_ms(), order: Order::TakeOver(order.clone()) };
-        match tell(&command, consensus.propose_in_term(&command, self.term).await) {
-            Proposed::Certain => self.leases.let_go(self.term, order.vm, Instant::now()),
-            Proposed::Unknown => self.unsettled.push(order),
-        }
+        let proposed = tell(&command, consensus.propose_in_term(&command, term).await);
+        takeovers.settled(leases, order, proposed, Instant::now());
     }
-}
-
-/// Is it known what became of a proposal?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Proposed {
-    /// It was applied or refused, or never went into the log.
-    Certain,
-    /// It may yet be applied.
-    Unknown,
 }
 
 async fn propose(consensus: &Consensus, order: Order) {

@@ -3,6 +3,9 @@
 //! A VM qualifies when it should run, its policy is `self-fence`, and its owner is not connected. It goes to the destination of its
 //! move if the source has let go (the disk there is whole then, and perhaps the image), else to a connected worker with a
 //! complete replica. Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
+//!
+//! [`Failovers`] carries this out: a VM that is failed over is held until the outcome is certain; an outcome that stays unknown in
+//! this term is proposed again (it is idempotent).
 
 use std::time::Duration;
 
@@ -10,6 +13,7 @@ use pageport_ownership::{Epoch, Ownership, Policy, Proof};
 use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
+use super::leases::Leases;
 use super::observation::Observations;
 use crate::model::State;
 use crate::model::state::{Life, Power, ReplicaPhase, Vm};
@@ -75,5 +79,59 @@ fn silence(owner: &WorkerName, observations: &Observations, now: Instant) -> Str
             format!("worker \"{owner}\" has been silent for {} s and its lease has run out", silent.as_secs())
         }
         None => format!("worker \"{owner}\" has not reported to this leader and its lease has run out"),
+    }
+}
+
+/// Is it known what became of a proposal?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proposed {
+    /// It was applied or refused, or never went into the log.
+    Certain,
+    /// It may yet be applied.
+    Unknown,
+}
+
+/// Takes VMs over whose leases have run out.
+#[derive(Debug, Default)]
+pub struct Failovers {
+    term: u64,
+    /// Proposed, with an outcome that is not certain yet: their VMs stay held.
+    unsettled: Vec<Order>,
+}
+
+impl Failovers {
+    /// What is to be proposed now, in this term; say of each what became of it ([`Failovers::settled`]).
+    pub fn due(
+        &mut self,
+        leases: &Leases,
+        term: u64,
+        state: &State,
+        observations: &Observations,
+        now: Instant,
+    ) -> Vec<Order> {
+        if term != self.term {
+            // The leases of another term hold nothing.
+            self.unsettled.clear();
+            self.term = term;
+        }
+        let mut due = std::mem::take(&mut self.unsettled);
+        for candidate in failovers(state, observations, now) {
+            let Some(vm) = state.vms.get(&candidate.vm) else { continue };
+            if due.iter().any(|other| other.vm == candidate.vm) {
+                continue;
+            }
+            if let Some(proof) = leases.hold_if_out(term, candidate.vm, vm, &candidate.worker, now) {
+                due.push(candidate.order(proof));
+            }
+        }
+        due
+    }
+
+    /// What became of an order that was due.
+    pub fn settled(&mut self, leases: &Leases, order: Order, proposed: Proposed, now: Instant) {
+        match proposed {
+            Proposed::Certain => leases.let_go(self.term, order.vm, now),
+            Proposed::Unknown => self.unsettled.push(order),
+        }
     }
 }

@@ -43,10 +43,10 @@ struct Book {
 }
 
 impl Leases {
-    /// Nothing granted yet.
-    pub fn new(terms: LeaseTerms) -> Self {
+    /// Nothing granted yet; moments are counted from `now`.
+    pub fn new(terms: LeaseTerms, now: Instant) -> Self {
         let table = LeaseTable::new(0, terms);
-        Self { terms, zero: Instant::now(), book: Mutex::new(Book { term: 0, table }) }
+        Self { terms, zero: now, book: Mutex::new(Book { term: 0, table }) }
     }
 
     fn ms(&self, now: Instant) -> u64 {
@@ -137,7 +137,7 @@ mod tests {
     impl Story {
         fn new() -> Self {
             let worker: WorkerName = "worker-a".parse().unwrap();
-            let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap());
+            let leases = Leases::new(LeaseTerms::new(1000, 0, 100).unwrap(), Instant::now());
             let (zero, vm) = (leases.zero, self_fencing(&worker));
             Self { leases, zero, vm, worker, heir: "worker-b".parse().unwrap(), id: VmId::generate() }
         }

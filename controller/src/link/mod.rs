@@ -10,12 +10,14 @@
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
 //! | [`leases`] | what the leader has granted to whom |
-//! | [`failover`] | which VMs that fence themselves should run elsewhere: a pure function of the same |
+//! | [`answers`] | what workers' questions are answered with |
+//! | [`failover`] | which VMs that fence themselves should run elsewhere |
 //! | [`driver`] | proposes them |
 //! | [`service`] | the gRPC side |
 //!
 //! Everything is level-triggered: a new leader knows all it needs from committed state and the next reports.
 
+pub mod answers;
 pub mod assignment;
 pub mod driver;
 pub mod failover;

@@ -73,9 +73,13 @@ fn registration(state: &State, name: &WorkerName, observed: &Observed) -> Option
 }
 
 fn evidence(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
-    let Ownership::Migrating { from, to, .. } = &vm.ownership else { return vec![] };
+    let witnesses = match &vm.ownership {
+        Ownership::Owned { confirmed: true, .. } => vec![],
+        Ownership::Owned { owner, .. } => vec![owner],
+        Ownership::Migrating { from, to, .. } => vec![from, to],
+    };
     let mut orders = vec![];
-    for worker in [from, to] {
+    for worker in witnesses {
         let record =
             observations.connected(worker, now.instant).and_then(|observed| observed.vm(id)).and_then(record_of);
         for fact in record.iter().flat_map(controller::facts) {
@@ -158,8 +162,9 @@ fn moves(migration: &Migration, observations: &Observations, now: Now) -> Vec<Or
             orders.push(Order::MigrationEnded { id, worker: worker.clone() });
         }
     }
+    // Whichever leader's clock was ahead when the owner changed: only figures can be lost by it.
     if let Phase::Acquired { at_unix_ms, .. } = migration.phase
-        && now.unix_ms.saturating_sub(at_unix_ms) >= RECORD_WITHIN.as_millis() as i64
+        && u128::from(now.unix_ms.abs_diff(at_unix_ms)) >= RECORD_WITHIN.as_millis()
     {
         orders.push(Order::MigrationComplete { id });
     }

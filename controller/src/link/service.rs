@@ -10,23 +10,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_common::tls::worker_name;
-use pageport_ownership::Epoch;
 use pageport_proto::v1;
 use pageport_proto::v1::worker_link_service_server::WorkerLinkService;
-use pageport_proto::{SiteName, VmId, WorkerName};
+use pageport_proto::{SiteName, WorkerName};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::assignment::assignment;
+use super::answers;
+use super::assignment::{Say, Telling};
 use super::leases::Leases;
 use super::observation::{Hub, Observed, is_bounded};
 use crate::api::unix_ms;
 use crate::config::Member;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::State;
-use crate::model::state::Life;
 use crate::peer;
 
 /// Metadata key of the leader's address.
@@ -98,7 +97,7 @@ impl WorkerLinkService for WorkerLink {
         let (metadata, extensions, reports) = request.into_parts();
         let caller = Request::from_parts(metadata, extensions, ());
         let (assignments, stream) = mpsc::channel(QUEUE);
-        let session = Session { link: self.clone(), assignments, seq: unix_ms().unsigned_abs(), last: None };
+        let session = Session { link: self.clone(), assignments, telling: Telling::new(unix_ms().unsigned_abs()) };
         tokio::spawn(session.run(caller, reports));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
@@ -109,22 +108,9 @@ impl WorkerLinkService for WorkerLink {
     ) -> Result<Response<v1::AskAuthorisationResponse>, Status> {
         peer::require(&request, &worker_name(&request.get_ref().worker))?;
         let request = request.into_inner();
-        let worker: WorkerName = parse(&request.worker)?;
-        let id: VmId = parse(&request.vm_id)?;
-        let epoch = Epoch::from_raw(request.epoch);
+        let (worker, id) = (parse(&request.worker)?, parse(&request.vm_id)?);
         let (state, _) = self.read().await?;
-        let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
-        let authorised = vm.filter(|vm| vm.ownership.authorised(&worker) == Some(epoch));
-        Ok(Response::new(v1::AskAuthorisationResponse {
-            nonce: request.nonce,
-            authorised: authorised.is_some(),
-            reason: match (vm, authorised) {
-                (_, Some(_)) => String::new(),
-                (Some(_), None) => format!("worker \"{worker}\" is not to receive vm {id} under epoch {epoch}"),
-                (None, None) => format!("vm {id} is unknown"),
-            },
-            spec: authorised.map(|vm| v1::VmSpec::from(&vm.spec)),
-        }))
+        Ok(Response::new(answers::authorisation(&state, &worker, id, &request)))
     }
 
     async fn renew_lease(
@@ -135,34 +121,16 @@ impl WorkerLinkService for WorkerLink {
         let request = request.into_inner();
         let worker: WorkerName = parse(&request.worker)?;
         let (state, term) = self.read().await?;
-        let grant = self.leases.grant(term, &state, &worker, Instant::now()).ok_or_else(|| self.not_leader())?;
-        Ok(Response::new(v1::RenewLeaseResponse {
-            nonce: request.nonce,
-            lease_ms: grant.lease_ms,
-            vms: grant.vms.iter().map(|(id, own)| v1::LeasedVm { vm_id: id.to_string(), own: own.raw() }).collect(),
-        }))
+        let lease = answers::lease(&self.leases, term, &state, &worker, &request, Instant::now());
+        Ok(Response::new(lease.ok_or_else(|| self.not_leader())?))
     }
 
     async fn ask_grant(&self, request: Request<v1::AskGrantRequest>) -> Result<Response<v1::AskGrantResponse>, Status> {
         peer::require(&request, &worker_name(&request.get_ref().worker))?;
         let request = request.into_inner();
-        let worker: WorkerName = parse(&request.worker)?;
-        let id: VmId = parse(&request.vm_id)?;
+        let (worker, id) = (parse(&request.worker)?, parse(&request.vm_id)?);
         let (state, term) = self.read().await?;
-        let vm = state.vms.get(&id).filter(|vm| vm.life == Life::Defined);
-        let own = vm.and_then(|vm| vm.ownership.grantable(&worker));
-        let own = own.filter(|_| self.leases.grantable(term, id, Instant::now()));
-        Ok(Response::new(v1::AskGrantResponse {
-            nonce: request.nonce,
-            granted: own.is_some(),
-            own: own.unwrap_or_default().raw(),
-            image: vm.and_then(|vm| vm.ownership.inherits(&worker)).unwrap_or_default().raw(),
-            reason: match (vm, own) {
-                (_, Some(_)) => String::new(),
-                (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),
-                (None, None) => format!("vm {id} is unknown"),
-            },
-        }))
+        Ok(Response::new(answers::grant(&self.leases, term, &state, &worker, id, &request, Instant::now())))
     }
 }
 
@@ -170,8 +138,7 @@ impl WorkerLinkService for WorkerLink {
 struct Session {
     link: WorkerLink,
     assignments: mpsc::Sender<Result<v1::WorkerAssignment, Status>>,
-    seq: u64,
-    last: Option<Arc<v1::WorkerAssignment>>,
+    telling: Telling,
 }
 
 impl Session {
@@ -205,7 +172,7 @@ impl Session {
                 }
                 changed = state.changed() => {
                     changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
-                    self.send(worker, Send::IfChanged)?;
+                    self.send(worker, Say::News)?;
                 }
                 changed = status.changed() => {
                     changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
@@ -217,7 +184,7 @@ impl Session {
                     if last_report.elapsed() > IDLE {
                         return Err(silent());
                     }
-                    self.send(worker, Send::Always)?;
+                    self.send(worker, Say::Always)?;
                 }
             }
         }
@@ -230,40 +197,23 @@ impl Session {
         if !is_bounded(&report) {
             return Err(Status::invalid_argument("the report names too many VMs, migrations or seeds"));
         }
-        let assigned = self.last.clone().filter(|last| last.seq == report.assignment_seq);
+        let assigned = self.telling.told(report.assignment_seq);
         let observed = Observed { report: Arc::new(report), at: Instant::now(), at_unix_ms: unix_ms(), assigned };
         self.link.hub.put(worker.clone(), observed).await;
         Ok(())
     }
 
     /// A worker that does not read its assignments gets the newest one once it does.
-    fn send(&mut self, worker: &WorkerName, send: Send) -> Result<(), Status> {
-        let mut now = assignment(&self.link.consensus.applied(), worker);
-        let before = self.last.as_deref();
-        now.term = before.map_or(0, |last| last.term);
-        now.seq = before.map_or(0, |last| last.seq);
-        let changed = before != Some(&now);
-        if !changed && send == Send::IfChanged {
-            return Ok(());
-        }
-        if changed {
-            self.seq += 1;
-            now.seq = self.seq;
-        }
-        now.term = self.link.consensus.status().term;
-        match self.assignments.try_send(Ok(now.clone())) {
-            Ok(()) => self.last = Some(Arc::new(now)),
+    fn send(&mut self, worker: &WorkerName, say: Say) -> Result<(), Status> {
+        let term = self.link.consensus.status().term;
+        let Some(next) = self.telling.next(&self.link.consensus.applied(), worker, term, say) else { return Ok(()) };
+        match self.assignments.try_send(Ok(next.clone())) {
+            Ok(()) => self.telling.sent(next),
             Err(mpsc::error::TrySendError::Full(_)) => {}
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(Status::cancelled("the worker closed the stream")),
         }
         Ok(())
     }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Send {
-    Always,
-    IfChanged,
 }
 
 fn silent() -> Status {

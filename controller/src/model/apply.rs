@@ -213,7 +213,7 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
     }
     let to = Place { site: site.clone(), worker: replica.worker.clone() };
     let Some(ownership) = vm.ownership.order(to.worker.clone()) else {
-        return Err(Rejection::AlreadyThere { name, site });
+        return Err(Rejection::NotConfirmed { name, worker: from_worker });
     };
     let migration = Migration {
         id,
@@ -258,6 +258,9 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
     let Some(vm) = state.vms.get_mut(&vm_id) else { return };
     let Some(next) = vm.ownership.step(evidence) else { return };
     let before = std::mem::replace(&mut vm.ownership, next);
+    if let Ownership::Owned { .. } = before {
+        return;
+    }
     let turn = match (&vm.ownership, evidence.fact) {
         (Ownership::Migrating { .. }, Fact::Refused(_)) => Turn::Refused,
         (Ownership::Migrating { .. }, _) => Turn::Released,

@@ -236,6 +236,14 @@ pub enum Rejection {
         /// The move that is under way.
         id: MigrationId,
     },
+    /// It has just been given to its worker.
+    #[error("vm \"{name}\" was given to worker \"{worker}\", which has not confirmed it yet: try again in a moment")]
+    NotConfirmed {
+        /// The VM.
+        name: String,
+        /// Its owner.
+        worker: WorkerName,
+    },
     /// Only running VMs move.
     #[error("vm \"{name}\" does not run: start it first")]
     NotRunning {

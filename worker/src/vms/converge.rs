@@ -11,10 +11,11 @@
 
 use std::sync::Arc;
 
-use pageport_ownership::{Epoch, Event, Nonce, Owner, Record, needs_grant};
+use pageport_ownership::{Epoch, Event, Nonce, needs_grant};
 use pageport_proto::v1::{AskGrantRequest, StartPolicy, VmAssignment, vm_assignment::Power};
 
 use super::managed::{ManagedVm, VmError};
+use super::plan::{self, Stop};
 use crate::agent::controllers::{ControllerError, Controllers};
 
 /// Why a VM is not where it should be yet.
@@ -59,21 +60,15 @@ pub async fn converge(
             vm.stay_down(wanted.power_seq);
         }
     }
-    let owner = if wanted.owner_worker == me { Owner::Me } else { Owner::Other };
-    let owned = Epoch::from_raw(wanted.owner_epoch);
-    vm.step(Event::Owned { epoch: owned, owner }).await?;
+    for event in plan::ownership(wanted, me) {
+        vm.step(event).await?;
+    }
     if wanted.deleted {
         vm.purge().await?;
         return Ok(Converged::Gone);
     }
-    if wanted.released_epoch != 0 {
-        vm.step(Event::Release(Epoch::from_raw(wanted.released_epoch))).await?;
-    }
-    if wanted.refused_epoch != 0 {
-        vm.step(Event::Refused(Epoch::from_raw(wanted.refused_epoch))).await?;
-    }
     vm.take_power_order(wanted.power_seq);
-    power(vm, wanted, (owner == Owner::Me).then_some(owned), controllers).await?;
+    power(vm, wanted, plan::owned(wanted, me), controllers).await?;
     Ok(Converged::Kept)
 }
 
@@ -83,17 +78,16 @@ async fn power(
     owned: Option<Epoch>,
     controllers: &Controllers,
 ) -> Result<(), ConvergeError> {
-    let run = wanted.power() == Power::Run;
-    if !run {
+    if wanted.power() != Power::Run {
         vm.clear_crash();
     }
     let status = vm.status();
-    match (wanted.power(), status.record) {
-        (Power::Stop, Record::Own { .. }) => vm.ask_to_shut_down().await?,
-        (Power::Kill, Record::Own { .. }) => vm.pull_the_plug().await?,
-        _ => {}
+    match plan::stop(wanted, &status.record) {
+        Some(Stop::Ask) => vm.ask_to_shut_down().await?,
+        Some(Stop::PullThePlug) => vm.pull_the_plug().await?,
+        None => {}
     }
-    let power_on = run && status.halted_under != Some(wanted.power_seq);
+    let power_on = plan::power_on(wanted, status.halted_under);
     if power_on && owned.is_some() {
         vm.resume_what_waits().await?;
     }
@@ -113,15 +107,7 @@ async fn ask_grant(vm: &Arc<ManagedVm>, controllers: &Controllers) -> Result<(),
     vm.step(Event::Asked(Nonce(nonce))).await?;
     let request = AskGrantRequest { worker: controllers.worker().to_owned(), vm_id: vm.id().to_string(), nonce };
     let answer = controllers.ask_grant(request).await?;
-    if !answer.granted {
-        return Err(ConvergeError::Denied { reason: answer.reason });
-    }
-    let own = Epoch::from_raw(answer.own);
-    let nonce = Nonce(answer.nonce);
-    let event = match answer.image {
-        0 => Event::Grant { nonce, own },
-        image => Event::Inherit { nonce, own, image: Epoch::from_raw(image) },
-    };
+    let event = plan::granted(&answer).ok_or(ConvergeError::Denied { reason: answer.reason })?;
     vm.step(event).await?;
     Ok(())
 }

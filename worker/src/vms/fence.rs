@@ -16,7 +16,7 @@ const NANOS_PER_MS: u64 = 1_000_000;
 
 /// One VM's policy and lease.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Fence {
+pub struct Fence {
     policy: Option<Policy>,
     lease: WorkerLease,
 }
@@ -27,10 +27,12 @@ impl Fence {
         Self { policy, lease: WorkerLease::default() }
     }
 
+    /// The policy, once it is known.
     pub fn policy(&self) -> Option<Policy> {
         self.policy
     }
 
+    /// The policy is known, or has changed.
     pub fn set_policy(&mut self, policy: Policy) {
         self.policy = Some(policy);
     }
@@ -45,6 +47,7 @@ impl Fence {
         self.lease.granted(nonce, own, lease_ms);
     }
 
+    /// What is permitted now.
     pub fn standing(&self, now: BootTime) -> Standing {
         let lease = self.lease.valid_at(ceil_ms(now));
         self.policy.map_or(Standing::Unleased, |policy| Standing::of(policy, lease))
@@ -63,7 +66,7 @@ impl Fence {
 }
 
 /// A moment in the milliseconds that the rules count in.
-pub(super) fn deadline(until_ms: u64) -> BootTime {
+pub fn deadline(until_ms: u64) -> BootTime {
     BootTime::from_nanos(until_ms.saturating_mul(NANOS_PER_MS))
 }
 

@@ -2,15 +2,17 @@
 //!
 //! - [`records`]: the durable ownership records.
 //! - [`managed`]: one VM: every change of its record goes through [`ManagedVm::step`], which persists, then acts.
-//! - `fence`: what a VM's policy and the worker's lease permit.
-//! - [`converge`]: from what the controllers want of a VM to steps.
+//! - [`fence`]: what a VM's policy and the worker's lease permit.
+//! - [`plan`]: what the controllers' assignment asks of a VM: pure.
+//! - [`converge`]: does it, step by step.
 //!
 //! Guarantees: a guest runs only under a durable `Own`; whatever ends a hypervisor is noticed and reported; a restarted
 //! worker finds its guests again. Does not move VMs: see `migration`.
 
 pub mod converge;
-mod fence;
+pub mod fence;
 pub mod managed;
+pub mod plan;
 pub mod records;
 
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! [`Config`]: what one run of the model explores, and [`Naive`]: the designs that must fail in it.
 
-use pageport_ownership::{LeaseTerms, Policy};
+use pageport_ownership::{Evidence, Fact, LeaseTerms, Ownership, Policy};
 
 /// A worker's lease, in ticks.
 pub const LEASE: u64 = 1;
@@ -52,6 +52,8 @@ pub enum Naive {
     AuthorisesTheForgetful,
     /// Grants go on while a failover is under way.
     NoHold,
+    /// A move is ordered from a worker that has not acquired the VM yet.
+    OrderUnconfirmed,
 }
 
 /// What is explored.
@@ -116,6 +118,16 @@ impl Config {
     /// Is this left out?
     pub fn is(&self, naive: Naive) -> bool {
         self.naive == Some(naive)
+    }
+
+    /// The register after an order to move the VM to the other worker, if it takes one.
+    pub fn order(&self, register: &Ownership<usize>) -> Option<Ownership<usize>> {
+        let (owner, own) = register.owner();
+        let confirmed = register.step(&Evidence { worker: *owner, fact: Fact::Acquired(own) });
+        match confirmed {
+            Some(confirmed) if self.is(Naive::OrderUnconfirmed) => confirmed.order(1 - *owner),
+            _ => register.order(1 - *owner),
+        }
     }
 
     /// What the leader counts with.

@@ -141,3 +141,9 @@ fn grants_while_a_failover_is_under_way() {
 fn a_boot_under_a_lease_that_is_not_stopped_first() {
     must_fail(Naive::BootsRunning, Fails::TwoRun, faults(SelfFence));
 }
+
+#[test]
+fn a_move_from_an_owner_that_has_not_acquired() {
+    let config = Config { moves: 1, host_crashes: 1, ..faults(KeepRunning) };
+    must_fail(Naive::OrderUnconfirmed, Fails::Stuck, config);
+}

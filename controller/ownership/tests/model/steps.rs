@@ -244,7 +244,7 @@ impl Config {
         }
         match &world.brain {
             Brain::Knows(register) => {
-                if moves < self.moves && matches!(register, Ownership::Owned { .. }) && world.well() {
+                if moves < self.moves && self.order(register).is_some() {
                     steps.push(Step::Order);
                 }
                 if failovers < self.failovers && world.proposal.is_none() {

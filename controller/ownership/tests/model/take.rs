@@ -7,7 +7,7 @@ use pageport_ownership::{
 
 use crate::config::{Config, LEASE, Naive};
 use crate::steps::Step;
-use crate::world::{Brain, HOST_NOW, Life, NONCE, Said, World};
+use crate::world::{confirmed_first, Brain, HOST_NOW, Life, NONCE, Said, World};
 
 impl World {
     /// Takes a step that is possible.
@@ -96,7 +96,7 @@ impl World {
             }
             Step::Order => {
                 if let Brain::Knows(register) = &mut self.brain
-                    && let Some(next) = register.order(1 - *register.owner().0)
+                    && let Some(next) = config.order(register)
                 {
                     *register = next;
                     self.stores = [0, 1].map(|worker: usize| self.hosts[worker].store);
@@ -135,7 +135,7 @@ impl World {
             Step::Restore => self.restore(config),
             Step::ControllersCancel => {
                 if let Brain::Knows(Ownership::Migrating { from, own, epoch, .. }) = self.brain {
-                    let register = Ownership::Owned { owner: from, own, last: epoch, image: None };
+                    let register = Ownership::Owned { owner: from, own, last: epoch, image: None, confirmed: false };
                     self.brain = Brain::Knows(register);
                 }
             }
@@ -245,7 +245,7 @@ impl World {
         self.new_leader(config);
         if config.is(Naive::BelieveBackup) {
             // Made when the VM was defined.
-            self.brain = Brain::Knows(Ownership::first(0));
+            self.brain = Brain::Knows(confirmed_first());
             return;
         }
         self.generation = Generation(self.generation.0 + 1);

@@ -6,8 +6,9 @@
 use std::collections::BTreeSet;
 
 use pageport_ownership::{
+    Evidence, Fact,
     Effect, Epoch, Event, Generation, Guest, LeaseTable, Message, Nonce, Owner, Ownership, Policy, Proof, Record,
-    Recover, Standing, Volatile, WorkerLease, controller::Fact, emits,
+    Recover, Standing, Volatile, WorkerLease, emits,
 };
 
 use crate::config::{Config, LEASE};
@@ -202,6 +203,13 @@ impl Host {
     }
 }
 
+/// A VM whose first owner has it.
+pub fn confirmed_first() -> Ownership<usize> {
+    let first = Ownership::first(0);
+    let (worker, own) = first.owner();
+    first.step(&Evidence { worker: *worker, fact: Fact::Acquired(own) }).unwrap()
+}
+
 impl World {
     /// The VM runs at the first host, and has a replica at the second.
     pub fn start(config: &Config) -> Self {
@@ -219,7 +227,7 @@ impl World {
         }
         let mut world = Self {
             hosts: [owner, other],
-            brain: Brain::Knows(Ownership::first(0)),
+            brain: Brain::Knows(confirmed_first()),
             generation: Generation(0),
             leases,
             stores: [0; 2],
@@ -331,6 +339,7 @@ fn alive(said: &Said, hosts: &[Host; 2], brain: &Brain) -> bool {
         Said::Fact(_, fact) => {
             let (Fact::Revoked(epoch) | Fact::Released(epoch) | Fact::Refused(epoch) | Fact::Acquired(epoch)) = fact;
             match brain {
+                Brain::Knows(Ownership::Owned { own, confirmed: false, .. }) if fact == Fact::Acquired(*own) => true,
                 Brain::Knows(Ownership::Owned { last, .. }) => epoch > *last,
                 Brain::Knows(Ownership::Migrating { epoch: current, .. }) => epoch >= *current,
                 Brain::Recovers(_) => false,
