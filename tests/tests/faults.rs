@@ -8,7 +8,7 @@ mod support;
 use pageport_lab::baseline::qmp::Qmp;
 use pageport_lab::faults::arena::{Arena, VM};
 use pageport_lab::faults::witness::contradictions;
-use pageport_lab::faults::{self, FaultsConfig, Passed};
+use pageport_lab::faults::{self, FaultsConfig, Isolation, Passed};
 use pageport_lab::lab::LabConfig;
 use pageport_lab::lab::guest::{GuestImages, SMALL};
 use pageport_lab::lab::tls::Authority;
@@ -29,6 +29,7 @@ async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_lef
         pairs: faults::short_set(),
         passed: Passed::Again,
         lease: faults::LEASE,
+        lanes: 1,
         seed: 0,
         folder: folder.path().to_owned(),
     };
@@ -60,7 +61,7 @@ async fn two_copies_that_execute_are_seen() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
-    let mut arena = Arena::open(&GuestImages::build(SMALL).unwrap()).await.unwrap();
+    let mut arena = Arena::open(&GuestImages::build(SMALL).unwrap(), Isolation::KeepRunning).await.unwrap();
     arena.seed("b").await.unwrap();
     let hold = arena.lab.failpoints().join("destination.resume.hold");
     std::fs::write(&hold, b"").unwrap();
