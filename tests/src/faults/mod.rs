@@ -177,6 +177,9 @@ pub async fn run(config: &FaultsConfig, tell: impl FnMut(News<'_>) + 'static) ->
     Ok(Outcome { matrix, newest, failed, files: [results.lines(), results.matrix()] })
 }
 
+/// Who is told what goes on.
+type Teller = dyn FnMut(News<'_>);
+
 /// What lanes share.
 struct Run {
     config: FaultsConfig,
@@ -184,7 +187,7 @@ struct Run {
     images: GuestImages,
     of: usize,
     due: RefCell<Vec<Pair>>,
-    tell: RefCell<Box<dyn FnMut(News<'_>)>>,
+    tell: RefCell<Box<Teller>>,
 }
 
 impl Run {
