@@ -129,12 +129,18 @@ fn site(key: &'static str, text: &str) -> Result<SiteName, ConfigError> {
     text.parse().or_else(|error| invalid(key, format!("{error}")))
 }
 
+/// A keeper that is stopped is noticed by the guard half a second after the end of the lease; then the kernel kills.
+const MIN_FENCE_LATENCY_MS: u64 = 1_000;
 /// Workers ask three times within a lease, and an answer may take an election.
 const MIN_LEASE_MS: u64 = 3_000;
 
 fn lease(raw: &RawLease) -> Result<LeaseTerms, ConfigError> {
     if raw.lease_ms < MIN_LEASE_MS {
         return invalid("lease.lease_ms", format!("{} is too short: use {MIN_LEASE_MS} or more", raw.lease_ms));
+    }
+    if raw.fence_latency_ms < MIN_FENCE_LATENCY_MS {
+        let problem = format!("{} is too short: use {MIN_FENCE_LATENCY_MS} or more", raw.fence_latency_ms);
+        return invalid("lease.fence_latency_ms", problem);
     }
     LeaseTerms::new(raw.lease_ms, raw.drift_ppm, raw.fence_latency_ms).or_else(|error| {
         let key = match error {
@@ -219,7 +225,7 @@ mod tests {
             ("id = 3\n", "id = 2\n", "members.id"),
             ("lease_ms = 10000", "lease_ms = 2999", "lease.lease_ms"),
             ("drift_ppm = 10000", "drift_ppm = 1000001", "lease.drift_ppm"),
-            ("fence_latency_ms = 2000", "fence_latency_ms = 0", "lease.fence_latency_ms"),
+            ("fence_latency_ms = 2000", "fence_latency_ms = 999", "lease.fence_latency_ms"),
             ("address = \"192.0.2.3:7400\"", "address = \"192.0.2.3\"", "members.address"),
         ];
         for (good, bad, expected) in cases {

@@ -18,12 +18,13 @@ use tokio::signal::unix::{SignalKind, signal};
 Examples:
   pageport-lab faults                                      the whole matrix, or what is left of it
   pageport-lab faults --only memory --only /kill-leader    all at one point, and one fault at all points
-  pageport-lab faults --only hand-over/cut-both --again    one pair, even if it is passed
-  pageport-lab faults --list                               all pairs, with what is known of them
+  pageport-lab faults --only hand-over/cut-both --again    one case, even if it is passed
+  pageport-lab faults --only //self-fence                  all with a VM that fences itself
+  pageport-lab faults --list                               all cases, with what is known of them
 
-A failed case keeps its daemons' logs: see \"logs\" of its line. Run two at once (with different --only) to save time.")]
+A failed case keeps its daemons' logs: see \"logs\" of its line. Runs with different --only may go on at the same time.")]
 pub struct FaultsCommand {
-    /// POINT, /FAULT or POINT/FAULT; may be given again.
+    /// A case as --list names it, or POINT, /FAULT, //self-fence, //keep-running; may be given again.
     #[arg(long, value_name = "POINT/FAULT")]
     only: Vec<String>,
     /// Say what there is and what is known of it, and run nothing.
@@ -35,6 +36,9 @@ pub struct FaultsCommand {
     /// One JSON object per case on standard output, the sum as the last line; no table.
     #[arg(long)]
     json: bool,
+    /// How many labs work side by side.
+    #[arg(long, default_value_t = faults::LANES)]
+    lanes: usize,
     /// How long a stopped process stays stopped: longer than a lease.
     #[arg(long, value_name = "SECONDS", default_value_t = faults::LEASE.as_secs())]
     lease_seconds: u64,
@@ -52,11 +56,12 @@ impl FaultsCommand {
     /// # Errors
     /// When there can be no matrix, or a case is not passed.
     pub async fn run(self) -> anyhow::Result<()> {
-        let Self { only, list, again, json, lease_seconds, seed, folder } = self;
+        let Self { only, list, again, json, lanes, lease_seconds, seed, folder } = self;
         let config = FaultsConfig {
             pairs: faults::select(&only)?,
             passed: if again { Passed::Again } else { Passed::Skip },
             lease: std::time::Duration::from_secs(lease_seconds),
+            lanes,
             seed,
             folder,
         };
@@ -67,7 +72,7 @@ impl FaultsCommand {
         let (mut hangup, mut terminate) = (signal(SignalKind::hangup())?, signal(SignalKind::terminate())?);
         // Leaving the select drops the run, and with it the lab; what was passed is kept.
         let outcome = tokio::select! {
-            outcome = faults::run(&config, |news| tell(&news, json)) => outcome?,
+            outcome = faults::run(&config, move |news| tell(&news, json)) => outcome?,
             _ = tokio::signal::ctrl_c() => anyhow::bail!("interrupted; the same command goes on from here"),
             _ = hangup.recv() => anyhow::bail!("hung up"),
             _ = terminate.recv() => anyhow::bail!("terminated"),
@@ -84,7 +89,7 @@ impl FaultsCommand {
             let faults::Matrix { cases, passed, pairs, double_running, lost_vms, orphans, .. } = matrix;
             writeln!(
                 out,
-                "{passed} passed of {cases} run, of {pairs} pairs; double running {double_running}, lost VMs {lost_vms}, orphans {orphans}"
+                "{passed} passed of {cases} run, of {pairs} cases; double running {double_running}, lost VMs {lost_vms}, orphans {orphans}"
             )?;
             for file in &outcome.files {
                 writeln!(out, "{}", file.display())?;
@@ -102,7 +107,7 @@ fn list_faults(config: &FaultsConfig, json: bool) -> anyhow::Result<()> {
         let state = known.get(&name).map(|result| if result.passed { "passed" } else { "failed" });
         print_line(&match json {
             true => serde_json::json!({"pair": name, "state": state}).to_string(),
-            false => format!("{name:<40}{}", state.unwrap_or("not run")),
+            false => format!("{name:<50}{}", state.unwrap_or("not run")),
         });
     }
     Ok(())
@@ -120,10 +125,15 @@ fn tell(news: &News<'_>, json: bool) {
         News::Lab => "starting a lab and its guest".to_owned(),
         News::Begins { number, of, pair } => format!("[{number}/{of}] {pair}"),
         News::Ended(result) => {
+            let fenced = if result.fenced { ", ended with its lease or taken over" } else { "" };
             let seconds = result.duration_ms / 1000;
             let complaints: String = result.complaints.iter().map(|complaint| format!("\n    {complaint}")).collect();
-            let end = if result.passed { format!("passed: the move {}", result.outcome) } else { "FAILED".to_owned() };
-            format!("    {end} in {seconds} s{complaints}")
+            let end = if result.passed {
+                format!("passed: the move {}{fenced}", result.outcome)
+            } else {
+                "FAILED".to_owned()
+            };
+            format!("    {}: {end} in {seconds} s{complaints}", result.pair)
         }
     };
     print_line(&line);

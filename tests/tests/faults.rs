@@ -8,7 +8,7 @@ mod support;
 use pageport_lab::baseline::qmp::Qmp;
 use pageport_lab::faults::arena::{Arena, VM};
 use pageport_lab::faults::witness::contradictions;
-use pageport_lab::faults::{self, FaultsConfig, Passed};
+use pageport_lab::faults::{self, FaultsConfig, Isolation, Passed};
 use pageport_lab::lab::LabConfig;
 use pageport_lab::lab::guest::{GuestImages, SMALL};
 use pageport_lab::lab::tls::Authority;
@@ -29,6 +29,7 @@ async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_lef
         pairs: faults::short_set(),
         passed: Passed::Again,
         lease: faults::LEASE,
+        lanes: 1,
         seed: 0,
         folder: folder.path().to_owned(),
     };
@@ -37,6 +38,32 @@ async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_lef
     let matrix = outcome.matrix;
     assert_eq!((matrix.cases, matrix.passed), (config.pairs.len(), config.pairs.len()));
     assert_eq!((matrix.double_running, matrix.lost_vms, matrix.orphans), (0, 0, 0));
+}
+
+/// A move that can go on does: a restarted source calls again and finds no trace of its first call, and a destination asks
+/// until the controllers have a leader.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_struck_at_its_first_call_completes_all_the_same() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["admit/kill-source-worker", "admit/kill-leader"].map(str::to_owned);
+    let config = FaultsConfig {
+        pairs: faults::select(&names).unwrap(),
+        passed: Passed::Again,
+        lease: faults::LEASE,
+        lanes: 1,
+        seed: 0,
+        folder: folder.path().to_owned(),
+    };
+    let outcome = faults::run(&config, |news| eprintln!("{news:?}")).await.unwrap();
+    assert!(outcome.failed.is_empty(), "{:#?}", outcome.failed);
+    for name in names {
+        let result = &outcome.newest[&name];
+        assert_eq!(result.outcome, "completed", "{result:?}");
+    }
 }
 
 /// The matrix is worth as much as its witness: here a guest is made to run twice, behind the back of its dead worker.
@@ -60,7 +87,7 @@ async fn two_copies_that_execute_are_seen() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
-    let mut arena = Arena::open(&GuestImages::build(SMALL).unwrap()).await.unwrap();
+    let mut arena = Arena::open(&GuestImages::build(SMALL).unwrap(), Isolation::KeepRunning).await.unwrap();
     arena.seed("b").await.unwrap();
     let hold = arena.lab.failpoints().join("destination.resume.hold");
     std::fs::write(&hold, b"").unwrap();

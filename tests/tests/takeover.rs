@@ -161,6 +161,58 @@ async fn a_vm_that_fences_itself_ends_with_its_lease_and_then_starts_elsewhere()
     assert_left_behind_and_of_use(&lab).await;
 }
 
+/// Waits until the controllers know whether the worker at `site` is guarded.
+async fn wait_for_guarded(lab: &Lab, site: &str, guarded: bool) {
+    wait_for("the worker's word", || async {
+        let listed = ctl(lab, &["--json", "worker", "list"]).await.unwrap_or_default();
+        let listed: Value = serde_json::from_str(&listed).unwrap_or_default();
+        let is_so = |worker: &Value| worker["site"] == site && worker["guarded"] == guarded;
+        if listed["workers"].as_array().is_some_and(|workers| workers.iter().any(is_so)) {
+            Ok(())
+        } else {
+            Err(listed.to_string())
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_worker_and_keeper_stand_still_is_ended_by_the_guard_and_starts_elsewhere() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let mut lab = begin("self-fence").await;
+    // Where nobody guards it is not brought, and where it runs it goes on.
+    lab.guard("b").kill().unwrap();
+    wait_for_guarded(&lab, "b", false).await;
+    let refused = ctl(&lab, &["migrate", VM, "--to", "b"]).await.unwrap_err();
+    assert!(refused.contains("pageport-guard.service") && refused.lines().count() == 1, "{refused}");
+    lab.guard("b").restart().unwrap();
+    wait_for_guarded(&lab, "b", true).await;
+    let [("a", qemu)] = lab.qemu_pids(VM)[..] else { panic!("{:?}", lab.qemu_pids(VM)) };
+
+    let witness = Witness::of(&lab);
+    let stop =
+        |pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGSTOP).unwrap();
+    stop(lab.keeper_of(qemu).unwrap());
+    lab.worker("a").freeze().unwrap();
+    isolate(&lab, |from, to| Request::Cut { from, to });
+    let taken = wait_for_vm(&lab, "the guest at b", |vm| vm["state"] == "running" && vm["owner_site"] == "b").await;
+    witness.assert_never_two().await;
+    lab.guest("b", GUEST_ADDRESS).await.unwrap();
+    assert_eq!(taken["takeovers"][0]["ground"], "lease_expired", "{taken}");
+    let said = std::fs::read_to_string(lab.guard("a").log()).unwrap();
+    assert!(said.contains("the keeper did nothing") && said.contains(&qemu.to_string()), "{said}");
+
+    let witness = Witness::of(&lab);
+    lab.worker("a").thaw().unwrap();
+    isolate(&lab, |from, to| Request::Heal { from, to });
+    lab.wait_until_ready().await.unwrap();
+    witness.assert_never_two().await;
+    assert_left_behind_and_of_use(&lab).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_keeps_running_is_taken_over_on_an_operators_word_alone() {
     if !netns::available() {

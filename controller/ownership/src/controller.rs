@@ -184,7 +184,9 @@ impl<W: Clone + Eq> Ownership<W> {
 
     /// What a piece of evidence changes; [`None`]: nothing (it is known, stale or about something else).
     pub fn step(&self, evidence: &Evidence<W>) -> Option<Self> {
-        let Self::Migrating { from, to, own, epoch, released, refused, .. } = self else { return self.confirm(evidence) };
+        let Self::Migrating { from, to, own, epoch, released, refused, .. } = self else {
+            return self.confirm(evidence);
+        };
         let by_source = evidence.worker == *from;
         let by_destination = evidence.worker == *to;
         let next = match evidence.fact {

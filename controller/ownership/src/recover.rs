@@ -132,7 +132,13 @@ impl<W: Ord + Clone> Recover<W> {
         if self.seen_elsewhere(owner) > own {
             return self.new_epoch(owner);
         }
-        Recovered::Known(Ownership::Owned { owner: owner.clone(), own, last: self.newest(), image: None, confirmed: false })
+        Recovered::Known(Ownership::Owned {
+            owner: owner.clone(),
+            own,
+            last: self.newest(),
+            image: None,
+            confirmed: false,
+        })
     }
 
     fn released(&self, from: &W, to: Option<&W>, epoch: Epoch) -> Recovered<W> {

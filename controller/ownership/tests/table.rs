@@ -286,7 +286,8 @@ fn a_grant_is_asked_for_when_it_would_change_something() {
 
 #[test]
 fn the_register_follows_each_fact_as_the_protocol_says() {
-    let held = |owner, own, last, confirmed| Ownership::Owned { owner, own: e(own), last: e(last), image: None, confirmed };
+    let held =
+        |owner, own, last, confirmed| Ownership::Owned { owner, own: e(own), last: e(last), image: None, confirmed };
     let owned = |owner, own, last| held(owner, own, last, true);
     let given = |owner, own| held(owner, own, own, false);
     let floor = Epoch::ZERO;

@@ -58,6 +58,16 @@ pub enum ApiError {
         /// The VM.
         name: String,
     },
+    /// A stopped keeper would let the VM outlive its lease there.
+    #[error(
+        "vm \"{name}\" fences itself and worker \"{worker}\" has no guard: start pageport-guard.service on its host (\"pageportctl worker list\" shows who is guarded)"
+    )]
+    NotGuarded {
+        /// The VM.
+        name: String,
+        /// The worker.
+        worker: WorkerName,
+    },
     /// Not an id.
     #[error("{field}: {source}")]
     BadId {
@@ -100,6 +110,7 @@ impl ApiError {
                 Rejection::RequestReused { .. } => Code::InvalidArgument,
                 Rejection::AlreadyThere { .. }
                 | Rejection::AlreadyMigrating { .. }
+                | Rejection::NotConfirmed { .. }
                 | Rejection::NotRunning { .. }
                 | Rejection::StillRunning { .. }
                 | Rejection::NoReplica { .. }
@@ -115,7 +126,9 @@ impl ApiError {
                 Code::InvalidArgument
             }
             Self::SiteUnknown { .. } => Code::NotFound,
-            Self::NoWorker { .. } | Self::WorkerLost { .. } | Self::HolderAnswers { .. } => Code::FailedPrecondition,
+            Self::NoWorker { .. } | Self::WorkerLost { .. } | Self::HolderAnswers { .. } | Self::NotGuarded { .. } => {
+                Code::FailedPrecondition
+            }
             Self::LeaderChanged => Code::Unavailable,
             Self::Consensus(error) => match error {
                 ConsensusError::NotLeader

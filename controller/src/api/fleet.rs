@@ -25,8 +25,15 @@ impl Api {
     async fn set_power(&self, request: &str, vm: &str, power: Power) -> Result<Option<v1::Vm>, ApiError> {
         let request = request_id(request)?;
         let moment = self.read().await?;
-        let (id, _) = moment.vm(vm)?;
-        let (_, after) = self.order(request, ClientOrder::SetPower { vm: id, power }).await?;
+        let (id, vm) = moment.vm(vm)?;
+        let order = ClientOrder::SetPower { vm: id, power };
+        let owner = vm.ownership.owner().0;
+        // An owner that is away is told when it is back: then nobody can say yet.
+        let here = power == Power::Run && moment.observations.connected(owner, moment.now).is_some();
+        if here && self.rehearse(&moment, request, &order)? == Rehearsal::New {
+            moment.must_be_guarded(owner, &vm.spec)?;
+        }
+        let (_, after) = self.order(request, order).await?;
         Ok(vm_of(&after, id))
     }
 
@@ -36,8 +43,11 @@ impl Api {
         let spec = Box::new(Spec::try_from(spec)?);
         let moment = self.read().await?;
         let site = moment.site(&request.site)?;
-        let worker = moment.worker_at(&site)?;
-        let order = ClientOrder::DefineVm { id: VmId::generate(), spec, worker };
+        let worker = moment.worker_at(&site, spec.on_isolation)?;
+        let order = ClientOrder::DefineVm { id: VmId::generate(), spec: spec.clone(), worker: worker.clone() };
+        if self.rehearse(&moment, id, &order)? == Rehearsal::New {
+            moment.must_be_guarded(&worker, &spec)?;
+        }
         let (answer, after) = self.order(id, order).await?;
         match answer {
             Answer::Vm(vm) => Ok(vm_of(&after, vm)),

@@ -44,8 +44,11 @@ impl Api {
         if self.rehearse(&moment, id, &order)? == Rehearsal::New {
             moment.must_run(vm_id, vm)?;
             let to = vm.replicas.get(&site).map(|replica| replica.worker.clone());
-            if let Some(worker) = to.filter(|worker| moment.observations.connected(worker, moment.now).is_none()) {
-                return Err(ApiError::WorkerLost { worker });
+            if let Some(worker) = to {
+                if moment.observations.connected(&worker, moment.now).is_none() {
+                    return Err(ApiError::WorkerLost { worker });
+                }
+                moment.must_be_guarded(&worker, &vm.spec)?;
             }
         }
         let (answer, after) = self.order(id, order).await?;

@@ -27,6 +27,7 @@ pub mod watch;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pageport_ownership::Policy;
 use pageport_proto::v1::VmState;
 use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
@@ -35,7 +36,7 @@ use crate::consensus::Consensus;
 use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
 use crate::model::state::Vm;
-use crate::model::{Answer, Command, Order, Rejection, State, apply};
+use crate::model::{Answer, Command, Order, Rejection, Spec, State, apply};
 use error::ApiError;
 use view::View;
 
@@ -96,16 +97,29 @@ impl Moment {
         })
     }
 
-    /// The connected worker of a site that owns the fewest VMs.
+    /// The connected worker of a site that owns the fewest VMs; for a VM that fences itself a guarded one, if there is one.
     ///
     /// # Errors
     /// [`ApiError::NoWorker`].
-    pub fn worker_at(&self, site: &SiteName) -> Result<WorkerName, ApiError> {
+    pub fn worker_at(&self, site: &SiteName, policy: Policy) -> Result<WorkerName, ApiError> {
+        let unfit = |name: &WorkerName| policy == Policy::SelfFence && !self.observations.guarded(name, self.now);
         let connected = |name: &WorkerName| self.observations.connected(name, self.now).is_some();
         let owned = |name: &WorkerName| self.state.vms.values().filter(|vm| vm.ownership.owner().0 == name).count();
         let here = self.state.workers.iter().filter(|(_, worker)| worker.site == *site).map(|(name, _)| name);
-        let best = here.filter(|name| connected(name)).min_by_key(|name| owned(name));
+        let best = here.filter(|name| connected(name)).min_by_key(|name| (unfit(name), owned(name)));
         best.cloned().ok_or_else(|| ApiError::NoWorker { site: site.clone() })
+    }
+
+    /// Refuses to bring a VM that fences itself to a worker where a keeper that is stopped would let it outlive its lease. One
+    /// that runs there already goes on: a guard that is away does nothing to it, and an end would be worse.
+    ///
+    /// # Errors
+    /// [`ApiError::NotGuarded`].
+    pub fn must_be_guarded(&self, worker: &WorkerName, spec: &Spec) -> Result<(), ApiError> {
+        if spec.on_isolation == Policy::KeepRunning || self.observations.guarded(worker, self.now) {
+            return Ok(());
+        }
+        Err(ApiError::NotGuarded { name: spec.name.clone(), worker: worker.clone() })
     }
 
     /// The worker of a site that can become the VM's owner: one of the two of a move, or the holder of a replica.

@@ -18,7 +18,7 @@ impl Api {
         let site = moment.site(&request.to_site)?;
         let worker = match vm.replicas.get(&site) {
             Some(replica) => replica.worker.clone(),
-            None => moment.worker_at(&site)?,
+            None => moment.worker_at(&site, vm.spec.on_isolation)?,
         };
         let order = ClientOrder::SeedReplica { vm: vm_id, site: site.clone(), worker: worker.clone() };
         if self.rehearse(&moment, id, &order)? == Rehearsal::New {

@@ -60,6 +60,7 @@ impl<'a> View<'a> {
             accelerator: worker.accelerator.clone(),
             last_seen_unix_ms: self.observations.last(name).map_or(0, |observed| observed.at_unix_ms),
             memory_total_bytes: worker.memory_total_bytes,
+            guarded: self.observations.guarded(name, self.now),
         });
         workers.collect()
     }
@@ -83,12 +84,25 @@ impl<'a> View<'a> {
             owner_epoch: own.raw(),
             state: self.vm_state(id, vm).into(),
             desired_running: vm.power == Power::Run,
-            problem: if reported.is_empty() { vm.problem.clone() } else { reported },
+            problem: [reported, self.unguarded(vm), vm.problem.clone()]
+                .into_iter()
+                .find(|problem| !problem.is_empty())
+                .unwrap_or_default(),
             replicas: self.replicas(id, vm),
             migration_id: vm.migration.map(|id| id.to_string()).unwrap_or_default(),
             doubt: self.doubt(vm),
             takeovers: vm.takeovers.iter().map(takeover).collect(),
         }
+    }
+
+    /// What is wrong with where a VM that fences itself is, while that is known.
+    fn unguarded(&self, vm: &Vm) -> String {
+        let owner = vm.ownership.owner().0;
+        let known = self.observations.connected(owner, self.now).is_some();
+        if !known || vm.spec.on_isolation == Policy::KeepRunning || self.observations.guarded(owner, self.now) {
+            return String::new();
+        }
+        format!("it fences itself, and worker \"{owner}\" has no guard: start pageport-guard.service on its host")
     }
 
     /// Why a VM is in doubt, and what would settle it.
@@ -106,7 +120,7 @@ impl<'a> View<'a> {
             format!("{who}, which may run it, {is} not connected")
         };
         let settles = match vm.spec.on_isolation {
-            Policy::SelfFence => "once every lease has run out it is started at a replica",
+            Policy::SelfFence => "once every lease has run out it is started at a replica whose worker is guarded",
             Policy::KeepRunning => "it is started nowhere else until that worker reports, or an operator resolves it",
         };
         format!("{cause}; {settles}")

@@ -21,9 +21,9 @@ use raft::eraftpb::{Entry, EntryType, Message};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
 use tokio::sync::oneshot;
 
+use super::disk::Disk;
 use super::pending::{Proposals, Reads};
 use super::snapshot::{self, SnapshotError};
-use super::disk::Disk;
 use super::storage::{LogError, LogStorage, Place};
 use super::{ConsensusError, Delivered, Input, Status, log};
 use crate::model::{Command, Outcome, State, apply};

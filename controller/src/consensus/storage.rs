@@ -116,15 +116,8 @@ impl<D: Disk> LogStorage<D> {
         }
         let voters = ConfState { voters, ..ConfState::default() };
         let place = Place { index: snapshot.index, term: snapshot.term };
-        let mut storage = Self {
-            disk,
-            hard,
-            voters,
-            truncated,
-            entries,
-            snapshot: place,
-            snapshot_wanted: Cell::new(false),
-        };
+        let mut storage =
+            Self { disk, hard, voters, truncated, entries, snapshot: place, snapshot_wanted: Cell::new(false) };
         if storage.last().index < place.index {
             storage.reset_log(place)?;
         }

@@ -2,7 +2,8 @@
 //!
 //! A VM qualifies when it should run, its policy is `self-fence`, and its owner is not connected. It goes to the destination of its
 //! move if the source has let go (the disk there is whole then, and perhaps the image), else to a connected worker with a
-//! complete replica. Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
+//! complete replica. Either must be guarded: where it is not, a stopped keeper would let the VM outlive the next lease, so it waits
+//! (or an operator decides). Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
 //!
 //! [`Failovers`] carries this out: a VM that is failed over is held until the outcome is certain; an outcome that stays unknown in
 //! this term is proposed again (it is idempotent).
@@ -57,18 +58,18 @@ fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: 
         return None;
     }
     // A destination that answers settles its move by its record, unless only the source could.
-    let (site, worker) = heir(state, vm, &answers)?;
+    let (site, worker) = heir(state, vm, &|worker| observations.guarded(worker, now))?;
     Some(Candidate { vm: id, site, worker, last: vm.ownership.last(), seen: silence(owner, observations, now) })
 }
 
-fn heir(state: &State, vm: &Vm, answers: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
+fn heir(state: &State, vm: &Vm, is_fit: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
     if let Ownership::Migrating { to, released: true, refused: false, .. } = &vm.ownership
-        && answers(to)
+        && is_fit(to)
     {
         return Some((state.site_of(to)?.clone(), to.clone()));
     }
     let complete = vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeded);
-    complete.map(|(site, replica)| (site.clone(), replica.worker.clone())).find(|(_, worker)| answers(worker))
+    complete.map(|(site, replica)| (site.clone(), replica.worker.clone())).find(|(_, worker)| is_fit(worker))
 }
 
 fn silence(owner: &WorkerName, observations: &Observations, now: Instant) -> String {
@@ -133,5 +134,55 @@ impl Failovers {
             Proposed::Certain => leases.let_go(self.term, order.vm, now),
             Proposed::Unknown => self.unsettled.push(order),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use pageport_proto::v1;
+
+    use super::*;
+    use crate::link::observation::Observed;
+    use crate::model::Spec;
+    use crate::model::spec::tests::sample;
+    use crate::model::state::Replica;
+
+    fn says(name: &str, guarded: bool, at: Instant) -> (WorkerName, Observed) {
+        let report = v1::WorkerReport { worker: name.into(), guarded, ..v1::WorkerReport::default() };
+        (name.parse().unwrap(), Observed { report: Arc::new(report), at, at_unix_ms: 0, assigned: None })
+    }
+
+    /// A VM that fences itself runs at worker-a, which is silent; two others hold a complete replica.
+    fn state() -> State {
+        let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
+        let owner = Ownership::first("worker-a".parse().unwrap());
+        let mut vm = Vm::new(Spec::try_from(spec).unwrap(), owner, Power::Run);
+        for (site, worker) in [("b", "worker-b"), ("c", "worker-c")] {
+            let replica = Replica { worker: worker.parse().unwrap(), seed_seq: 1, phase: ReplicaPhase::Seeded };
+            vm.replicas.insert(site.parse().unwrap(), replica);
+        }
+        State { vms: [(VmId::generate(), vm)].into(), ..State::default() }
+    }
+
+    #[test]
+    fn a_vm_is_taken_over_where_keepers_are_guarded_and_waits_while_they_are_nowhere() {
+        let (state, now) = (state(), Instant::now());
+        let heirs = |reports: &[(&str, bool)]| {
+            let mut observations = Observations::default();
+            for (name, guarded) in reports {
+                let (name, observed) = says(name, *guarded, now);
+                observations.put(name, observed);
+            }
+            let found = failovers(&state, &observations, now);
+            found.into_iter().map(|candidate| candidate.worker.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(heirs(&[("worker-b", true), ("worker-c", true)]), ["worker-b"]);
+        assert_eq!(heirs(&[("worker-b", false), ("worker-c", true)]), ["worker-c"]);
+        assert!(heirs(&[("worker-b", false), ("worker-c", false)]).is_empty());
+        // Its owner answers: guarded or not, the VM stays there.
+        assert!(heirs(&[("worker-a", false), ("worker-b", true)]).is_empty());
     }
 }

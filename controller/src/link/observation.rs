@@ -56,6 +56,11 @@ impl Observations {
         self.workers.get(worker).filter(|observed| now.saturating_duration_since(observed.at) < CONNECTED_FOR)
     }
 
+    /// Does a guard watch a worker's keepers, by its recent words? Only then may VMs that fence themselves be brought there.
+    pub fn guarded(&self, worker: &WorkerName, now: Instant) -> bool {
+        self.connected(worker, now).is_some_and(|observed| observed.report.guarded)
+    }
+
     /// A worker's last words, however old.
     pub fn last(&self, worker: &WorkerName) -> Option<&Observed> {
         self.workers.get(worker)

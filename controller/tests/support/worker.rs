@@ -31,6 +31,8 @@ pub struct Board {
     pub crash: Option<String>,
     /// Sources report no figures.
     pub no_record: bool,
+    /// A guard watches the workers' keepers.
+    pub guarded: bool,
     /// How often each VM was set running, and by whom.
     pub runs: Vec<(String, String)>,
 }
@@ -322,6 +324,7 @@ impl Worker {
             migrations: self.migrations.values().cloned().collect(),
             seeds: self.seeds.clone(),
             assignment_seq: self.seq,
+            guarded: self.board.lock().unwrap().guarded,
             ..v1::WorkerReport::default()
         }
     }

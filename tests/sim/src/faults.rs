@@ -53,7 +53,8 @@ impl Faults {
 
     fn strike(&self) {
         let world = &self.world;
-        let (Some(machine), Some(host)) = (world.pick(&self.machines).cloned(), world.pick(&self.hosts).cloned()) else {
+        let (Some(machine), Some(host)) = (world.pick(&self.machines).cloned(), world.pick(&self.hosts).cloned())
+        else {
             return;
         };
         match world.between(0, 9) {

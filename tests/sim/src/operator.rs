@@ -100,7 +100,8 @@ impl Operator {
 
     async fn define(&self, number: u64) {
         let (Some(id), Some(host)) = (self.id::<VmId>(), self.world.pick(&self.hosts)) else { return };
-        let policy = if self.world.one_in(2) { v1::IsolationPolicy::SelfFence } else { v1::IsolationPolicy::KeepRunning };
+        let policy =
+            if self.world.one_in(2) { v1::IsolationPolicy::SelfFence } else { v1::IsolationPolicy::KeepRunning };
         let spec = v1::VmSpec {
             name: format!("vm-{number}"),
             memory_bytes: MEMORY_BYTES,

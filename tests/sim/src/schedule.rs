@@ -159,12 +159,7 @@ fn moves(state: Option<&State>) -> (usize, usize) {
 }
 
 /// Runs until things are as they should be, or for as long as they may take; then that is judged.
-fn settle(
-    world: &Rc<World>,
-    machines: &[Rc<Machine>],
-    hosts: &[Rc<Host>],
-    from_us: u64,
-) -> Option<Arc<State>> {
+fn settle(world: &Rc<World>, machines: &[Rc<Machine>], hosts: &[Rc<Host>], from_us: u64) -> Option<Arc<State>> {
     let mut at_us = from_us;
     loop {
         at_us += LOOK_US;

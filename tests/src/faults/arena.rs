@@ -10,6 +10,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use super::error::{FaultsError, chain};
+use super::plan::Isolation;
 use super::sniffer::Sniffer;
 use crate::lab::guest::client::GuestClient;
 use crate::lab::guest::{GUEST_ADDRESS, GuestImages, SMALL};
@@ -21,6 +22,8 @@ use crate::wan::link::Shape;
 pub const VM: &str = "web";
 /// Between two heartbeats, and so the shortest double run that is seen for sure.
 pub const HEARTBEAT: Duration = Duration::from_millis(20);
+/// A fault lasts for longer than this, and for what the controllers add to it.
+const LEASE_MS: u32 = 4_000;
 const SEED_RATE_BPS: u64 = 1_000_000_000;
 const SEED_DEADLINE: Duration = Duration::from_secs(120);
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -34,21 +37,25 @@ pub struct Arena {
     pub lab: Lab,
     /// Who sees heartbeats.
     pub sniffer: Sniffer,
+    /// What its guest does when it is cut off.
+    pub isolation: Isolation,
 }
 
 impl Arena {
-    /// Starts a lab, boots the guest at a and seeds b.
+    /// Starts a lab and boots a guest of this policy at a.
     ///
     /// # Errors
     /// When a part of it does not start.
-    pub async fn open(images: &GuestImages) -> Result<Self, FaultsError> {
+    pub async fn open(images: &GuestImages, isolation: Isolation) -> Result<Self, FaultsError> {
         // Software emulation everywhere: the same on every machine, and a restarted worker need not try anything.
         let accelerator = "tcg".to_owned();
-        let lab = Lab::start(LabConfig { failpoints: Failpoints::On, accelerator, ..LabConfig::default() }).await?;
+        let config = LabConfig { failpoints: Failpoints::On, accelerator, lease_ms: LEASE_MS, ..LabConfig::default() };
+        let lab = Lab::start(config).await?;
         let words = format!("pageport.heartbeat=10.88.255.255,{}", HEARTBEAT.as_millis());
         let file = VmFile::telling(&lab, VM, images, SMALL, &words)?;
+        file.add(&format!("on_isolation: {}", isolation.name()))?;
         let sniffer = Sniffer::start(lab.network());
-        let arena = Self { lab, sniffer };
+        let arena = Self { lab, sniffer, isolation };
         arena.lab.ctl(["vm", "define", "-f", file.path(), "--site", "a"]).await?;
         arena.lab.ctl(["vm", "start", VM]).await?;
         arena.guest("a").await?;

@@ -23,7 +23,7 @@ use crate::wan::control::Request;
 
 /// How long a killed daemon is away.
 const AWAY: Duration = Duration::from_secs(2);
-/// How long a link is cut: longer than a silent connection lives.
+/// How long a link is cut: longer than a silent connection lives, and than a lease.
 const CUT: Duration = Duration::from_secs(12);
 const REACH_LIMIT: Duration = Duration::from_secs(60);
 const HYPERVISOR_LIMIT: Duration = Duration::from_secs(30);
@@ -43,6 +43,31 @@ pub struct Struck {
     pub leader: String,
     /// What the guest was.
     pub before: Before,
+    /// What had been said of leases and takeovers until then.
+    pub before_leases: Leases,
+}
+
+/// What has become of leases, counted: a case is judged by what was added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leases {
+    /// Guests that their keepers, or guards, ended.
+    pub expired: usize,
+    /// The epoch of the newest takeover; 0 if there was none.
+    pub takeover_epoch: u64,
+}
+
+impl Leases {
+    /// As the workers' logs and the VM show it.
+    #[must_use]
+    pub fn of(arena: &Arena, vm: &serde_json::Value) -> Self {
+        let expired = SITES.iter().map(|site| {
+            let log = fs::read(arena.logs().join(format!("worker-{site}.log"))).unwrap_or_default();
+            String::from_utf8_lossy(&log).matches("cause=LeaseExpired").count()
+        });
+        let takeovers = vm["takeovers"].as_array().into_iter().flatten();
+        let newest = takeovers.filter_map(|takeover| takeover["epoch"].as_u64()).max();
+        Self { expired: expired.sum(), takeover_epoch: newest.unwrap_or_default() }
+    }
 }
 
 impl Struck {
@@ -59,7 +84,8 @@ impl Struck {
     #[must_use]
     pub fn killed_hypervisor(&self) -> Option<&str> {
         match self.pair.fault {
-            Fault::Kill(Target::Hypervisor(side)) => Some(self.site(side)),
+            // It does not outlive its keeper.
+            Fault::Kill(Target::Hypervisor(side) | Target::Keeper(side)) => Some(self.site(side)),
             _ => None,
         }
     }
@@ -74,6 +100,7 @@ pub async fn strike(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<St
     let source = vm["owner_site"].as_str().unwrap_or_default().to_owned();
     let destination = if source == "a" { "b" } else { "a" }.to_owned();
     arena.seed(&destination).await?;
+    let before_leases = Leases::of(arena, &vm);
     let before = loads::begin(&mut arena.guest(&source).await?, SMALL).await?;
 
     let folder = arena.lab.failpoints();
@@ -88,7 +115,7 @@ pub async fn strike(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<St
     let migration = ordered["id"].as_str().map(str::to_owned);
     let migration =
         migration.ok_or_else(|| FaultsError::Answer { what: "the move's id", answer: ordered.to_string() })?;
-    let struck = Struck { pair, migration, source, destination, leader, before };
+    let struck = Struck { pair, migration, source, destination, leader, before, before_leases };
     wait_for(&format!("the move to reach {}", pair.point.name()), REACH_LIMIT, async || {
         if reached.exists() { Ok(()) } else { Err(format!("there is no {}", reached.display())) }
     })
@@ -136,7 +163,7 @@ async fn apply(arena: &mut Arena, struck: &Struck) -> Result<Healing, FaultsErro
     let daemon = |target| match target {
         Target::Worker(side) => Some(Daemon::Worker(struck.site(side).to_owned())),
         Target::Leader => Some(Daemon::Controller(struck.leader.clone())),
-        Target::Hypervisor(_) => None,
+        Target::Hypervisor(_) | Target::Keeper(_) => None,
     };
     match struck.pair.fault {
         Fault::Kill(Target::Hypervisor(side)) => {
@@ -145,6 +172,15 @@ async fn apply(arena: &mut Arena, struck: &Struck) -> Result<Healing, FaultsErro
         }
         Fault::Stop(Target::Hypervisor(side)) => {
             let pid = hypervisor(arena, struck.site(side)).await?;
+            signal(pid, Signal::SIGSTOP)?;
+            Ok(Healing::Continue(pid))
+        }
+        Fault::Kill(Target::Keeper(side)) => {
+            signal(keeper(arena, struck.site(side)).await?, Signal::SIGKILL)?;
+            Ok(Healing::Nothing)
+        }
+        Fault::Stop(Target::Keeper(side)) => {
+            let pid = keeper(arena, struck.site(side)).await?;
             signal(pid, Signal::SIGSTOP)?;
             Ok(Healing::Continue(pid))
         }
@@ -202,6 +238,13 @@ async fn hypervisor(arena: &Arena, site: &str) -> Result<i32, FaultsError> {
         pids.iter().find(|(at, _)| *at == site).map(|(_, pid)| *pid).ok_or_else(|| format!("{pids:?} of {SITES:?}"))
     })
     .await
+}
+
+/// The parent of that QEMU.
+async fn keeper(arena: &Arena, site: &str) -> Result<i32, FaultsError> {
+    let qemu = hypervisor(arena, site).await?;
+    let missing = || FaultsError::Answer { what: "a keeper", answer: format!("the parent of process {qemu}") };
+    arena.lab.keeper_of(qemu).ok_or_else(missing)
 }
 
 /// One that has ended meanwhile needs no signal.

@@ -84,11 +84,14 @@ pub enum FaultsError {
         answer: String,
     },
     /// Nothing is meant.
-    #[error("no pair is meant by \"{pattern}\": see --list")]
+    #[error("no case is meant by \"{pattern}\": see --list")]
     NoSuchPair {
         /// The pattern.
         pattern: String,
     },
+    /// A lane ended by itself.
+    #[error("run cases side by side")]
+    Lane(#[source] tokio::task::JoinError),
     /// Without namespaces.
     #[error("run the matrix: it needs network namespaces (root and /dev/net/tun)")]
     NoNamespaces,

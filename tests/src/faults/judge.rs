@@ -8,18 +8,23 @@
 //! | is it the guest that it was? | itself: boot id, uptime, digests of memory and files, its loads |
 //! | is anything left? | processes, network devices, sockets and files of all sites: see [`super::leftovers`] |
 //!
-//! The VM may have crashed only if the QEMU that was killed ran at its owner; then it must boot again there, from its disk.
+//! The VM may have crashed only if the QEMU that was killed (or whose keeper was) ran at its owner; then it must boot again there, from
+//! its disk. A VM that fences itself may also have been ended with its lease, if a keeper says so or the controllers gave it to
+//! another worker; then it must run again by itself, once, where the controllers say. What it had written is asked for at its own
+//! disk only: one that was taken over boots from what its replica held.
 
 use std::time::Duration;
 
 use serde_json::Value;
 
 use super::arena::{Arena, VM, seen, wait_for};
-use super::case::Struck;
+use super::case::{Leases, Struck};
 use super::error::{FaultsError, chain};
 use super::leftovers;
+use super::plan::Isolation;
 use super::witness::contradictions;
 use crate::demo::loads;
+use crate::lab::settings::worker_name;
 
 /// After healing the move must end by then.
 const END_LIMIT: Duration = Duration::from_secs(90);
@@ -40,6 +45,8 @@ pub struct Verdict {
     pub owner: String,
     /// It crashed, and was booted again.
     pub crashed: bool,
+    /// It was ended with its lease, or taken over, and runs again.
+    pub fenced: bool,
     /// Two copies executed.
     pub double_running: bool,
     /// It runs nowhere, or is not what it was.
@@ -102,11 +109,19 @@ async fn guest(arena: &Arena, struck: &Struck, verdict: &mut Verdict) -> Result<
     .await?;
     verdict.owner = text(&vm["owner_site"]);
     verdict.crashed = vm["state"] == "crashed";
+    let leases = Leases::of(arena, &vm);
+    let taken_over = leases.takeover_epoch > struck.before_leases.takeover_epoch;
     let truth = match &*verdict.outcome {
         "completed" => &struck.destination,
         _ => &struck.source,
     };
-    if verdict.owner != *truth && !verdict.outcome.is_empty() {
+    if taken_over {
+        let heir =
+            vm["takeovers"].as_array().and_then(|takeovers| takeovers.last()).map(|last| text(&last["to_worker"]));
+        if heir.as_deref() != Some(worker_name(&verdict.owner).as_str()) {
+            verdict.complaints.push(format!("the vm was taken over by {heir:?}, but its owner is {}", verdict.owner));
+        }
+    } else if verdict.owner != *truth && !verdict.outcome.is_empty() {
         verdict.complaints.push(format!("the move {}, but the vm's owner is {}", verdict.outcome, verdict.owner));
     }
     let owners_was_killed = struck.killed_hypervisor() == Some(&verdict.owner);
@@ -127,6 +142,16 @@ async fn guest(arena: &Arena, struck: &Struck, verdict: &mut Verdict) -> Result<
             verdict.complaints.push("the vm crashed, but nothing says why".to_owned());
         }
         return boot_again(arena, struck, &owner, verdict).await;
+    }
+    let may_be_fenced = struck.pair.isolation == Isolation::SelfFence;
+    if may_be_fenced && !still_the_same(arena, struck, &owner).await {
+        verdict.fenced = true;
+        let why = Why { lease_ran_out: leases.expired > struck.before_leases.expired, taken_over };
+        return boots_by_itself(arena, struck, &owner, why, verdict).await;
+    }
+    verdict.fenced = taken_over;
+    if taken_over && !may_be_fenced {
+        verdict.complaints.push("the vm was taken over, though it keeps running".to_owned());
     }
     let mut guest = arena.guest(&owner).await?;
     let checks = loads::compare(&mut guest, &struck.before, None).await?;
@@ -163,6 +188,32 @@ async fn boot_again(arena: &Arena, struck: &Struck, owner: &str, verdict: &mut V
         if vm["state"] == "running" && vm["owner_site"] == owner { Ok(()) } else { Err(brief(&vm)) }
     })
     .await?;
+    beats_at(arena, owner).await
+}
+
+/// Why a VM that fences itself is not the guest that it was.
+struct Why {
+    lease_ran_out: bool,
+    taken_over: bool,
+}
+
+async fn boots_by_itself(
+    arena: &Arena,
+    struck: &Struck,
+    owner: &str,
+    why: Why,
+    verdict: &mut Verdict,
+) -> Result<(), FaultsError> {
+    if !why.taken_over && !why.lease_ran_out {
+        verdict.lost_vm = true;
+        verdict.complaints.push("the guest was booted anew, though no lease of it ran out".to_owned());
+    }
+    let mut guest = arena.guest(owner).await?;
+    // A replica holds what was synchronised.
+    if !why.taken_over && !loads::files_equal(&mut guest, &struck.before).await? {
+        verdict.lost_vm = true;
+        verdict.complaints.push("after its lease ran out the files are not what they were".to_owned());
+    }
     beats_at(arena, owner).await
 }
 

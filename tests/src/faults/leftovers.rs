@@ -2,7 +2,7 @@
 //!
 //! | | at the VM's owner | elsewhere |
 //! |---|---|---|
-//! | processes | controller, worker, one QEMU of the VM and its keeper | controller, worker |
+//! | processes | controller, worker, guard, one QEMU of the VM and its keeper | controller, worker, guard |
 //! | tap devices of guests | one | none |
 //! | the VM's runtime folder | what QEMU that runs needs | nothing but QEMU's last words |
 //! | the worker's data folder | store, replicas | store, replicas |
@@ -34,10 +34,11 @@ fn find_at(lab: &Lab, vm: &str, site: &str, owns: bool) -> Vec<String> {
     let runtime = lab.runtime().join(site);
     for path in files_below(&runtime) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let expected = match owns {
-            true => ["qmp.sock", "console.sock", "pid", "taps", "deadline", "qemu.log"].contains(&&*name),
-            false => name == "qemu.log",
-        };
+        let expected = path == runtime.join("guard")
+            || match owns {
+                true => ["qmp.sock", "console.sock", "pid", "taps", "deadline", "qemu.log"].contains(&&*name),
+                false => name == "qemu.log",
+            };
         if !expected {
             found.push(path.display().to_string());
         }
@@ -53,7 +54,8 @@ fn processes(lab: &Lab, site: &str, owns: bool) -> Vec<String> {
     let programs = lab.programs(site);
     let allowed = |program: &str| match program {
         "pageport-controller" | "pageport-worker" => 1,
-        "pageport-keeper" => usize::from(owns),
+        // The guard is the same program.
+        "pageport-keeper" => 1 + usize::from(owns),
         program if program.starts_with("qemu-system-") => usize::from(owns),
         _ => 0,
     };

@@ -6,20 +6,23 @@
 //! ```
 //! | file | what |
 //! |---|---|
-//! | `plan` | points, faults, pairs |
+//! | `plan` | points, faults, policies, cases |
 //! | `arena`, `case` | the lab and its guest; one fault at one point |
 //! | `sniffer`, `witness` | heartbeats at QEMU's network devices, and what follows from them |
 //! | `judge`, `leftovers` | what must hold after healing |
 //! | `results`, `table` | what is kept, and shown |
 //!
-//! After a case that is not passed the lab is taken down, its logs are kept, and a new one is started. Needs namespaces.
+//! Cases run in lanes, each with a lab of its own. After a case that is not passed its lab is taken down, its logs are kept, and a new one is started. Needs namespaces.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
+use tokio::task::{JoinSet, LocalSet};
 
 pub mod arena;
 mod case;
@@ -34,7 +37,7 @@ pub mod witness;
 
 pub use arena::HEARTBEAT;
 pub use error::{FaultsError, chain};
-pub use plan::{Pair, matrix, short_set};
+pub use plan::{Isolation, Pair, matrix, short_set};
 pub use results::{CaseResult, Matrix};
 pub use table::{LEGEND, render};
 
@@ -43,8 +46,11 @@ use arena::Arena;
 use judge::Verdict;
 use results::{Results, unix_ms};
 
-/// How long a stopped process stays stopped: longer than a lease.
-pub const LEASE: Duration = Duration::from_secs(20);
+/// How long a stopped process stays stopped: longer than a silent connection lives, and than a lease with all that the controllers
+/// add to it.
+pub const LEASE: Duration = Duration::from_secs(12);
+/// Labs that work side by side: one has its cores to itself for most of a case, which is waiting.
+pub const LANES: usize = 2;
 
 /// Whether what is passed already is run again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +70,8 @@ pub struct FaultsConfig {
     pub passed: Passed,
     /// How long a stopped process stays stopped.
     pub lease: Duration,
+    /// How many labs work side by side.
+    pub lanes: usize,
     /// What the order is drawn from; 0 is the order of the table.
     pub seed: u64,
     /// Where results go.
@@ -124,11 +132,11 @@ pub fn known(folder: &std::path::Path) -> Result<std::collections::BTreeMap<Stri
     Ok(Results::open(folder)?.newest())
 }
 
-/// Runs the pairs one after the other.
+/// Runs the cases, in as many lanes as there are to be: each has a lab of its own and takes the next case that is due.
 ///
 /// # Errors
 /// When there can be no lab, or results cannot be kept. A case that is not passed is no error.
-pub async fn run(config: &FaultsConfig, mut tell: impl FnMut(News<'_>)) -> Result<Outcome, FaultsError> {
+pub async fn run(config: &FaultsConfig, tell: impl FnMut(News<'_>) + 'static) -> Result<Outcome, FaultsError> {
     if !crate::netns::available() {
         return Err(FaultsError::NoNamespaces);
     }
@@ -141,28 +149,81 @@ pub async fn run(config: &FaultsConfig, mut tell: impl FnMut(News<'_>)) -> Resul
     if config.seed != 0 {
         due.shuffle(&mut StdRng::seed_from_u64(config.seed));
     }
-    let images = GuestImages::build(SMALL)?;
-    let mut arena: Option<Arena> = None;
-    for (number, pair) in (1..).zip(&due) {
-        let mut ready = match arena.take() {
-            Some(arena) => arena,
-            None => {
-                tell(News::Lab);
-                Arena::open(&images).await?
-            }
-        };
-        tell(News::Begins { number, of: due.len(), pair: *pair });
-        let result = run_case(&mut ready, *pair, config, results.commit()).await;
-        results.append(&result)?;
-        tell(News::Ended(&result));
-        if result.passed {
-            arena = Some(ready);
-        }
+    let run = Rc::new(Run {
+        config: config.clone(),
+        results,
+        images: GuestImages::build(SMALL)?,
+        of: due.len(),
+        due: RefCell::new(due),
+        tell: RefCell::new(Box::new(tell)),
+    });
+    // Leaving this drops the lanes, and with them their labs.
+    let mut lanes = JoinSet::new();
+    let all = LocalSet::new();
+    for _ in 0..config.lanes.clamp(1, run.of.max(1)) {
+        lanes.spawn_local_on(lane(Rc::clone(&run)), &all);
     }
+    let ended = async {
+        while let Some(lane) = lanes.join_next().await {
+            lane.map_err(FaultsError::Lane)??;
+        }
+        Ok::<_, FaultsError>(())
+    };
+    all.run_until(ended).await?;
+    let results = &run.results;
     let (newest, matrix) = (results.newest(), results.sum_up(&plan::matrix())?);
     let ours = config.pairs.iter().filter_map(|pair| newest.get(&pair.to_string()));
     let failed = ours.filter(|result| !result.passed).cloned().collect();
     Ok(Outcome { matrix, newest, failed, files: [results.lines(), results.matrix()] })
+}
+
+/// Who is told what goes on.
+type Teller = dyn FnMut(News<'_>);
+
+/// What lanes share.
+struct Run {
+    config: FaultsConfig,
+    results: Results,
+    images: GuestImages,
+    of: usize,
+    due: RefCell<Vec<Pair>>,
+    tell: RefCell<Box<Teller>>,
+}
+
+impl Run {
+    /// The next case and its number, preferably one for the guest that is there.
+    fn next(&self, isolation: Option<Isolation>) -> Option<(usize, Pair)> {
+        let mut due = self.due.borrow_mut();
+        let fits = |pair: &Pair| isolation.is_none_or(|isolation| pair.isolation == isolation);
+        let index = due.iter().position(fits).or((!due.is_empty()).then_some(0))?;
+        let pair = due.remove(index);
+        Some((self.of - due.len(), pair))
+    }
+
+    fn tell(&self, news: News<'_>) {
+        (self.tell.borrow_mut())(news);
+    }
+}
+
+async fn lane(run: Rc<Run>) -> Result<(), FaultsError> {
+    let mut arena: Option<Arena> = None;
+    while let Some((number, pair)) = run.next(arena.as_ref().map(|arena| arena.isolation)) {
+        let mut ready = match arena.take().filter(|arena| arena.isolation == pair.isolation) {
+            Some(arena) => arena,
+            None => {
+                run.tell(News::Lab);
+                Arena::open(&run.images, pair.isolation).await?
+            }
+        };
+        run.tell(News::Begins { number, of: run.of, pair });
+        let result = run_case(&mut ready, pair, &run.config, run.results.commit()).await;
+        run.results.append(&result)?;
+        run.tell(News::Ended(&result));
+        if result.passed {
+            arena = Some(ready);
+        }
+    }
+    Ok(())
 }
 
 async fn run_case(arena: &mut Arena, pair: Pair, config: &FaultsConfig, commit: &str) -> CaseResult {
@@ -188,6 +249,7 @@ async fn run_case(arena: &mut Arena, pair: Pair, config: &FaultsConfig, commit: 
         owner: verdict.owner,
         leader,
         crashed: verdict.crashed,
+        fenced: verdict.fenced,
         double_running: verdict.double_running,
         lost_vm: verdict.lost_vm,
         orphans: verdict.orphans,

@@ -1,4 +1,4 @@
-//! What the matrix is made of: points of a move, faults, and the pairs of them that can be.
+//! What the matrix is made of: points of a move, faults, what the VM does when it is cut off, and the cases of them that can be.
 //!
 //! | point | side | the guest | what holds there |
 //! |---|---|---|---|
@@ -105,6 +105,8 @@ pub enum Target {
     Worker(Side),
     /// The VM's QEMU at a side.
     Hypervisor(Side),
+    /// The keeper of that QEMU.
+    Keeper(Side),
     /// The controller that leads.
     Leader,
 }
@@ -114,6 +116,7 @@ impl Target {
         match self {
             Self::Worker(side) => format!("{}-worker", side.name()),
             Self::Hypervisor(side) => format!("{}-qemu", side.name()),
+            Self::Keeper(side) => format!("{}-keeper", side.name()),
             Self::Leader => "leader".to_owned(),
         }
     }
@@ -143,11 +146,13 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 17] = [
         Self::Kill(Target::Worker(Side::Source)),
         Self::Kill(Target::Worker(Side::Destination)),
         Self::Kill(Target::Hypervisor(Side::Source)),
         Self::Kill(Target::Hypervisor(Side::Destination)),
+        Self::Kill(Target::Keeper(Side::Source)),
+        Self::Kill(Target::Keeper(Side::Destination)),
         Self::Kill(Target::Leader),
         Self::Cut(Way::There),
         Self::Cut(Way::Back),
@@ -156,6 +161,8 @@ impl Fault {
         Self::Stop(Target::Worker(Side::Destination)),
         Self::Stop(Target::Hypervisor(Side::Source)),
         Self::Stop(Target::Hypervisor(Side::Destination)),
+        Self::Stop(Target::Keeper(Side::Source)),
+        Self::Stop(Target::Keeper(Side::Destination)),
         Self::Stop(Target::Leader),
     ];
 
@@ -173,41 +180,87 @@ impl Fault {
 
     /// Whether there is something to strike at this point.
     fn can_strike_at(self, point: Point) -> bool {
-        let hypervisor = Target::Hypervisor(Side::Destination);
-        !matches!(self, Self::Kill(target) | Self::Stop(target) if target == hypervisor)
+        let with_hypervisor = [Target::Hypervisor(Side::Destination), Target::Keeper(Side::Destination)];
+        !matches!(self, Self::Kill(target) | Self::Stop(target) if with_hypervisor.contains(&target))
             || point.destination_has_hypervisor()
+    }
+
+    /// Whether it can take the lease from whoever runs the VM: then a VM that fences itself is worth a case of its own.
+    fn can_take_a_lease(self) -> bool {
+        matches!(self, Self::Cut(_) | Self::Stop(Target::Worker(_) | Target::Leader))
     }
 }
 
-/// A fault at a point.
+/// What the VM does when its host is cut off from the controllers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isolation {
+    /// It runs on.
+    KeepRunning,
+    /// It is ended with its lease, and may be started elsewhere.
+    SelfFence,
+}
+
+impl Isolation {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::KeepRunning, Self::SelfFence];
+
+    /// As `on_isolation` calls it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KeepRunning => "keep-running",
+            Self::SelfFence => "self-fence",
+        }
+    }
+}
+
+/// A fault at a point, with a VM of one policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// Where.
     pub point: Point,
     /// What.
     pub fault: Fault,
+    /// The VM's policy.
+    pub isolation: Isolation,
 }
 
 impl fmt::Display for Pair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.point.name(), self.fault.name())
+        write!(f, "{}/{}", self.point.name(), self.fault.name())?;
+        match self.isolation {
+            Isolation::KeepRunning => Ok(()),
+            Isolation::SelfFence => write!(f, "/{}", self.isolation.name()),
+        }
     }
 }
 
 impl Pair {
-    /// Whether a pattern `POINT`, `/FAULT` or `POINT/FAULT` means it.
+    /// Whether a pattern means it: its name, or `POINT`, `/FAULT`, `//POLICY` and the like, where what is left out is anything.
     #[must_use]
     pub fn is_meant_by(&self, pattern: &str) -> bool {
-        let (point, fault) = pattern.split_once('/').unwrap_or((pattern, ""));
-        (point.is_empty() || point == self.point.name()) && (fault.is_empty() || fault == self.fault.name())
+        let mut parts = pattern.splitn(3, '/');
+        let [point, fault, policy] = [parts.next(), parts.next(), parts.next()].map(Option::unwrap_or_default);
+        if !point.is_empty() && !fault.is_empty() && policy.is_empty() {
+            return pattern == self.to_string();
+        }
+        let is = |part: &str, name: &str| part.is_empty() || part == name;
+        is(point, self.point.name()) && is(fault, &self.fault.name()) && is(policy, self.isolation.name())
     }
 }
 
-/// The matrix: every pair that can be.
+/// The matrix: every case that can be, those of VMs that keep running first.
 #[must_use]
 pub fn matrix() -> Vec<Pair> {
-    let all = Point::ALL.iter().flat_map(|point| Fault::ALL.iter().map(|fault| Pair { point: *point, fault: *fault }));
-    all.filter(|pair| pair.fault.can_strike_at(pair.point)).collect()
+    let mut all = vec![];
+    for isolation in Isolation::ALL {
+        for point in Point::ALL {
+            all.extend(Fault::ALL.map(|fault| Pair { point, fault, isolation }));
+        }
+    }
+    let makes_sense = |pair: &Pair| pair.isolation == Isolation::KeepRunning || pair.fault.can_take_a_lease();
+    all.retain(|pair| pair.fault.can_strike_at(pair.point) && makes_sense(pair));
+    all
 }
 
 /// The few that run with every test: one of each side, before and after the commit point.
@@ -232,17 +285,25 @@ mod tests {
     fn every_pair_is_there_once_but_those_with_nothing_to_strike() {
         let names: std::collections::BTreeSet<_> = matrix().iter().map(ToString::to_string).collect();
         assert_eq!(names.len(), matrix().len());
-        assert_eq!(names.len(), Point::ALL.len() * Fault::ALL.len() - 4);
+        assert_eq!(names.len(), Point::ALL.len() * Fault::ALL.len() - 8 + Point::ALL.len() * 6);
         assert!(!names.contains("connect/kill-destination-qemu"));
+        assert!(!names.contains("admit/stop-destination-keeper"));
         assert!(names.contains("disk-sync/stop-destination-qemu"));
+        assert!(names.contains("acquired/stop-destination-worker/self-fence"));
+        assert!(!names.contains("acquired/kill-destination-worker/self-fence"));
     }
 
     #[test]
-    fn patterns_mean_a_point_a_fault_or_one_pair() {
+    fn patterns_mean_a_point_a_fault_a_policy_or_one_case() {
         let count = |pattern: &str| matrix().iter().filter(|pair| pair.is_meant_by(pattern)).count();
-        assert_eq!(count("memory"), 13);
+        assert_eq!(count("memory"), 17 + 6);
         assert_eq!(count("/kill-leader"), 10);
+        assert_eq!(count("/stop-leader"), 20);
         assert_eq!(count("memory/kill-leader"), 1);
+        assert_eq!(count("memory/stop-leader"), 1);
+        assert_eq!(count("memory/stop-leader/self-fence"), 1);
+        assert_eq!(count("//self-fence"), 60);
+        assert_eq!(count("memory//self-fence"), 6);
         assert_eq!(count("nowhere"), 0);
         assert_eq!(short_set().len(), 6);
     }

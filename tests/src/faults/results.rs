@@ -19,7 +19,7 @@ use crate::paths;
 /// One line of `results.jsonl`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CaseResult {
-    /// `point/fault`.
+    /// `point/fault`, or `point/fault/self-fence`.
     pub pair: String,
     /// Of which commit; ends in `+` when files differed from it.
     pub commit: String,
@@ -39,6 +39,9 @@ pub struct CaseResult {
     pub leader: String,
     /// The VM crashed and was booted again.
     pub crashed: bool,
+    /// The VM was ended with its lease, or taken over, and runs again.
+    #[serde(default)]
+    pub fenced: bool,
     /// Two copies executed.
     pub double_running: bool,
     /// The VM runs nowhere, or is not what it was.
@@ -208,6 +211,7 @@ mod tests {
             owner: "a".into(),
             leader: "c".into(),
             crashed: false,
+            fenced: false,
             double_running: !passed,
             lost_vm: false,
             orphans: complaints.clone(),

@@ -66,6 +66,7 @@ pub struct Daemon {
     place: Place,
     program: PathBuf,
     config: PathBuf,
+    arguments: Vec<OsString>,
     log: PathBuf,
     environment: Vec<(&'static str, OsString)>,
     child: Option<Child>,
@@ -84,17 +85,44 @@ impl Daemon {
         log: &Path,
         environment: &[(&'static str, OsString)],
     ) -> Result<Self, DaemonError> {
-        let mut daemon = Self {
+        let arguments = vec!["--config".into(), config.into()];
+        let mut daemon = Self::of(name, place, program, arguments, log);
+        daemon.config = config.to_owned();
+        daemon.environment = environment.to_vec();
+        daemon.spawned()
+    }
+
+    /// Starts the guard of the worker whose runtime folder this is.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_guard(
+        name: &str,
+        place: Place,
+        keeper: &Path,
+        runtime: &Path,
+        log: &Path,
+    ) -> Result<Self, DaemonError> {
+        let arguments = vec!["guard".into(), "--runtime-dir".into(), runtime.into()];
+        Self::of(name, place, keeper, arguments, log).spawned()
+    }
+
+    fn of(name: &str, place: Place, program: &Path, arguments: Vec<OsString>, log: &Path) -> Self {
+        Self {
             name: name.to_owned(),
             place,
             program: program.to_owned(),
-            config: config.to_owned(),
+            config: PathBuf::new(),
+            arguments,
             log: log.to_owned(),
-            environment: environment.to_vec(),
+            environment: vec![],
             child: None,
-        };
-        daemon.spawn()?;
-        Ok(daemon)
+        }
+    }
+
+    fn spawned(mut self) -> Result<Self, DaemonError> {
+        self.spawn()?;
+        Ok(self)
     }
 
     fn spawn(&mut self) -> Result<(), DaemonError> {
@@ -104,8 +132,7 @@ impl Daemon {
         let child = self
             .place
             .command(&self.program)
-            .arg("--config")
-            .arg(&self.config)
+            .args(&self.arguments)
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(output)
@@ -136,7 +163,7 @@ impl Daemon {
         &self.log
     }
 
-    /// The file it was configured with; change it before a restart if need be.
+    /// The file it was configured with; change it before a restart if need be. A guard has none.
     #[must_use]
     pub fn config(&self) -> &Path {
         &self.config

@@ -1,4 +1,4 @@
-//! The lab: three sites on one machine, a controller and a worker at each, a WAN between them, real guests.
+//! The lab: three sites on one machine, a controller, a worker and its guard at each, a WAN between them, real guests.
 //!
 //! ```text
 //!      site a                      site b                      site c             each a network namespace
@@ -170,6 +170,7 @@ pub struct Lab {
     // Dropped in this order: daemons, then everything else in the namespaces, then folders.
     controllers: BTreeMap<String, Daemon>,
     workers: BTreeMap<String, Daemon>,
+    guards: BTreeMap<String, Daemon>,
     network: Network,
     folders: Folders,
     operator: Identity,
@@ -196,8 +197,9 @@ impl Lab {
     /// # Errors
     /// When something cannot be started or is not ready in time; what was started is ended.
     pub async fn start(config: LabConfig) -> Result<Self, LabError> {
-        let [controller, worker, _] = ["pageport-controller", "pageport-worker", "pageportctl"].map(paths::program);
-        for program in [&controller, &worker, &paths::program("pageportctl")] {
+        let programs = ["pageport-controller", "pageport-worker", "pageport-keeper", "pageportctl"].map(paths::program);
+        let [controller, worker, keeper, _] = &programs;
+        for program in &programs {
             if !program.exists() {
                 return Err(LabError::NotBuilt { program: program.clone() });
             }
@@ -217,7 +219,14 @@ impl Lab {
         let network = Network::create_in(config.mode, run, &folders.runtime, config.link)?;
         let authority = Authority::create(&folders.run.join("tls"))?;
         let operator = authority.issue("operator", "operator.pageport")?;
-        let mut lab = Self { controllers: BTreeMap::new(), workers: BTreeMap::new(), network, folders, operator };
+        let mut lab = Self {
+            controllers: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            guards: BTreeMap::new(),
+            network,
+            folders,
+            operator,
+        };
 
         let LabConfig { otlp_endpoint, log, accelerator, lease_ms, failpoints, .. } = config;
         let mut environment = Vec::new();
@@ -235,15 +244,19 @@ impl Lab {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;
             let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, &controller, &text, &[])?;
+            let daemon = lab.start_daemon(&name, site, controller, &text, &[])?;
             lab.controllers.insert(site.to_owned(), daemon);
         }
         for site in SITES {
             let name = settings::worker_name(site);
             let identity = authority.issue(&name, &format!("{name}.worker.pageport"))?;
             let runtime = lab.folders.runtime.join(site);
+            let guard = format!("guard-{site}");
+            let log = lab.logs().join(format!("{guard}.log"));
+            let guard = Daemon::start_guard(&guard, lab.network.place(site), keeper, &runtime, &log)?;
+            lab.guards.insert(site.to_owned(), guard);
             let text = settings::worker(site, &lab.data_folder(&name)?, &runtime, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, &worker, &text, &environment)?;
+            let daemon = lab.start_daemon(&name, site, worker, &text, &environment)?;
             lab.workers.insert(site.to_owned(), daemon);
         }
         lab.wait_until_ready().await?;
@@ -270,18 +283,19 @@ impl Lab {
         Ok(Daemon::start(name, self.network.place(site), program, &path, &log, environment)?)
     }
 
-    /// Waits until every worker is connected.
+    /// Waits until every worker is connected and guarded.
     ///
     /// # Errors
     /// When a daemon has ended or time is up.
     pub async fn wait_until_ready(&mut self) -> Result<(), LabError> {
         let end = Instant::now() + READY_DEADLINE;
         loop {
-            for daemon in self.controllers.values_mut().chain(self.workers.values_mut()) {
+            for daemon in self.controllers.values_mut().chain(self.workers.values_mut()).chain(self.guards.values_mut())
+            {
                 daemon.check()?;
             }
             let seen = match self.ctl_json(["worker", "list"]).await {
-                Ok(answer) if connected_workers(&answer) == SITES.len() => break,
+                Ok(answer) if ready_workers(&answer) == SITES.len() => break,
                 Ok(answer) => answer.to_string(),
                 Err(error) => error.to_string(),
             };
@@ -352,6 +366,14 @@ impl Lab {
         self.workers.get_mut(site).unwrap_or_else(|| panic!("site {site} is not one of {SITES:?}"))
     }
 
+    /// The guard of a site's worker.
+    ///
+    /// # Panics
+    /// When there is no such site.
+    pub fn guard(&mut self, site: &str) -> &mut Daemon {
+        self.guards.get_mut(site).unwrap_or_else(|| panic!("site {site} is not one of {SITES:?}"))
+    }
+
     /// Connects to a guest's control server from a site's segment, once it has booted.
     ///
     /// # Errors
@@ -402,6 +424,14 @@ impl Lab {
 }
 
 impl Lab {
+    /// The keeper of a QEMU: its parent, if that is one.
+    #[must_use]
+    pub fn keeper_of(&self, qemu: i32) -> Option<i32> {
+        let stat = fs::read_to_string(format!("/proc/{qemu}/stat")).ok()?;
+        let parent = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?;
+        processes::command_line(parent).first()?.ends_with("pageport-keeper").then_some(parent)
+    }
+
     /// The processes at a site and the names of their programs; the dead are not among them.
     #[must_use]
     pub fn programs(&self, site: &str) -> Vec<(i32, String)> {
@@ -414,9 +444,9 @@ impl Lab {
     }
 }
 
-fn connected_workers(answer: &Value) -> usize {
-    let workers = answer["workers"].as_array();
-    workers.map_or(0, |workers| workers.iter().filter(|worker| worker["connected"] == true).count())
+fn ready_workers(answer: &Value) -> usize {
+    let is_ready = |worker: &&Value| worker["connected"] == true && worker["guarded"] == true;
+    answer["workers"].as_array().map_or(0, |workers| workers.iter().filter(is_ready).count())
 }
 
 /// Removes what killed runs left in the file system, and the oldest logs.

@@ -1,6 +1,7 @@
 //! The description of a lab's VM, as `pageportctl vm define -f` takes it, with a disk of its own.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
@@ -75,6 +76,16 @@ impl VmFile {
         let text = description(name, &disk, images, variant, attachment, cmdline.trim_end());
         fs::write(&path, text).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
         Ok(Self { path, disk })
+    }
+
+    /// Adds a line to the description.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn add(&self, line: &str) -> Result<(), LabError> {
+        let error = |source| LabError::Io { operation: "append to", path: self.path.clone(), source };
+        let mut file = fs::File::options().append(true).open(&self.path).map_err(error)?;
+        writeln!(file, "{line}").map_err(error)
     }
 
     /// The description.

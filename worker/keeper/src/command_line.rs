@@ -3,6 +3,7 @@
 //! ```text
 //!   pageport-keeper --deadline-file FILE -- PROGRAM ARGUMENTS…          the keeper
 //!   pageport-keeper --become PARENT [--oom-score-adj N] -- PROGRAM …    its child, before it becomes PROGRAM
+//!   pageport-keeper guard --runtime-dir FOLDER                          the guard of all VMs of a worker
 //!   pageport-keeper --version
 //! ```
 
@@ -32,6 +33,11 @@ pub enum Order {
         /// And with what.
         arguments: Vec<OsString>,
     },
+    /// Guard the VMs of a worker.
+    Guard {
+        /// The worker's runtime folder.
+        runtime_dir: PathBuf,
+    },
     /// Say the version.
     Version,
 }
@@ -51,6 +57,9 @@ pub enum UsageError {
         /// Which.
         what: &'static str,
     },
+    /// A guard of nothing.
+    #[error("usage: pageport-keeper guard --runtime-dir FOLDER")]
+    Guard,
 }
 
 /// Reads the arguments after the program's own name.
@@ -61,6 +70,7 @@ pub fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Order, Usa
         let option = arguments.next().ok_or(missing("\"-- PROGRAM\""))?;
         match option.to_str() {
             Some("--") => break,
+            Some("guard") => return guard(arguments),
             Some("--version") => return Ok(Order::Version),
             Some("--deadline-file") => {
                 deadline_file = Some(arguments.next().map(PathBuf::from).ok_or(missing("--deadline-file"))?);
@@ -85,6 +95,15 @@ pub fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Order, Usa
     }
 }
 
+fn guard(mut arguments: impl Iterator<Item = OsString>) -> Result<Order, UsageError> {
+    match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(option), Some(folder), None) if option == "--runtime-dir" => {
+            Ok(Order::Guard { runtime_dir: folder.into() })
+        }
+        _ => Err(UsageError::Guard),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +122,7 @@ mod tests {
         let oom_score_adj = Some("-5".to_owned());
         assert_eq!(become_it, Order::Become { parent: 42, oom_score_adj, program, arguments: Vec::new() });
         assert_eq!(parsed("--version"), Ok(Order::Version));
+        assert_eq!(parsed("guard --runtime-dir /run/p"), Ok(Order::Guard { runtime_dir: "/run/p".into() }));
     }
 
     #[test]
@@ -116,6 +136,9 @@ mod tests {
             ("--become x -- qemu", "--become"),
             ("--nonsense -- qemu", "--nonsense"),
             ("qemu", "qemu"),
+            ("guard", "--runtime-dir FOLDER"),
+            ("guard --runtime-dir", "--runtime-dir FOLDER"),
+            ("guard --runtime-dir /run/p more", "--runtime-dir FOLDER"),
         ];
         for (line, named) in cases {
             assert!(parsed(line).unwrap_err().to_string().contains(named), "{line}");

@@ -10,6 +10,8 @@
 //! - [`boot_time`]: the one clock of leases.
 //! - [`deadline_file`]: the two records in the file, one written by each side.
 //! - [`keep`]: the loop. [`child`]: stage two, and dying as the child did. [`watchdog`]: signs of life for systemd.
+//! - [`guard`]: the same program as the guard of a host, which does a keeper's work when that stands still; [`heartbeat`]: how it
+//!   shows that it lives; `kept`: how it finds a keeper and its child.
 //!
 //! Guarantees: QEMU does not outlive its keeper, nor its deadline by more than the time that the kernel needs to kill it
 //! (a deadline that was set less than [`keep::LOOK_INTERVAL`] ahead may be noticed that much late). The keeper ends as
@@ -17,13 +19,17 @@
 //! stands. It is not stopped by SIGTERM, SIGINT, SIGHUP or SIGQUIT: whoever stops a service does not mean its guests.
 //!
 //! Does not speak to QEMU, does not know whose lease it is, and cannot act while it is itself stopped (SIGSTOP, a
-//! frozen host): that takes an outer guard.
+//! frozen cgroup): that takes the guard. A host that freezes as a whole freezes both.
 
 pub mod boot_time;
 pub mod child;
 mod command_line;
 pub mod deadline_file;
+pub mod guard;
+pub mod heartbeat;
 pub mod keep;
+mod kept;
+mod record;
 pub mod watchdog;
 
 use std::ffi::OsString;
@@ -52,6 +58,10 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             say(&complaint(&error));
             return ExitCode::from(error.exit_code());
         }
+        Ok(Order::Guard { runtime_dir }) => {
+            let Err(error) = guard::run(&runtime_dir);
+            complaint(&error)
+        }
         Ok(Order::Version) => {
             let written = writeln!(std::io::stdout(), "pageport-keeper {}", env!("CARGO_PKG_VERSION"));
             return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) };
@@ -62,7 +72,7 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
-/// One line to standard error, which is QEMU's log. What cannot be said is not said: the keeper goes on.
+/// One line to standard error, which is QEMU's log, or the journal for the guard. What cannot be said is not said: the keeper goes on.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "pageport-keeper: {line}");
 }

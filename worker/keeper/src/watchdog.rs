@@ -1,5 +1,5 @@
-//! Signs of life for systemd, when the keeper is a service of its own with `WatchdogSec=`: a stopped keeper gives none,
-//! and systemd kills it, and with it QEMU. Does nothing anywhere else.
+//! Signs of life for systemd, for the guard and for a keeper that is a service of its own with `WatchdogSec=`: when stopped they
+//! give none, and systemd kills them (and with a keeper its QEMU). Does nothing anywhere else.
 //!
 //! The variables name a process (`WATCHDOG_PID`); those inherited from somebody else's service are not meant for us.
 
@@ -46,7 +46,7 @@ impl Watchdog {
         Self { socket: address.and_then(|address| Some((unbound()?, address))), interval, last: BootTime::ZERO.into() }
     }
 
-    /// The child is started.
+    /// The keeper's child is started; the guard has looked.
     pub fn ready(&self) {
         self.send("READY=1");
     }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 use std::io::Write as _;
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -232,6 +232,28 @@ fn the_child_dies_with_its_keeper_however_that_dies() {
         assert_eq!(kept.ends().signal(), Some(signal as i32));
         eventually("the child is gone", || (!alive(child)).then_some(()));
     }
+}
+
+#[test]
+fn a_deadline_holds_though_the_process_that_started_the_keeper_was_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let deadline = BootTime::now() + Duration::from_millis(2500);
+    let lease = DeadlineFile::create(&path("deadline"), Lease::Until(deadline)).unwrap();
+    // As a worker does it, through setsid; then the helper is killed with its whole group.
+    let script = format!("setsid {KEEPER} --deadline-file deadline -- /bin/sh -c '{STAYS}' & exec sleep 600");
+    let mut helper = Command::new("/bin/sh");
+    helper.args(["-c", &script]).current_dir(folder.path()).stdin(Stdio::null()).process_group(0);
+    let mut helper = helper.spawn().unwrap();
+    let number = || std::fs::read_to_string(path("pid")).ok()?.trim().parse().ok();
+    let child = Pid::from_raw(eventually("the child is there", number));
+    kill(Pid::from_raw(-helper.id().cast_signed()), Signal::SIGKILL).unwrap();
+    helper.wait().unwrap();
+    assert!(alive(child), "it does not hang on who started it");
+    eventually("the child is ended", || (!alive(child)).then_some(()));
+    assert!(BootTime::now() >= deadline);
+    let word = eventually("the keeper's word", || lease.expired().unwrap());
+    assert_eq!(word.deadline, deadline);
 }
 
 #[test]

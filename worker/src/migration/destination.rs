@@ -39,6 +39,10 @@ use crate::vms::{ManagedVm, VmError};
 const STREAMS_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// From the last byte written until the hypervisor has taken it all.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
+/// How long the controllers may have no leader before a move is refused: an election takes seconds.
+const ASK_LIMIT: Duration = Duration::from_secs(20);
+/// Between two rounds of questions.
+const ASK_PAUSE: Duration = Duration::from_millis(500);
 /// Words of the source that wait for their phase; it sends a handful.
 const CONTROL_QUEUE: usize = 16;
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
@@ -278,7 +282,11 @@ impl Arrival {
             return Err(DestinationError::Hypervisor { reason });
         }
         let vm = self.node.vms.get_or_create(id)?;
-        let spec = self.authorised(&vm, hello).await?;
+        let mut spec = self.authorised(&vm, hello).await?;
+        // Its source has called before and was restarted since: what came then will never be whole.
+        if vm.drop_unfinished_image().await? {
+            spec = self.authorised(&vm, hello).await?;
+        }
         let status = vm.status();
         let admissible = status.volatile.authorised == Some(epoch) && status.volatile.guest == Guest::Absent;
         if !admissible {
@@ -306,17 +314,23 @@ impl Arrival {
     async fn authorised(&self, vm: &Arc<ManagedVm>, hello: &MigrationHello) -> Result<VmSpec, DestinationError> {
         let nonce = rand::random();
         vm.step(Event::Asked(Nonce(nonce))).await?;
-        let answer = self
-            .node
-            .controllers
-            .ask_authorisation(AskAuthorisationRequest {
-                worker: self.node.config.name.to_string(),
-                vm_id: hello.vm_id.clone(),
-                migration_id: hello.migration_id.clone(),
-                epoch: hello.epoch,
-                nonce,
-            })
-            .await?;
+        let question = AskAuthorisationRequest {
+            worker: self.node.config.name.to_string(),
+            vm_id: hello.vm_id.clone(),
+            migration_id: hello.migration_id.clone(),
+            epoch: hello.epoch,
+            nonce,
+        };
+        let give_up = Instant::now() + ASK_LIMIT;
+        let answer = loop {
+            match self.node.controllers.ask_authorisation(question.clone()).await {
+                Err(error @ ControllerError::NoLeader { .. }) if Instant::now() < give_up => {
+                    tracing::info!(error = %crate::error::with_causes(&error), "the question is asked again");
+                    tokio::time::sleep(ASK_PAUSE).await;
+                }
+                answer => break answer?,
+            }
+        };
         if !answer.authorised {
             return Err(DestinationError::NotAuthorised { reason: answer.reason });
         }
@@ -390,7 +404,7 @@ impl Arrival {
             flushed.and_then(|flushed| flushed).map_err(|source| DestinationError::Sync { disk: name, source })?;
         }
         self.wait_for_lease(vm, *epoch).await?;
-        let record = vm.step(Event::Loaded(*epoch)).await?;
+        let record = vm.loaded(qemu, *epoch).await?;
         if vm.status().volatile.guest != Guest::Loaded(*epoch) {
             return Err(DestinationError::NotPermitted { record });
         }

@@ -176,3 +176,53 @@ async fn a_vm_that_was_being_started_when_its_worker_died_is_not_overlooked() {
     assert!(matches!(none, Err(HypervisorError::NotRunning { .. })), "{none:?}");
     assert!(!alive(pid), "a QEMU that nobody knows of");
 }
+
+/// Where the helper says what it has started.
+const TOLD: &str = "PAGEPORT_TEST_TOLD";
+
+#[tokio::test]
+#[ignore = "a helper: the test below runs it as a process of its own, and kills it"]
+async fn helper_that_starts_a_vm_and_never_ends() {
+    let told = std::env::var(TOLD).expect("run by the test that needs it");
+    let fixture = Fixture::new();
+    let vm = fixture.start(StartMode::Running).await;
+    let deadline = BootTime::now() + Duration::from_secs(4);
+    vm.arm(deadline).unwrap();
+    let words = format!("{} {} {}", vm.pid(), deadline.as_nanos(), vm.paths().log().display());
+    std::fs::write(format!("{told}.new"), words).unwrap();
+    std::fs::rename(format!("{told}.new"), told).unwrap();
+    std::future::pending::<()>().await;
+}
+
+#[tokio::test]
+async fn a_deadline_holds_though_the_process_that_started_the_vm_was_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let told = folder.path().join("told");
+    let mut helper = tokio::process::Command::new(std::env::current_exe().unwrap());
+    helper.args(["--exact", "lease::helper_that_starts_a_vm_and_never_ends", "--ignored", "--nocapture"]);
+    // What it leaves lies in this test's folder.
+    helper.env(TOLD, &told).env("TMPDIR", folder.path()).kill_on_drop(true);
+    let mut helper = helper.spawn().unwrap();
+    let words = async {
+        loop {
+            if let Ok(words) = tokio::fs::read_to_string(&told).await {
+                return words;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let words = tokio::time::timeout(SOON, words).await.expect("the helper starts a VM");
+    let mut words = words.splitn(3, ' ');
+    let mut next = || words.next().unwrap();
+    let (pid, deadline, log) = (next().parse().unwrap(), next().parse().unwrap(), next());
+    helper.kill().await.unwrap();
+    assert!(alive(pid), "it does not hang on who started it");
+    gone(pid).await;
+    assert!(BootTime::now() >= BootTime::from_nanos(deadline));
+    let said = async {
+        while !std::fs::read_to_string(log).unwrap().contains("the lease ran out") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(SOON, said).await.expect("the keeper says why");
+}

@@ -28,6 +28,7 @@ pub fn workers(response: &ListWorkersResponse, now_unix_ms: i64) -> String {
         ("WORKER", Left),
         ("SITE", Left),
         ("CONNECTED", Left),
+        ("GUARDED", Left),
         ("LAST SEEN", Left),
         ("MEMORY", Right),
         ("ACCEL", Left),
@@ -41,6 +42,7 @@ pub fn workers(response: &ListWorkersResponse, now_unix_ms: i64) -> String {
             worker.name.clone(),
             worker.site.clone(),
             yes_no(worker.connected).to_owned(),
+            yes_no(worker.guarded).to_owned(),
             units::ago(worker.last_seen_unix_ms, now_unix_ms),
             units::bytes(worker.memory_total_bytes),
             or_dash(&worker.accelerator).to_owned(),
@@ -289,6 +291,7 @@ mod tests {
             name: "worker-a".into(),
             site: "a".into(),
             connected: true,
+            guarded: true,
             last_seen_unix_ms: 1_000,
             memory_total_bytes: 8 << 30,
             accelerator: "tcg".into(),
@@ -296,8 +299,8 @@ mod tests {
         };
         assert_eq!(
             workers(&ListWorkersResponse { workers: vec![worker] }, 1_312),
-            "WORKER    SITE  CONNECTED  LAST SEEN     MEMORY  ACCEL  QEMU  VERSION  GRPC  PEER\n\
-             worker-a  a     yes        312 ms ago  8.00 GiB  tcg    -     -        -     -\n"
+            "WORKER    SITE  CONNECTED  GUARDED  LAST SEEN     MEMORY  ACCEL  QEMU  VERSION  GRPC  PEER\n\
+             worker-a  a     yes        yes      312 ms ago  8.00 GiB  tcg    -     -        -     -\n"
         );
         assert_eq!(
             migrations(&ListMigrationsResponse { migrations: vec![finished()] }, 1_700_000_009_000),

@@ -7,7 +7,7 @@ use pageport_ownership::{
 
 use crate::config::{Config, LEASE, Naive};
 use crate::steps::Step;
-use crate::world::{confirmed_first, Brain, HOST_NOW, Life, NONCE, Said, World};
+use crate::world::{Brain, HOST_NOW, Life, NONCE, Said, World, confirmed_first};
 
 impl World {
     /// Takes a step that is possible.

@@ -6,9 +6,8 @@
 use std::collections::BTreeSet;
 
 use pageport_ownership::{
-    Evidence, Fact,
-    Effect, Epoch, Event, Generation, Guest, LeaseTable, Message, Nonce, Owner, Ownership, Policy, Proof, Record,
-    Recover, Standing, Volatile, WorkerLease, emits,
+    Effect, Epoch, Event, Evidence, Fact, Generation, Guest, LeaseTable, Message, Nonce, Owner, Ownership, Policy,
+    Proof, Record, Recover, Standing, Volatile, WorkerLease, emits,
 };
 
 use crate::config::{Config, LEASE};

@@ -57,7 +57,8 @@ impl Managed {
         let durable = Durable::read(|| Ok::<_, ()>(kept.record));
         let durable = durable.unwrap_or_else(|()| unreachable!("reading a map does not fail"));
         let fence = Fence::new(kept.policy);
-        let volatile = Volatile { standing: fence.standing(worker.host.clock.boot_time(&worker.world)), ..Volatile::default() };
+        let volatile =
+            Volatile { standing: fence.standing(worker.host.clock.boot_time(&worker.world)), ..Volatile::default() };
         let status = Status { record: durable.record(), volatile, crashed: false, halted_under: None };
         let vm = Rc::new(Self {
             id,
@@ -457,9 +458,7 @@ impl Managed {
         let nonce = worker.world.number();
         self.step(Event::Asked(Nonce(nonce))).await;
         let (name, vm_id) = (worker.host.name.to_string(), self.id.to_string());
-        let question = || {
-            Question::Grant(v1::AskGrantRequest { worker: name.clone(), vm_id: vm_id.clone(), nonce })
-        };
+        let question = || Question::Grant(v1::AskGrantRequest { worker: name.clone(), vm_id: vm_id.clone(), nonce });
         let Some(Answer::Granted(answer)) = worker.ask(question).await else { return false };
         let Some(event) = plan::granted(&answer) else { return false };
         self.step(event).await;

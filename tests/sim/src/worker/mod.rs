@@ -348,6 +348,7 @@ impl Worker {
                 .collect(),
             seeds: self.seeds.borrow().values().map(|seed| seed.borrow().clone()).collect(),
             assignment_seq,
+            guarded: true,
             ..v1::WorkerReport::default()
         }
     }

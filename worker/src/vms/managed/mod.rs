@@ -216,11 +216,15 @@ impl ManagedVm {
     /// The record could not be written (nothing changed), or an effect failed (the record stands).
     pub async fn step(self: &Arc<Self>, event: Event) -> Result<Record, VmError> {
         let mut state = self.state.lock().await;
-        let effects = self.commit(&mut state, event)?;
-        let outcome = self.carry_out(&mut state, effects).await;
-        self.publish(&state);
+        self.step_locked(&mut state, event).await
+    }
+
+    async fn step_locked(self: &Arc<Self>, state: &mut State, event: Event) -> Result<Record, VmError> {
+        let effects = self.commit(state, event)?;
+        let outcome = self.carry_out(state, effects).await;
+        self.publish(state);
         outcome?;
-        self.note_image(&state).await?;
+        self.note_image(state).await?;
         Ok(state.durable.record())
     }
 
@@ -234,6 +238,35 @@ impl ManagedVm {
         let qemu = self.launch(&mut state, StartMode::Incoming, None).await;
         self.publish(&state);
         qemu
+    }
+
+    /// The image that this hypervisor holds is complete.
+    ///
+    /// # Errors
+    /// Another hypervisor has taken its place, or as [`Self::step`].
+    pub async fn loaded(self: &Arc<Self>, image: &Vm, epoch: Epoch) -> Result<Record, VmError> {
+        let mut state = self.state.lock().await;
+        if state.qemu.as_ref().is_none_or(|qemu| qemu.pid() != image.pid()) {
+            return Err(VmError::NotHere { vm: self.id });
+        }
+        self.step_locked(&mut state, Event::Loaded(epoch)).await
+    }
+
+    /// Ends a hypervisor that waits for, or receives, an image that nobody has vouched for. `true`: there was one; the controllers
+    /// must be asked again for the next.
+    ///
+    /// # Errors
+    /// It could not be ended.
+    pub async fn drop_unfinished_image(self: &Arc<Self>) -> Result<bool, VmError> {
+        let mut state = self.state.lock().await;
+        let receives = state.volatile.guest == Guest::Absent && state.durable.record().owned().is_none();
+        if !receives || state.qemu.is_none() {
+            return Ok(false);
+        }
+        tracing::info!(vm_id = %self.id, "an image that an earlier attempt began to send is dropped");
+        self.end_qemu(&mut state).await?;
+        self.publish(&state);
+        Ok(true)
     }
 
     /// Ends an image that was not completed: nobody was told that it is here. A later move's image is left alone.
