@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIItYBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBCI2CghEaXNrU3BlYxIMCgRuYW1lGAEgASgJEgwKBHBhdGgYAiABKAkSDgoGZm9ybWF0GAMgASgJIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLDAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3lCDgoMX2RpcmVjdF9ib290IrgCCgJWbRIKCgJpZBgBIAEoCRIhCgRzcGVjGAIgASgLMhMucGFnZXBvcnQudjEuVm1TcGVjEhIKCm93bmVyX3NpdGUYAyABKAkSFAoMb3duZXJfd29ya2VyGAQgASgJEhMKC293bmVyX2Vwb2NoGAUgASgEEiMKBXN0YXRlGAYgASgOMhQucGFnZXBvcnQudjEuVm1TdGF0ZRIXCg9kZXNpcmVkX3J1bm5pbmcYByABKAgSDwoHcHJvYmxlbRgIIAEoCRImCghyZXBsaWNhcxgJIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2ESFAoMbWlncmF0aW9uX2lkGAogASgJEg0KBWRvdWJ0GAsgASgJEigKCXRha2VvdmVycxgMIAMoCzIVLnBhZ2Vwb3J0LnYxLlRha2VvdmVyIokCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCIvCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iMQoPRGVsZXRlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkiEgoQRGVsZXRlVm1SZXNwb25zZSITChFXYXRjaEZsZWV0UmVxdWVzdCJ6ChJXYXRjaEZsZWV0UmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlEiQKB3dvcmtlcnMYAiADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXISHAoDdm1zGAMgAygLMg8ucGFnZXBvcnQudjEuVm0qdwoPSXNvbGF0aW9uUG9saWN5EiAKHElTT0xBVElPTl9QT0xJQ1lfVU5TUEVDSUZJRUQQABIhCh1JU09MQVRJT05fUE9MSUNZX0tFRVBfUlVOTklORxABEh8KG0lTT0xBVElPTl9QT0xJQ1lfU0VMRl9GRU5DRRACKmEKC1N0YXJ0UG9saWN5EhwKGFNUQVJUX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF1NUQVJUX1BPTElDWV9BU19PUkRFUkVEEAESFwoTU1RBUlRfUE9MSUNZX01BTlVBTBACKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDLqBQoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJKCglSZXNvbHZlVm0SHS5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVzcG9uc2USRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABYgZwcm90bzM", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIItYBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBCI2CghEaXNrU3BlYxIMCgRuYW1lGAEgASgJEgwKBHBhdGgYAiABKAkSDgoGZm9ybWF0GAMgASgJIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLDAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3lCDgoMX2RpcmVjdF9ib290IrgCCgJWbRIKCgJpZBgBIAEoCRIhCgRzcGVjGAIgASgLMhMucGFnZXBvcnQudjEuVm1TcGVjEhIKCm93bmVyX3NpdGUYAyABKAkSFAoMb3duZXJfd29ya2VyGAQgASgJEhMKC293bmVyX2Vwb2NoGAUgASgEEiMKBXN0YXRlGAYgASgOMhQucGFnZXBvcnQudjEuVm1TdGF0ZRIXCg9kZXNpcmVkX3J1bm5pbmcYByABKAgSDwoHcHJvYmxlbRgIIAEoCRImCghyZXBsaWNhcxgJIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2ESFAoMbWlncmF0aW9uX2lkGAogASgJEg0KBWRvdWJ0GAsgASgJEigKCXRha2VvdmVycxgMIAMoCzIVLnBhZ2Vwb3J0LnYxLlRha2VvdmVyIpgCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJEg0KBWFnZW50GAggASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCIvCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0i2gEKEkZlbmNlV29ya2VyUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBndvcmtlchgCIAEoCRI2CgZhY3Rpb24YAyABKA4yJi5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QuQWN0aW9uEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiQgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEg4KCkFDVElPTl9PRkYQARIQCgxBQ1RJT05fQ0hFQ0sQAiKdAgoTRmVuY2VXb3JrZXJSZXNwb25zZRI1CgVwaGFzZRgBIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UuUGhhc2USDgoGd29ya2VyGAIgASgJEg0KBWFnZW50GAMgASgJEhQKDGFnZW50X291dHB1dBgEIAEoCRIPCgdwcm9ibGVtGAUgASgJEiIKA3ZtcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkZlbmNlZFZtImUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASDwoLUEhBU0VfQUdFTlQQARISCg5QSEFTRV9UQUtFT1ZFUhACEg4KClBIQVNFX0RPTkUQAxIQCgxQSEFTRV9GQUlMRUQQBCJwCghGZW5jZWRWbRINCgV2bV9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSEQoJdG9fd29ya2VyGAQgASgJEg8KB3Byb2JsZW0YBSABKAkSEgoKdGFrZW5fb3ZlchgGIAEoCCIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIhMKEVdhdGNoRmxlZXRSZXF1ZXN0InoKEldhdGNoRmxlZXRSZXNwb25zZRIgCgVzaXRlcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLlNpdGUSJAoHd29ya2VycxgCIAMoCzITLnBhZ2Vwb3J0LnYxLldvcmtlchIcCgN2bXMYAyADKAsyDy5wYWdlcG9ydC52MS5WbSp3Cg9Jc29sYXRpb25Qb2xpY3kSIAocSVNPTEFUSU9OX1BPTElDWV9VTlNQRUNJRklFRBAAEiEKHUlTT0xBVElPTl9QT0xJQ1lfS0VFUF9SVU5OSU5HEAESHwobSVNPTEFUSU9OX1BPTElDWV9TRUxGX0ZFTkNFEAIqYQoLU3RhcnRQb2xpY3kSHAoYU1RBUlRfUE9MSUNZX1VOU1BFQ0lGSUVEEAASGwoXU1RBUlRfUE9MSUNZX0FTX09SREVSRUQQARIXChNTVEFSVF9QT0xJQ1lfTUFOVUFMEAIq1gEKB1ZtU3RhdGUSGAoUVk1fU1RBVEVfVU5TUEVDSUZJRUQQABIUChBWTV9TVEFURV9VTktOT1dOEAESFAoQVk1fU1RBVEVfU1RPUFBFRBACEhUKEVZNX1NUQVRFX1NUQVJUSU5HEAMSFAoQVk1fU1RBVEVfUlVOTklORxAEEhMKD1ZNX1NUQVRFX1BBVVNFRBAFEhYKElZNX1NUQVRFX01JR1JBVElORxAGEhQKEFZNX1NUQVRFX0NSQVNIRUQQBxIVChFWTV9TVEFURV9JTl9ET1VCVBAIMr4GCgxGbGVldFNlcnZpY2USSgoJTGlzdFNpdGVzEh0ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1Jlc3BvbnNlElAKC0xpc3RXb3JrZXJzEh8ucGFnZXBvcnQudjEuTGlzdFdvcmtlcnNSZXF1ZXN0GiAucGFnZXBvcnQudjEuTGlzdFdvcmtlcnNSZXNwb25zZRJHCghEZWZpbmVWbRIcLnBhZ2Vwb3J0LnYxLkRlZmluZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlZmluZVZtUmVzcG9uc2USPgoFR2V0Vm0SGS5wYWdlcG9ydC52MS5HZXRWbVJlcXVlc3QaGi5wYWdlcG9ydC52MS5HZXRWbVJlc3BvbnNlEkQKB0xpc3RWbXMSGy5wYWdlcG9ydC52MS5MaXN0Vm1zUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXNwb25zZRJECgdTdGFydFZtEhsucGFnZXBvcnQudjEuU3RhcnRWbVJlcXVlc3QaHC5wYWdlcG9ydC52MS5TdGFydFZtUmVzcG9uc2USQQoGU3RvcFZtEhoucGFnZXBvcnQudjEuU3RvcFZtUmVxdWVzdBobLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlc3BvbnNlEkoKCVJlc29sdmVWbRIdLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXNwb25zZRJSCgtGZW5jZVdvcmtlchIfLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UwARJHCghEZWxldGVWbRIcLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVzcG9uc2USTwoKV2F0Y2hGbGVldBIeLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlc3BvbnNlMAFiBnByb3RvMw", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -402,6 +402,13 @@ export type Takeover = Message<"pageport.v1.Takeover"> & {
    * @generated from field: string operator = 7;
    */
   operator: string;
+
+  /**
+   * The fence agent that turned the host off; empty on other grounds.
+   *
+   * @generated from field: string agent = 8;
+   */
+  agent: string;
 };
 
 /**
@@ -764,6 +771,219 @@ export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE_
   messageDesc(file_pageport_v1_fleet, 23);
 
 /**
+ * @generated from message pageport.v1.FenceWorkerRequest
+ */
+export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string worker = 2;
+   */
+  worker: string;
+
+  /**
+   * @generated from field: pageport.v1.FenceWorkerRequest.Action action = 3;
+   */
+  action: FenceWorkerRequest_Action;
+
+  /**
+   * To turn it off: the worker's name once more, since a slip of the hand must not hit another one.
+   *
+   * @generated from field: string confirm_name = 4;
+   */
+  confirmName: string;
+
+  /**
+   * To turn it off: for the record, in the operator's words.
+   *
+   * @generated from field: string reason = 5;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message pageport.v1.FenceWorkerRequest.
+ * Use `create(FenceWorkerRequestSchema)` to create a new message.
+ */
+export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 24);
+
+/**
+ * @generated from enum pageport.v1.FenceWorkerRequest.Action
+ */
+export enum FenceWorkerRequest_Action {
+  /**
+   * @generated from enum value: ACTION_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Turn the host off, and take its VMs over.
+   *
+   * @generated from enum value: ACTION_OFF = 1;
+   */
+  OFF = 1,
+
+  /**
+   * Only ask the agent whether it reaches the host's power control. Changes nothing, and works while the worker answers.
+   *
+   * @generated from enum value: ACTION_CHECK = 2;
+   */
+  CHECK = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.FenceWorkerRequest.Action.
+ */
+export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 24, 0);
+
+/**
+ * How far a fence is: all of it, every time.
+ *
+ * @generated from message pageport.v1.FenceWorkerResponse
+ */
+export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
+  /**
+   * @generated from field: pageport.v1.FenceWorkerResponse.Phase phase = 1;
+   */
+  phase: FenceWorkerResponse_Phase;
+
+  /**
+   * @generated from field: string worker = 2;
+   */
+  worker: string;
+
+  /**
+   * The agent that is asked.
+   *
+   * @generated from field: string agent = 3;
+   */
+  agent: string;
+
+  /**
+   * What it printed, the end of it.
+   *
+   * @generated from field: string agent_output = 4;
+   */
+  agentOutput: string;
+
+  /**
+   * Why it failed.
+   *
+   * @generated from field: string problem = 5;
+   */
+  problem: string;
+
+  /**
+   * The VMs that the worker may hold.
+   *
+   * @generated from field: repeated pageport.v1.FencedVm vms = 6;
+   */
+  vms: FencedVm[];
+};
+
+/**
+ * Describes the message pageport.v1.FenceWorkerResponse.
+ * Use `create(FenceWorkerResponseSchema)` to create a new message.
+ */
+export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 25);
+
+/**
+ * @generated from enum pageport.v1.FenceWorkerResponse.Phase
+ */
+export enum FenceWorkerResponse_Phase {
+  /**
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * The VMs that the worker may hold are granted to nobody, and the agent runs.
+   *
+   * @generated from enum value: PHASE_AGENT = 1;
+   */
+  AGENT = 1,
+
+  /**
+   * The host is off; the VMs get other workers.
+   *
+   * @generated from enum value: PHASE_TAKEOVER = 2;
+   */
+  TAKEOVER = 2,
+
+  /**
+   * @generated from enum value: PHASE_DONE = 3;
+   */
+  DONE = 3,
+
+  /**
+   * The agent did not confirm that the host is off. Nothing was changed.
+   *
+   * @generated from enum value: PHASE_FAILED = 4;
+   */
+  FAILED = 4,
+}
+
+/**
+ * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
+ */
+export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 25, 0);
+
+/**
+ * @generated from message pageport.v1.FencedVm
+ */
+export type FencedVm = Message<"pageport.v1.FencedVm"> & {
+  /**
+   * @generated from field: string vm_id = 1;
+   */
+  vmId: string;
+
+  /**
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * Where it is started; empty: nowhere.
+   *
+   * @generated from field: string to_site = 3;
+   */
+  toSite: string;
+
+  /**
+   * @generated from field: string to_worker = 4;
+   */
+  toWorker: string;
+
+  /**
+   * Why it is started nowhere else, or was not.
+   *
+   * @generated from field: string problem = 5;
+   */
+  problem: string;
+
+  /**
+   * The controllers have given it to that worker.
+   *
+   * @generated from field: bool taken_over = 6;
+   */
+  takenOver: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.FencedVm.
+ * Use `create(FencedVmSchema)` to create a new message.
+ */
+export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 26);
+
+/**
  * @generated from message pageport.v1.DeleteVmRequest
  */
 export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
@@ -783,7 +1003,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -796,7 +1016,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -809,7 +1029,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 29);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -836,7 +1056,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 30);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
@@ -1036,6 +1256,18 @@ export const FleetService: GenService<{
     methodKind: "unary";
     input: typeof ResolveVmRequestSchema;
     output: typeof ResolveVmResponseSchema;
+  },
+  /**
+   * Has a fence agent turn the host of a worker that does not answer off, and then starts elsewhere what ran there. Tells how
+   * far it is until it is DONE or FAILED. A request that comes again joins the fence that is under way. An agent that
+   * fails changes nothing; after a change of leader in between the request must be made again, which runs the agent again.
+   *
+   * @generated from rpc pageport.v1.FleetService.FenceWorker
+   */
+  fenceWorker: {
+    methodKind: "server_streaming";
+    input: typeof FenceWorkerRequestSchema;
+    output: typeof FenceWorkerResponseSchema;
   },
   /**
    * Refused while the VM runs or migrates. The disk image stays where it is; its replicas are removed.
