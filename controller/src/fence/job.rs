@@ -269,14 +269,14 @@ impl Job {
             let fate = match self.tools.consensus.propose_in_term(&command, term).await {
                 Ok(Ok(_)) => Ok(()),
                 Ok(Err(rejection)) => Err(rejection.to_string()),
-                Err(ConsensusError::Unknown | ConsensusError::Stopped | ConsensusError::NoQuorum) => {
+                Err(ConsensusError::Unknown | ConsensusError::NoQuorum) => {
                     if !self.tools.leads_in(term) {
                         return Err(JobError::Void);
                     }
                     sleep(AGAIN_AFTER).await;
                     continue;
                 }
-                Err(ConsensusError::NotLeader) => return Err(JobError::Void),
+                Err(ConsensusError::NotLeader | ConsensusError::Stopped) => return Err(JobError::Void),
                 Err(error @ (ConsensusError::TooLarge { .. } | ConsensusError::Encode(_))) => Err(error.to_string()),
             };
             self.tools.leases.let_go_of_fenced(term, id, Instant::now());
