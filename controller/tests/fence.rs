@@ -91,10 +91,25 @@ impl Lab {
         self.vm_until(|vm| vm.state() == VmState::Unknown).await;
     }
 
+    /// Has the order taken, as soon as the leader has been in office for long enough.
+    async fn order(
+        &self,
+        request: v1::FenceWorkerRequest,
+    ) -> Result<tonic::Streaming<v1::FenceWorkerResponse>, Status> {
+        loop {
+            match self.fleet().fence_worker(request.clone()).await {
+                Err(status) if status.message().contains("may not have heard") => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                answer => return answer.map(|stream| stream.into_inner()),
+            }
+        }
+    }
+
     /// Gives all that was told, or why the order was not taken or the stream broke.
     async fn fence(&self, request: v1::FenceWorkerRequest) -> Result<Vec<v1::FenceWorkerResponse>, Status> {
         within("the end of the fence", async {
-            let mut stream = self.fleet().fence_worker(request).await?.into_inner();
+            let mut stream = self.order(request).await?;
             let mut told = vec![];
             while let Some(next) = stream.message().await? {
                 told.push(next);
@@ -191,7 +206,7 @@ async fn a_change_of_leader_while_the_agent_runs_voids_its_word_and_the_next_ord
     std::fs::write(lab.flag("hold"), "").unwrap();
     let request = off();
     let leader = lab.cluster.leader().await;
-    let mut stream = lab.fleet().fence_worker(request.clone()).await.unwrap().into_inner();
+    let mut stream = within("the order", lab.order(request.clone())).await.unwrap();
     eventually("the agent", async || (!lab.agent_runs().is_empty()).then_some(())).await;
     lab.cluster.stop(leader).await;
     let broken = within("the end of the stream", async {

@@ -143,7 +143,7 @@ impl ApiError {
             | Self::WorkerAnswers { .. } => Code::FailedPrecondition,
             Self::Fence(error) => match error {
                 FenceError::NoAgent { .. } | FenceError::Agent(_) => Code::FailedPrecondition,
-                FenceError::Busy | FenceError::Stopped => Code::Unavailable,
+                FenceError::Unsettled | FenceError::Busy | FenceError::Stopped => Code::Unavailable,
             },
             Self::LeaderChanged => Code::Unavailable,
             Self::Consensus(error) => match error {

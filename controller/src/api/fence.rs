@@ -10,6 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::error::ApiError;
 use super::watch::Views;
 use super::{Api, Moment, clip, echo, request_id};
+use crate::consensus::Status;
 use crate::fence::desk::FenceOrder;
 use crate::fence::job::{Fate, Phase, Progress};
 use crate::model::Rejection;
@@ -45,7 +46,7 @@ impl Api {
             return Err(ApiError::WorkerAnswers { worker });
         }
         let progress = self.desk.fence(FenceOrder { request: id, worker, by: operator, reason }).await?;
-        Ok(follow(progress))
+        Ok(follow(progress, self.consensus.watch_status()))
     }
 
     fn check(&self, moment: &Moment, worker: WorkerName) -> Views<v1::FenceWorkerResponse> {
@@ -88,8 +89,11 @@ fn known(moment: &Moment, name: &str) -> Result<WorkerName, ApiError> {
     }
 }
 
-/// Tells each change until the end.
-fn follow(mut progress: watch::Receiver<Progress>) -> Views<v1::FenceWorkerResponse> {
+/// Tells each change until the end, or until this node no longer leads: then the client asks the new leader.
+fn follow(
+    mut progress: watch::Receiver<Progress>,
+    mut status: watch::Receiver<Status>,
+) -> Views<v1::FenceWorkerResponse> {
     let (sender, receiver) = mpsc::channel(QUEUE);
     tokio::spawn(async move {
         loop {
@@ -98,11 +102,15 @@ fn follow(mut progress: watch::Receiver<Progress>) -> Views<v1::FenceWorkerRespo
             if sender.send(item).await.is_err() || now.phase.is_over() {
                 return;
             }
-            let changed = tokio::select! {
+            let leads = tokio::select! {
                 () = sender.closed() => return,
-                changed = progress.changed() => changed,
+                changed = progress.changed() => changed.is_ok(),
+                left = status.wait_for(|status| !status.serving) => {
+                    tracing::info!(stopping = left.is_err(), "a fence is no longer followed here");
+                    false
+                }
             };
-            if changed.is_err() {
+            if !leads {
                 // The client may be gone.
                 let _ = sender.send(Err(ApiError::LeaderChanged.into())).await;
                 return;

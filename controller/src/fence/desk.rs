@@ -3,6 +3,9 @@
 //! The task behind it owns what is under way. It acts at the leader only: on another node orders end in
 //! [`Phase::Void`](super::job::Phase::Void).
 //!
+//! A leader that was just elected has heard nobody, so it takes no orders for [`SETTLED_AFTER`]: every worker that is alive has
+//! found it by then, and is not turned off by mistake.
+//!
 //! Unasked, a host is turned off when all of this holds: the configuration says after how long a silence; the worker has been
 //! silent for that long *to this leader*, which was in office all the while; a VM that keeps running would be taken over
 //! by it (those that fence themselves need no agent); no other unasked fence is under way; the last one of this worker is a
@@ -27,6 +30,8 @@ use crate::link::observation::Observations;
 
 /// An unasked fence that came to nothing is tried again after this.
 pub const AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// How long workers may take to find a new leader: those of the one before notice its end after 6 s.
+pub const SETTLED_AFTER: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const QUEUE: usize = 16;
 /// Agents that are asked for the status of a host at the same time.
@@ -43,6 +48,9 @@ pub enum FenceError {
         /// The worker.
         worker: WorkerName,
     },
+    /// Nobody can be counted as silent yet.
+    #[error("this controller leads since less than {} s and may not have heard every worker yet: ask again", SETTLED_AFTER.as_secs())]
+    Unsettled,
     /// Too many at once.
     #[error("{MAX_CHECKS} fence agents are being asked already: try again in a moment")]
     Busy,
@@ -70,7 +78,7 @@ pub struct FenceOrder {
 struct Ask {
     order: FenceOrder,
     agent: Agent,
-    answer: oneshot::Sender<watch::Receiver<Progress>>,
+    answer: oneshot::Sender<Result<watch::Receiver<Progress>, FenceError>>,
 }
 
 /// The way to the task.
@@ -98,7 +106,7 @@ impl Desk {
         let agent = self.agent_for(&order.worker)?.clone();
         let (answer, answered) = oneshot::channel();
         self.orders.send(Ask { order, agent, answer }).await.map_err(|_| FenceError::Stopped)?;
-        answered.await.map_err(|_| FenceError::Stopped)
+        answered.await.map_err(|_| FenceError::Stopped)?
     }
 
     /// Asks the agent whether it reaches the host's power control, and gives its words.
@@ -147,16 +155,25 @@ impl Clerk {
         }
     }
 
-    fn take(&mut self, order: FenceOrder, agent: Agent) -> watch::Receiver<Progress> {
+    fn take(&mut self, order: FenceOrder, agent: Agent) -> Result<watch::Receiver<Progress>, FenceError> {
         if let Some(entry) = self.known.get(&order.worker) {
             let phase = entry.progress.borrow().phase.clone();
             let same = entry.request == order.request && phase != super::job::Phase::Void;
             if !phase.is_over() || same {
-                return entry.progress.clone();
+                return Ok(entry.progress.clone());
             }
         }
+        if !self.watch.settled(self.office(), Instant::now()) {
+            return Err(FenceError::Unsettled);
+        }
         let ground = Ground::Ordered { by: order.by, reason: order.reason };
-        self.begin(order.request, agent, order.worker, ground)
+        Ok(self.begin(order.request, agent, order.worker, ground))
+    }
+
+    /// The term in which this node serves as the leader.
+    fn office(&self) -> Option<u64> {
+        let status = self.tools.consensus.status();
+        status.serving.then_some(status.term)
     }
 
     fn begin(
@@ -173,9 +190,9 @@ impl Clerk {
     }
 
     fn look(&mut self) {
+        let now = Instant::now();
+        self.watch.note(self.office(), now);
         let Some(after) = self.config.after_silence else { return };
-        let (status, now) = (self.tools.consensus.status(), Instant::now());
-        self.watch.note(status.serving.then_some(status.term), now);
         if self.known.values().any(|entry| !entry.progress.borrow().phase.is_over()) {
             return;
         }
@@ -211,6 +228,12 @@ impl Watch {
         }
     }
 
+    /// Has this node served in this term, and no other since, for long enough to have heard every worker that is alive?
+    fn settled(&self, term: Option<u64>, now: Instant) -> bool {
+        let since = self.office.filter(|(noted, _)| Some(*noted) == term).map(|(_, since)| since);
+        since.is_some_and(|since| now.saturating_duration_since(since) >= SETTLED_AFTER)
+    }
+
     fn begun(&mut self, worker: WorkerName, now: Instant) {
         self.begun.insert(worker, now);
     }
@@ -240,6 +263,8 @@ mod tests {
         let due = |watch: &Watch, said: &Observations, seconds| watch.due(&worker, said, after, at(seconds));
         assert_eq!(due(&watch, &said, 100), None, "does not lead");
         watch.note(Some(1), at(100));
+        assert!(!watch.settled(Some(1), at(109)) && watch.settled(Some(1), at(110)));
+        assert!(!watch.settled(None, at(110)) && !watch.settled(Some(2), at(110)), "not in this term");
         assert_eq!(due(&watch, &said, 129), None);
         assert_eq!(due(&watch, &said, 130), Some(after), "never reported to this leader");
         said.put(worker.clone(), Observed { report: Default::default(), at: at(120), at_unix_ms: 0, assigned: None });

@@ -208,6 +208,9 @@ impl Job {
             holds.take(vm.vm, vm.last);
         }
         self.show(&concerned, |vm| holds.vms.contains_key(&vm));
+        if !self.tools.leads_in(term) {
+            return Err(JobError::Void);
+        }
         let output = agent::run(&self.agent, Action::Off, &self.worker, &site).await?;
         if !self.tools.leads_in(term) {
             return Err(JobError::Void);
