@@ -12,6 +12,9 @@ use pageport_ownership::lease::LeaseTermsError;
 use pageport_proto::SiteName;
 use serde::Deserialize;
 
+use crate::fence::FenceConfig;
+use crate::fence::config::RawFence;
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
@@ -23,6 +26,8 @@ struct Raw {
     tls: TlsPaths,
     #[serde(default)]
     lease: RawLease,
+    #[serde(default)]
+    fence: RawFence,
     #[serde(default)]
     telemetry: TelemetryConfig,
 }
@@ -101,6 +106,8 @@ pub struct Config {
     pub log: LogLimits,
     /// How long workers may run VMs that fence themselves without hearing from the leader. The same at every controller.
     pub lease: LeaseTerms,
+    /// Who can turn off which host. The same at every controller, since any of them may lead.
+    pub fence: FenceConfig,
     /// Certificates.
     pub tls: TlsPaths,
     /// Logs and traces.
@@ -189,6 +196,7 @@ impl TryFrom<Raw> for Config {
             members,
             log: LogLimits::default(),
             lease: lease(&raw.lease)?,
+            fence: FenceConfig::try_from(raw.fence)?,
             tls: raw.tls,
             telemetry: raw.telemetry,
         })

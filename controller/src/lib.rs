@@ -11,6 +11,7 @@
 //! | [`consensus`] | raft: log, snapshots, peers |
 //! | [`link`] | reports from workers, assignments to them |
 
+//! | [`fence`] | commands that turn a worker's host off, and what follows |
 //! | [`api`] | what clients see |
 //! | [`web`] | the same for browsers, and the UI |
 //! | [`peer`] | who is at the other end |
@@ -20,6 +21,7 @@
 pub mod api;
 pub mod config;
 pub mod consensus;
+pub mod fence;
 pub mod link;
 pub mod model;
 pub mod peer;

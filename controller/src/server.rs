@@ -32,6 +32,9 @@ use crate::config::Config;
 use crate::consensus::Consensus;
 use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
 use crate::consensus::peers::{MAX_ENVELOPE_BYTES, Peers, RaftTransport};
+use crate::fence;
+use crate::fence::Desk;
+use crate::fence::job::Tools;
 use crate::link::driver::drive;
 use crate::link::leases::Leases;
 use crate::link::observation::{Hub, hub};
@@ -158,7 +161,9 @@ pub async fn run(
     let hub = hub();
     let leases = Arc::new(Leases::new(config.lease, tokio::time::Instant::now()));
     let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));
-    let (public, internal) = routes(&config, &consensus, &hub, &leases, forwarder);
+    let tools = Tools { consensus: consensus.clone(), hub: hub.clone(), leases: leases.clone() };
+    let desk = fence::desk::start(config.fence.clone(), tools, stop.child_token());
+    let (public, internal) = routes(&config, &consensus, &hub, &leases, desk, forwarder);
     let driver = tokio::spawn(drive(consensus, hub, leases, stop.child_token()));
 
     let ports = stop.child_token();
@@ -190,10 +195,11 @@ fn routes(
     consensus: &Consensus,
     hub: &Hub,
     leases: &Arc<Leases>,
+    desk: Desk,
     forwarder: Forwarder,
 ) -> (Router, Router) {
     let members = Arc::new(config.members.clone());
-    let api = Api::new(consensus.clone(), hub.clone());
+    let api = Api::new(consensus.clone(), hub.clone(), desk);
     let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
         .add_service(ReplicationServiceServer::new(api.clone()))
         .add_service(MigrationServiceServer::new(api))

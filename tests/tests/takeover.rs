@@ -1,9 +1,11 @@
-//! A VM is taken over when its site is lost: by itself once its lease has surely run out, or on an operator's word. It never
-//! runs twice, and what comes back finds that it is no longer the owner.
+//! A VM is taken over when its site is lost: by itself once its lease has surely run out, on a fence agent's word, or on an
+//! operator's. It never runs twice, and what comes back finds that it is no longer the owner.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -252,6 +254,91 @@ async fn a_vm_that_keeps_running_is_taken_over_on_an_operators_word_alone() {
     assert_eq!(takeover["operator"], "operator.pageport");
 
     let witness = Witness::of(&lab);
+    lab.worker("a").restart().unwrap();
+    lab.wait_until_ready().await.unwrap();
+    witness.assert_never_two().await;
+    assert_left_behind_and_of_use(&lab).await;
+}
+
+/// "Turns a host off": kills its worker and its keepers, which take their guests along, and waits until all are gone.
+const AGENT: &str = r#"#!/bin/sh
+[ "$1 $2 $3" = "off worker-a a" ] || { echo "asked $*" >&2; exit 1; }
+if [ -e "$0.broken" ]; then echo "the switch is stuck" >&2; exit 1; fi
+kill -KILL $(cat "$0.kill")
+for pid in $(cat "$0.kill" "$0.gone"); do
+    while [ -e "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status"; do sleep 0.05; done
+done
+echo "power is off"
+"#;
+
+/// Gives every controller an agent for site a's host.
+async fn configure_agent(lab: &mut Lab) -> PathBuf {
+    let agent = lab.folder().join("fence-agent");
+    std::fs::write(&agent, AGENT).unwrap();
+    std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let table = format!("\n[[fence.agent]]\nname = \"switch\"\nworkers = [\"worker-a\"]\ncommand = [{agent:?}]\n");
+    for site in ["a", "b", "c"] {
+        let controller = lab.controller(site);
+        let text = std::fs::read_to_string(controller.config()).unwrap();
+        std::fs::write(controller.config(), text + &table).unwrap();
+        controller.restart().unwrap();
+    }
+    lab.wait_until_ready().await.unwrap();
+    agent
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_keeps_running_is_taken_over_when_an_agent_has_turned_its_host_off() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let mut lab = begin("keep-running").await;
+    let agent = configure_agent(&mut lab).await;
+    let flag = |name: &str| PathBuf::from(format!("{}.{name}", agent.display()));
+    let pids_of = |lab: &Lab, is_one: fn(&str) -> bool| {
+        let found = lab.programs("a").into_iter().filter(|(_, name)| is_one(name));
+        found.map(|(pid, _)| format!("{pid}\n")).collect::<String>()
+    };
+    let of_the_host = pids_of(&lab, |name| name == "pageport-worker" || name == "pageport-keeper");
+    assert_eq!(of_the_host.lines().count(), 2, "{of_the_host}");
+    std::fs::write(flag("kill"), of_the_host).unwrap();
+    std::fs::write(flag("gone"), pids_of(&lab, |name| name.contains("qemu"))).unwrap();
+    std::fs::write(flag("broken"), "").unwrap();
+    let fence = ["worker", "fence", "worker-a", "--confirm", "worker-a", "--reason", "no heartbeat"];
+    let refused = ctl(&lab, &fence).await.unwrap_err();
+    assert!(refused.contains("is connected"), "{refused}");
+
+    // Cut off, the guest goes on; an agent that fails changes nothing.
+    let witness = Witness::of(&lab);
+    isolate(&lab, |from, to| Request::Cut { from, to });
+    let lost = wait_for_vm(&lab, "a doubt", |vm| vm["state"] == "unknown").await;
+    let before = lab.qemu_pids(VM);
+    assert!(
+        matches!(before[..], [("a", _)]) && lost["doubt"].as_str().unwrap().contains("fenced"),
+        "{before:?} {lost}"
+    );
+    let failed = ctl(&lab, &fence).await.unwrap_err();
+    assert!(failed.contains("\"switch\"") && failed.contains("the switch is stuck"), "{failed}");
+    let still = vm(&lab).await;
+    assert_eq!((&still["owner_site"], still["takeovers"].as_array().map(Vec::len)), (&"a".into(), Some(0)), "{still}");
+    assert_eq!(lab.qemu_pids(VM), before);
+
+    std::fs::remove_file(flag("broken")).unwrap();
+    let told = ctl(&lab, &fence).await.unwrap();
+    assert!(told.contains("worker-a is off (fence agent switch: power is off)") && told.contains("worker-b"), "{told}");
+    let taken = wait_for_vm(&lab, "the guest at b", |vm| vm["state"] == "running" && vm["owner_site"] == "b").await;
+    lab.guest("b", GUEST_ADDRESS).await.unwrap();
+    let takeover = &taken["takeovers"][0];
+    assert_eq!(
+        (&takeover["ground"], &takeover["agent"], &takeover["operator"]),
+        (&"fenced".into(), &"switch".into(), &"operator.pageport".into()),
+        "{taken}"
+    );
+    let shown = ctl(&lab, &["vm", "get", VM]).await.unwrap();
+    assert!(shown.contains("its host was fenced by switch on the order of operator.pageport: no heartbeat"), "{shown}");
+
+    isolate(&lab, |from, to| Request::Heal { from, to });
     lab.worker("a").restart().unwrap();
     lab.wait_until_ready().await.unwrap();
     witness.assert_never_two().await;

@@ -83,6 +83,7 @@ impl Command {
         match self {
             Self::Site(SiteCommand::List) => "site list",
             Self::Worker(WorkerCommand::List) => "worker list",
+            Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
             Self::Vm(VmCommand::Define { .. }) => "vm define",
             Self::Vm(VmCommand::List) => "vm list",
@@ -116,6 +117,24 @@ pub enum SiteCommand {
 pub enum WorkerCommand {
     /// List the workers.
     List,
+    /// Have a worker's host turned off by its fence agent, and start elsewhere what ran there.
+    ///
+    /// For a host that does not answer. The controllers grant its VMs to nobody, run the agent that controller.toml names
+    /// for the worker, and once it has confirmed that the host is off they start each VM at a complete replica. What a VM
+    /// wrote since its replica was last synchronised is lost. An agent that fails changes nothing.
+    Fence {
+        /// Name of the worker.
+        worker: String,
+        /// The worker's name once more; asked for at the terminal when left out.
+        #[arg(long, value_name = "NAME")]
+        confirm: Option<String>,
+        /// Why the host is turned off; kept for good.
+        #[arg(long, value_name = "TEXT", required_unless_present = "check")]
+        reason: Option<String>,
+        /// Only ask the agent whether it reaches the host's power control; changes nothing.
+        #[arg(long, conflicts_with_all = ["reason", "confirm"])]
+        check: bool,
+    },
 }
 
 /// `cluster ...`

@@ -62,6 +62,22 @@ pub enum CtlError {
         /// The controller's reason.
         reason: String,
     },
+    /// A fence changed nothing.
+    #[error("worker {worker} was not fenced, and nothing was taken over{}", because(reason))]
+    Fence {
+        /// The worker.
+        worker: String,
+        /// The controller's reason, with the agent's words.
+        reason: String,
+    },
+    /// A fence agent is not fit for use.
+    #[error("the fence agent for worker {worker} cannot do its work{}", because(reason))]
+    FenceCheck {
+        /// The worker.
+        worker: String,
+        /// The controller's reason, with the agent's words.
+        reason: String,
+    },
     /// What was watched is gone.
     #[error("{subject} is no longer there")]
     Gone {
@@ -69,7 +85,7 @@ pub enum CtlError {
         subject: String,
     },
     /// A dangerous command was not confirmed.
-    #[error("not confirmed: give the VM's name with --confirm NAME, or run this at a terminal")]
+    #[error("not confirmed: give the name once more with --confirm NAME, or run this at a terminal")]
     Unconfirmed,
     /// The terminal could not be read.
     #[error("read the confirmation")]

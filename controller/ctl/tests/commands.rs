@@ -4,6 +4,8 @@
 
 mod support;
 
+use pageport_proto::v1;
+use pageport_proto::v1::fence_worker_response::Phase;
 use serde_json::json;
 use support::{Authority, Fake, run, vm, write};
 use tonic::Status;
@@ -76,6 +78,56 @@ async fn a_repeated_command_keeps_its_request_id() {
     assert!(ids[0] == ids[1] && ids[1] == ids[2], "{ids:?}");
     assert_ne!(ids[2], ids[3]);
     assert!(ids.iter().all(|id| id.parse::<pageport_proto::RequestId>().is_ok()), "{ids:?}");
+}
+
+fn fence(phase: Phase) -> v1::FenceWorkerResponse {
+    let vm = v1::FencedVm {
+        name: "web".into(),
+        to_site: "b".into(),
+        to_worker: "worker-b".into(),
+        taken_over: phase == Phase::Done,
+        ..Default::default()
+    };
+    v1::FenceWorkerResponse {
+        phase: phase.into(),
+        worker: "worker-a".into(),
+        agent: "ipmi".into(),
+        problem: if phase == Phase::Failed { "fence agent \"ipmi\" could not".into() } else { String::new() },
+        vms: vec![vm],
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_fence_is_followed_to_its_end_and_joined_again_when_its_stream_breaks() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    // The first stream ends too early.
+    fake.script().fences =
+        [vec![fence(Phase::Agent)], vec![fence(Phase::Agent), fence(Phase::Takeover), fence(Phase::Done)]].into();
+    let off = ["worker", "fence", "worker-a", "--confirm", "worker-a", "--reason", "smoke"];
+    let ended = run(&authority, &at, &off).await.succeeded();
+    assert!(ended.stdout.contains("worker-a is off (fence agent ipmi)\n"), "{}", ended.stdout);
+    assert!(ended.stdout.contains("web  b           worker-b"), "{}", ended.stdout);
+    let asked = fake.script().fenced.clone();
+    assert!(asked.len() == 2 && asked[0] == asked[1], "{asked:?}");
+    assert_eq!((asked[0].confirm_name.as_str(), asked[0].reason.as_str()), ("worker-a", "smoke"));
+
+    fake.script().fences = [vec![fence(Phase::Failed)]].into();
+    let failed = run(&authority, &at, &off).await;
+    assert_eq!(
+        failed.error(),
+        "error: worker worker-a was not fenced, and nothing was taken over: fence agent \"ipmi\" could not"
+    );
+    let unconfirmed = run(&authority, &at, &["worker", "fence", "worker-a", "--reason", "smoke"]).await;
+    assert!(unconfirmed.error().contains("--confirm NAME"), "{}", unconfirmed.stderr);
+
+    fake.script().fences = [vec![fence(Phase::Done)]].into();
+    let checked = run(&authority, &at, &["worker", "fence", "worker-a", "--check", "--json"]).await.succeeded();
+    assert_eq!(checked.lines()[0]["phase"], "done");
+    assert_eq!(fake.script().fenced.last().unwrap().action(), v1::fence_worker_request::Action::Check);
+    assert_eq!(run(&authority, &at, &["worker", "fence", "worker-a"]).await.code, 2, "a reason is needed");
 }
 
 #[tokio::test]

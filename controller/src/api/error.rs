@@ -5,6 +5,7 @@ use pageport_proto::{SiteName, WorkerName};
 use tonic::{Code, Status};
 
 use crate::consensus::ConsensusError;
+use crate::fence::desk::FenceError;
 use crate::model::Rejection;
 use crate::model::spec::SpecError;
 
@@ -68,6 +69,25 @@ pub enum ApiError {
         /// The worker.
         worker: WorkerName,
     },
+    /// The name that was typed is not the worker's.
+    #[error("\"{typed}\" is not the name of the worker (\"{worker}\"): nothing was changed")]
+    WorkerNotConfirmed {
+        /// What was typed.
+        typed: String,
+        /// What it is called.
+        worker: WorkerName,
+    },
+    /// Fences are for workers that do not answer.
+    #[error(
+        "worker \"{worker}\" is connected: migrate its VMs away, or stop pageport-worker there if it must be turned off all the same"
+    )]
+    WorkerAnswers {
+        /// The worker.
+        worker: WorkerName,
+    },
+    /// No fence.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
     /// Not an id.
     #[error("{field}: {source}")]
     BadId {
@@ -122,13 +142,21 @@ impl ApiError {
                 | Rejection::TooLate { .. }
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
             },
-            Self::Spec(_) | Self::BadId { .. } | Self::Missing { .. } | Self::NotConfirmed { .. } => {
-                Code::InvalidArgument
-            }
+            Self::Spec(_)
+            | Self::BadId { .. }
+            | Self::Missing { .. }
+            | Self::NotConfirmed { .. }
+            | Self::WorkerNotConfirmed { .. } => Code::InvalidArgument,
             Self::SiteUnknown { .. } => Code::NotFound,
-            Self::NoWorker { .. } | Self::WorkerLost { .. } | Self::HolderAnswers { .. } | Self::NotGuarded { .. } => {
-                Code::FailedPrecondition
-            }
+            Self::NoWorker { .. }
+            | Self::WorkerLost { .. }
+            | Self::HolderAnswers { .. }
+            | Self::WorkerAnswers { .. }
+            | Self::NotGuarded { .. } => Code::FailedPrecondition,
+            Self::Fence(error) => match error {
+                FenceError::NoAgent { .. } | FenceError::Agent(_) => Code::FailedPrecondition,
+                FenceError::Unsettled | FenceError::Busy | FenceError::Stopped => Code::Unavailable,
+            },
             Self::LeaderChanged => Code::Unavailable,
             Self::Consensus(error) => match error {
                 ConsensusError::NotLeader

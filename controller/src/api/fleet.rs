@@ -79,6 +79,7 @@ impl Api {
                 reason: super::clip(request.reason.trim(), super::MAX_REASON_CHARS),
             },
             seen: String::new(),
+            ordered_by: None,
         };
         let heir = order.worker.clone();
         let order = ClientOrder::Resolve(order);
@@ -159,6 +160,13 @@ impl FleetService for Api {
         let operator = peer::operator(&request)?;
         let vm = self.resolve(request.into_inner(), operator).await?;
         Ok(Response::new(v1::ResolveVmResponse { vm }))
+    }
+
+    type FenceWorkerStream = Views<v1::FenceWorkerResponse>;
+
+    async fn fence_worker(&self, request: Request<v1::FenceWorkerRequest>) -> Reply<Self::FenceWorkerStream> {
+        let operator = peer::operator(&request)?;
+        Ok(Response::new(self.fence(request.into_inner(), operator).await?))
     }
 
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {

@@ -6,6 +6,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
+//! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`] | state and observations into API messages: pure |
 //! | [`watch`] | streams of views |
 //! | [`error`] | every failure's gRPC code, in one place |
@@ -17,6 +18,7 @@
 pub mod changes;
 pub mod cluster;
 pub mod error;
+pub mod fence;
 pub mod fleet;
 pub mod forward;
 pub mod migration;
@@ -33,6 +35,7 @@ use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::consensus::Consensus;
+use crate::fence::Desk;
 use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
 use crate::model::state::Vm;
@@ -56,6 +59,7 @@ pub fn unix_ms() -> i64 {
 pub struct Api {
     consensus: Consensus,
     hub: Hub,
+    desk: Desk,
 }
 
 /// State and observations at one moment.
@@ -180,8 +184,8 @@ fn request_id(text: &str) -> Result<RequestId, ApiError> {
 
 impl Api {
     /// Serves what this node has agreed on.
-    pub fn new(consensus: Consensus, hub: Hub) -> Self {
-        Self { consensus, hub }
+    pub fn new(consensus: Consensus, hub: Hub, desk: Desk) -> Self {
+        Self { consensus, hub, desk }
     }
 
     /// State (after a quorum round) and observations.

@@ -121,7 +121,9 @@ impl<'a> View<'a> {
         };
         let settles = match vm.spec.on_isolation {
             Policy::SelfFence => "once every lease has run out it is started at a replica whose worker is guarded",
-            Policy::KeepRunning => "it is started nowhere else until that worker reports, or an operator resolves it",
+            Policy::KeepRunning => {
+                "it is started nowhere else until that worker reports, its host is fenced, or an operator resolves it"
+            }
         };
         format!("{cause}; {settles}")
     }
@@ -234,10 +236,11 @@ impl<'a> View<'a> {
 }
 
 fn takeover(takeover: &Takeover) -> v1::Takeover {
-    let (ground, reason, operator) = match &takeover.proof {
-        Proof::LeasesOut { .. } => (v1::takeover::Ground::LeaseExpired, &takeover.seen, String::new()),
-        Proof::Fenced { .. } => (v1::takeover::Ground::Fenced, &takeover.seen, String::new()),
-        Proof::Override { who, reason } => (v1::takeover::Ground::Override, reason, who.clone()),
+    let by = takeover.ordered_by.as_ref();
+    let (ground, reason, operator, agent) = match &takeover.proof {
+        Proof::LeasesOut { .. } => (v1::takeover::Ground::LeaseExpired, &takeover.seen, by, None),
+        Proof::Fenced { agent, .. } => (v1::takeover::Ground::Fenced, &takeover.seen, by, Some(agent)),
+        Proof::Override { who, reason } => (v1::takeover::Ground::Override, reason, Some(who), None),
     };
     v1::Takeover {
         at_unix_ms: takeover.at_unix_ms,
@@ -246,6 +249,7 @@ fn takeover(takeover: &Takeover) -> v1::Takeover {
         to_worker: takeover.to.to_string(),
         epoch: takeover.epoch.raw(),
         reason: reason.clone(),
-        operator,
+        operator: operator.cloned().unwrap_or_default(),
+        agent: agent.cloned().unwrap_or_default(),
     }
 }

@@ -39,7 +39,7 @@ impl Candidate {
     /// The command, once leases are out.
     pub fn order(self, proof: Proof<WorkerName>) -> Order {
         let Self { vm, site, worker, last, seen } = self;
-        Order { vm, site, worker, last, proof, seen }
+        Order { vm, site, worker, last, proof, seen, ordered_by: None }
     }
 }
 
@@ -62,7 +62,8 @@ fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: 
     Some(Candidate { vm: id, site, worker, last: vm.ownership.last(), seen: silence(owner, observations, now) })
 }
 
-fn heir(state: &State, vm: &Vm, is_fit: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
+/// A fit worker that holds what can become the VM's disk, and its site.
+pub fn heir(state: &State, vm: &Vm, is_fit: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
     if let Ownership::Migrating { to, released: true, refused: false, .. } = &vm.ownership
         && is_fit(to)
     {

@@ -3,13 +3,18 @@
 //! ```text
 //!   RenewLease ──▶ quorum round ──▶ grant ──▶ (lease, VMs it covers) ──▶ worker ──▶ its keepers
 //!   failover: hold the VM ──▶ surely out? ──▶ propose ──▶ definite answer ──▶ let go
+//!   fence:    hold the VMs ──▶ agent      ──▶ propose ──▶ definite answer ──▶ let go
 //! ```
 //! One [`LeaseTable`] for each term in which this node leads: a new one counts every lease as just granted. The argument why this
 //! is safe stands in [`pageport_ownership::lease`].
 //!
 //! Guarantees: a grant and a hold exclude each other; nothing of an earlier term is used in a later one. Kept in memory only:
 //! a lost table costs one lease of waiting.
+//!
+//! A failover and a fence hold a VM apart from each other, so that neither lets go of what the other relies on. Both may
+//! propose a takeover: the second to be applied is refused, since its proof is about an epoch that has passed.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pageport_ownership::{Epoch, LeaseTable, LeaseTerms, Proof};
@@ -40,13 +45,21 @@ pub struct Leases {
 struct Book {
     term: u64,
     table: LeaseTable<WorkerName, VmId>,
+    /// Held by fences.
+    fenced: BTreeSet<VmId>,
+}
+
+impl Book {
+    fn held(&self, vm: &VmId) -> bool {
+        self.table.held(vm) || self.fenced.contains(vm)
+    }
 }
 
 impl Leases {
     /// Nothing granted yet; moments are counted from `now`.
     pub fn new(terms: LeaseTerms, now: Instant) -> Self {
         let table = LeaseTable::new(0, terms);
-        Self { terms, zero: now, book: Mutex::new(Book { term: 0, table }) }
+        Self { terms, zero: now, book: Mutex::new(Book { term: 0, table, fenced: BTreeSet::new() }) }
     }
 
     fn ms(&self, now: Instant) -> u64 {
@@ -57,7 +70,7 @@ impl Leases {
     fn book(&self, term: u64, now: Instant) -> Option<MutexGuard<'_, Book>> {
         let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
         if term > book.term {
-            *book = Book { term, table: LeaseTable::new(self.ms(now), self.terms) };
+            *book = Book { term, table: LeaseTable::new(self.ms(now), self.terms), fenced: BTreeSet::new() };
         }
         (book.term == term).then_some(book)
     }
@@ -68,14 +81,14 @@ impl Leases {
         let mut book = self.book(term, now)?;
         let defined = state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
         let covered = |(id, vm): (&VmId, &Vm)| Some((*id, book.table.covers(id, &vm.ownership, worker)?));
-        let vms = defined.filter_map(covered).collect();
+        let vms = defined.filter(|(id, _)| !book.fenced.contains(id)).filter_map(covered).collect();
         book.table.granted(worker.clone(), self.ms(now));
         Some(Grant { lease_ms: self.terms.lease_ms(), vms })
     }
 
     /// May this VM be granted to anybody: is it not being failed over?
     pub fn grantable(&self, term: u64, vm: VmId, now: Instant) -> bool {
-        self.book(term, now).is_some_and(|book| !book.table.held(&vm))
+        self.book(term, now).is_some_and(|book| !book.held(&vm))
     }
 
     /// Holds the VM if no possible holder but `heir` can still have a valid lease, and hands out the proof. Propose the failover in
@@ -95,6 +108,19 @@ impl Leases {
             book.table.end_failover(&id);
         }
         proof
+    }
+
+    /// Holds a VM for a fence. Call it **before** the agent; [`Leases::let_go_of_fenced`] once the outcome is certain. False:
+    /// the term is over, or another fence holds the VM.
+    pub fn hold_for_fence(&self, term: u64, id: VmId, now: Instant) -> bool {
+        self.book(term, now).is_some_and(|mut book| book.fenced.insert(id))
+    }
+
+    /// The takeover on a fence agent's word was applied or refused, or was never proposed.
+    pub fn let_go_of_fenced(&self, term: u64, id: VmId, now: Instant) {
+        if let Some(mut book) = self.book(term, now) {
+            book.fenced.remove(&id);
+        }
     }
 
     /// The failover was applied or refused.
@@ -169,6 +195,25 @@ mod tests {
         assert!(story.granted(6101).is_empty());
         story.leases.let_go(7, story.id, story.at(6102));
         assert_eq!(story.granted(6102), covered);
+    }
+
+    #[test]
+    fn a_fence_shuts_grants_out_and_neither_it_nor_a_failover_lets_go_of_the_other() {
+        let story = Story::new();
+        assert!(story.leases.hold_for_fence(7, story.id, story.at(0)));
+        assert!(!story.leases.hold_for_fence(7, story.id, story.at(0)), "one fence at a time");
+        assert!(!story.leases.grantable(7, story.id, story.at(0)) && story.granted(0).is_empty());
+        assert!(story.hold(7, 1_101).is_some(), "leases that are out need not wait for the agent");
+        story.leases.let_go(7, story.id, story.at(1_102));
+        assert!(!story.leases.grantable(7, story.id, story.at(1_102)), "the fence holds it still");
+        assert!(story.hold(7, 1_103).is_some());
+        story.leases.let_go_of_fenced(7, story.id, story.at(1_103));
+        assert!(!story.leases.grantable(7, story.id, story.at(1_103)), "the failover holds it still");
+        story.leases.let_go(7, story.id, story.at(1_104));
+        assert!(story.leases.grantable(7, story.id, story.at(1_104)));
+        assert!(story.leases.hold_for_fence(7, story.id, story.at(1_105)));
+        assert!(story.leases.grantable(8, story.id, story.at(1_106)), "a later term knows of no fence");
+        assert!(!story.leases.hold_for_fence(7, story.id, story.at(1_106)), "and the term before has no say");
     }
 
     #[test]

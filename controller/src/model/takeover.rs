@@ -34,6 +34,9 @@ pub struct Takeover {
     pub epoch: Epoch,
     /// What was seen.
     pub seen: String,
+    /// The operator who had the worker's host fenced; [`None`]: nobody ordered it, or the proof names who did.
+    #[serde(default)]
+    pub ordered_by: Option<String>,
 }
 
 /// Who gets the VM, and why.
@@ -51,6 +54,9 @@ pub struct Order {
     pub proof: Proof<WorkerName>,
     /// What was seen.
     pub seen: String,
+    /// The operator who had the worker's host fenced.
+    #[serde(default)]
+    pub ordered_by: Option<String>,
 }
 
 /// Gives the VM to the worker.
@@ -84,8 +90,8 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
     let problem = format!(
         "taken over from worker \"{from}\": what the vm wrote there since this replica was last synchronised is lost"
     );
-    let Order { worker: to, proof, seen, .. } = order;
-    vm.takeovers.push(Takeover { at_unix_ms: now, proof, from, to, epoch, seen });
+    let Order { worker: to, proof, seen, ordered_by, .. } = order;
+    vm.takeovers.push(Takeover { at_unix_ms: now, proof, from, to, epoch, seen, ordered_by });
     let surplus = vm.takeovers.len().saturating_sub(MAX_TAKEOVERS);
     vm.takeovers.drain(..surplus);
     if let Some(id) = vm.migration {
@@ -164,7 +170,15 @@ mod tests {
     fn leases_out(state: &State, id: VmId) -> Order {
         let last = state.vms[&id].ownership.last();
         let proof = Proof::LeasesOut { workers: vec![worker(0)], last };
-        Order { vm: id, site: "b".parse().unwrap(), worker: worker(1), last, proof, seen: "silent".into() }
+        Order {
+            vm: id,
+            site: "b".parse().unwrap(),
+            worker: worker(1),
+            last,
+            proof,
+            seen: "silent".into(),
+            ordered_by: None,
+        }
     }
 
     fn carry_out(state: &mut State, order: command::Order) -> Outcome {

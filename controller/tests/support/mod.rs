@@ -11,6 +11,7 @@ use std::time::Duration;
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
 use pageport_controller::config::{Config, LogLimits, Member};
+use pageport_controller::fence::FenceConfig;
 use pageport_controller::server::{Listeners, ServerError, run};
 use pageport_ownership::LeaseTerms;
 use pageport_proto::v1;
@@ -46,6 +47,10 @@ fn write(path: PathBuf, text: String) -> PathBuf {
 
 impl Cluster {
     pub async fn start(log: LogLimits) -> Self {
+        Self::with_agents(log, FenceConfig::default()).await
+    }
+
+    pub async fn with_agents(log: LogLimits, fence: FenceConfig) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -76,6 +81,7 @@ impl Cluster {
                 members: members.clone(),
                 log,
                 lease: LeaseTerms::new(3_000, 10_000, 500).unwrap(),
+                fence: fence.clone(),
                 tls: cluster.certificate("controller", CONTROLLER_NAME),
                 telemetry: TelemetryConfig::default(),
             };

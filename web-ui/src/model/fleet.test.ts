@@ -1,11 +1,11 @@
 import { create } from "@bufbuild/protobuf";
 import { expect, test } from "vitest";
 
-import { SiteSchema, VmSchema, VmState, WorkerSchema } from "../gen/pageport/v1/fleet_pb.ts";
+import { SiteSchema, Takeover_Ground, VmSchema, VmState, WorkerSchema } from "../gen/pageport/v1/fleet_pb.ts";
 import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
 import { ReplicaSchema, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
-import { ordered, seedFraction, siteViews, sortedVms, vmName } from "./fleet.ts";
-import { hasEnded, migrationLook, replicaLook, vmLook } from "./states.ts";
+import { ordered, seedFraction, siteViews, sortedVms, takenOver, vmName } from "./fleet.ts";
+import { groundWords, hasEnded, migrationLook, replicaLook, vmLook } from "./states.ts";
 
 test("sites carry their own workers and VMs, sorted as people sort", () => {
   const views = siteViews(
@@ -37,6 +37,20 @@ test("an order about power is shown until it is carried out", () => {
   expect(vm(VmState.STOPPED, true)).toBe("is to start");
   expect(vm(VmState.STOPPED, false)).toBe("");
   expect(vm(VmState.CRASHED, true)).toBe("");
+});
+
+test("a VM that was taken over says from whom, on what ground and by whom, the newest time", () => {
+  const takeover = { fromWorker: "worker-a", toWorker: "worker-b", reason: "no heartbeat" };
+  const vm = (...takeovers: object[]) => takenOver(create(VmSchema, { takeovers: takeovers.map((more) => ({ ...takeover, ...more })) }));
+  expect(vm()).toBe("");
+  const forced = { ground: Takeover_Ground.OVERRIDE, operator: "ann.operator.pageport" };
+  expect(vm(forced)).toBe("taken over from worker-a, forced by ann.operator.pageport: no heartbeat");
+  const fenced = { ground: Takeover_Ground.FENCED, agent: "ipmi" };
+  expect(vm(forced, fenced)).toBe("taken over from worker-a, its host was fenced by ipmi: no heartbeat");
+  const ordered = { ...fenced, operator: "ann.operator.pageport" };
+  expect(vm(ordered)).toBe("taken over from worker-a, its host was fenced by ipmi on the order of ann.operator.pageport: no heartbeat");
+  expect(vm({ ground: Takeover_Ground.LEASE_EXPIRED })).toBe("taken over from worker-a, its lease had run out: no heartbeat");
+  expect(groundWords(99 as Takeover_Ground)).toBe("?");
 });
 
 test("a state of a newer API is shown as unknown instead of breaking the page", () => {

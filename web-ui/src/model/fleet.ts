@@ -1,6 +1,7 @@
 // The fleet as the page shows it: sites with their workers and how many VMs, VMs by name. Pure.
 import { type Site, type Vm, VmState, type Worker } from "../gen/pageport/v1/fleet_pb.ts";
 import { type Replica, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
+import { groundWords } from "./states.ts";
 
 export interface SiteView {
   site: Site;
@@ -37,4 +38,13 @@ export function ordered(vm: Vm): string {
   if (vm.state === VmState.RUNNING && !vm.desiredRunning) return "is to stop";
   if (vm.state === VmState.STOPPED && vm.desiredRunning) return "is to start";
   return "";
+}
+
+/** The newest change of owner that no worker's record proves; empty when there was none. */
+export function takenOver(vm: Vm): string {
+  const newest = vm.takeovers.at(-1);
+  if (newest === undefined) return "";
+  const by = newest.agent || newest.operator;
+  const order = newest.agent && newest.operator ? ` on the order of ${newest.operator}` : "";
+  return `taken over from ${newest.fromWorker}, ${groundWords(newest.ground)}${by && ` by ${by}`}${order}: ${newest.reason}`;
 }

@@ -1,5 +1,5 @@
 // States as words and tones. Each map must name every state: the compiler refuses a new one without its entry.
-import { VmState } from "../gen/pageport/v1/fleet_pb.ts";
+import { Takeover_Ground, VmState } from "../gen/pageport/v1/fleet_pb.ts";
 import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
 import { ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
 
@@ -53,10 +53,18 @@ const ENDED = {
   [MigrationState.CANCELLED]: true,
 } satisfies Record<MigrationState, boolean>;
 
+const GROUND = {
+  [Takeover_Ground.UNSPECIFIED]: "?",
+  [Takeover_Ground.LEASE_EXPIRED]: "its lease had run out",
+  [Takeover_Ground.FENCED]: "its host was fenced",
+  [Takeover_Ground.OVERRIDE]: "forced",
+} satisfies Record<Takeover_Ground, string>;
+
 // A newer controller may send a number that this page does not know.
 const NEWER: Look = { word: "?", tone: "warn" };
 
 export const vmLook = (state: VmState): Look => VM[state] ?? NEWER;
 export const migrationLook = (state: MigrationState): Look => MIGRATION[state] ?? NEWER;
 export const replicaLook = (state: ReplicaState): Look => REPLICA[state] ?? NEWER;
+export const groundWords = (ground: Takeover_Ground): string => GROUND[ground] ?? NEWER.word;
 export const hasEnded = (state: MigrationState): boolean => ENDED[state] ?? false;

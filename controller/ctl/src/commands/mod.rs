@@ -2,6 +2,7 @@
 //!
 //! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
 
+mod fence;
 mod fleet;
 mod follow;
 mod migration;
@@ -30,6 +31,12 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
     match command {
         Command::Site(SiteCommand::List) => fleet::sites(&mut context).await,
         Command::Worker(WorkerCommand::List) => fleet::workers(&mut context).await,
+        Command::Worker(WorkerCommand::Fence { worker, confirm: _, reason: _, check: true }) => {
+            fence::check(&mut context, worker).await
+        }
+        Command::Worker(WorkerCommand::Fence { worker, confirm, reason, check: false }) => {
+            fence::off(&mut context, worker, confirm, reason.unwrap_or_default()).await
+        }
         Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,

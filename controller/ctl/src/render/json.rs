@@ -33,6 +33,7 @@ macro_rules! wire {
 wire!(
     DeleteReplicaResponse,
     DeleteVmResponse,
+    FenceWorkerResponse,
     GetClusterStatusResponse,
     ListMigrationsResponse,
     ListReplicasResponse,

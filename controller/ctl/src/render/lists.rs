@@ -141,9 +141,14 @@ pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
 }
 
 fn takeover_line(takeover: &Takeover, now_unix_ms: i64) -> String {
-    let by = if takeover.operator.is_empty() { String::new() } else { format!(" by {}", takeover.operator) };
+    let by = |name: &str| if name.is_empty() { String::new() } else { format!(" by {name}") };
+    let ordered = match (takeover.agent.as_str(), takeover.operator.as_str()) {
+        ("", operator) => by(operator),
+        (agent, "") => by(agent),
+        (agent, operator) => format!("{} on the order of {operator}", by(agent)),
+    };
     format!(
-        "{} from {} to {} (epoch {}), {}{by}: {}",
+        "{} from {} to {} (epoch {}), {}{ordered}: {}",
         units::ago(takeover.at_unix_ms, now_unix_ms),
         takeover.from_worker,
         takeover.to_worker,
@@ -333,11 +338,23 @@ mod tests {
             epoch: 4,
             reason: "the host burnt down".into(),
             operator: "ann.operator.pageport".into(),
+            agent: String::new(),
         };
-        let text = vm(&Vm { doubt: "worker-b is away".into(), takeovers: vec![takeover], ..web() }, 61_000);
+        let fenced = Takeover {
+            ground: pageport_proto::v1::takeover::Ground::Fenced.into(),
+            agent: "ipmi".into(),
+            reason: "no heartbeat".into(),
+            ..takeover.clone()
+        };
+        let unasked = Takeover { operator: String::new(), ..fenced.clone() };
+        let text =
+            vm(&Vm { doubt: "worker-b is away".into(), takeovers: vec![takeover, fenced, unasked], ..web() }, 61_000);
         assert!(text.contains("in doubt      worker-b is away\n"), "{text}");
         let line = "from worker-a to worker-b (epoch 4), forced by ann.operator.pageport: the host burnt down\n";
         assert!(text.contains(line), "{text}");
+        let line = "its host was fenced by ipmi on the order of ann.operator.pageport: no heartbeat\n";
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains("its host was fenced by ipmi: no heartbeat\n"), "{text}");
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | [`json`] | any message as JSON |
 //! | [`screen`] | draws progress: in place on a terminal, line by line elsewhere |
 
+pub mod fence;
 pub mod json;
 pub mod lists;
 pub mod progress;

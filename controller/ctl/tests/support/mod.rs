@@ -96,6 +96,9 @@ pub struct Script {
     /// One list of steps per watch; each watch takes the next.
     pub watches: VecDeque<Vec<Step>>,
     pub fleets: VecDeque<Vec<v1::WatchFleetResponse>>,
+    /// One list per order to fence; each order takes the next.
+    pub fences: VecDeque<Vec<v1::FenceWorkerResponse>>,
+    pub fenced: Vec<v1::FenceWorkerRequest>,
 }
 
 #[derive(Clone, Default)]
@@ -297,6 +300,16 @@ impl FleetService for Fake {
         }
         let vm = v1::Vm { owner_site: request.force_owner_site, ..vm };
         Ok(Response::new(v1::ResolveVmResponse { vm: Some(vm) }))
+    }
+
+    type FenceWorkerStream = Boxed<v1::FenceWorkerResponse>;
+
+    async fn fence_worker(&self, request: Request<v1::FenceWorkerRequest>) -> Reply<Self::FenceWorkerStream> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        self.script().fenced.push(request);
+        let fences = self.script().fences.pop_front().unwrap_or_default();
+        Ok(Response::new(Box::pin(tokio_stream::iter(fences.into_iter().map(Ok)))))
     }
 
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {

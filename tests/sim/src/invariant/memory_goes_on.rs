@@ -25,8 +25,8 @@ struct Guest {
     /// The owner's copy of the newest memory was struck: what others hold is not gone back to.
     struck: bool,
     down: bool,
-    /// It was ordered down since it last began to run.
-    ordered_down: bool,
+    /// It was ordered down while it ran for the last time or the time before: the order may have come late.
+    ordered_down: [bool; 2],
     taken_over: Option<Epoch>,
     /// It was taken over since it last began to run.
     excused: bool,
@@ -40,7 +40,8 @@ impl Guest {
     fn runs(&mut self, memory: Memory) -> Result<(), String> {
         let before = self.newest.replace(memory);
         let excused = std::mem::take(&mut self.excused);
-        let ordered_down = std::mem::replace(&mut self.ordered_down, self.down);
+        let ordered_down = self.ordered_down.contains(&true);
+        self.ordered_down = [self.down, self.ordered_down[0]];
         let lost = self.lost.take();
         let struck = std::mem::take(&mut self.struck);
         let Some(newest) = before else { return Ok(()) };
@@ -111,7 +112,7 @@ impl Invariant for MemoryGoesOn {
                     let newest = vm.takeovers.last().map(|takeover| takeover.epoch);
                     let guest = self.guests.entry(*id).or_default();
                     guest.down = vm.power != Power::Run;
-                    guest.ordered_down |= guest.down;
+                    guest.ordered_down[0] |= guest.down;
                     if newest > guest.taken_over {
                         guest.taken_over = newest;
                         guest.excused = true;

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIIjYKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkiJgoHTmljU3BlYxILCgNtYWMYASABKAkSDgoGYnJpZGdlGAIgASgJIj0KCkRpcmVjdEJvb3QSDgoGa2VybmVsGAEgASgJEg4KBmluaXRyZBgCIAEoCRIPCgdjbWRsaW5lGAMgASgJIsMCCgZWbVNwZWMSDAoEbmFtZRgBIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAiABKAQSDQoFdmNwdXMYAyABKA0SDwoHbWFjaGluZRgEIAEoCRILCgNjcHUYBSABKAkSJAoFZGlza3MYBiADKAsyFS5wYWdlcG9ydC52MS5EaXNrU3BlYxIiCgRuaWNzGAcgAygLMhQucGFnZXBvcnQudjEuTmljU3BlYxIxCgtkaXJlY3RfYm9vdBgIIAEoCzIXLnBhZ2Vwb3J0LnYxLkRpcmVjdEJvb3RIAIgBARIyCgxvbl9pc29sYXRpb24YCSABKA4yHC5wYWdlcG9ydC52MS5Jc29sYXRpb25Qb2xpY3kSJwoFc3RhcnQYCiABKA4yGC5wYWdlcG9ydC52MS5TdGFydFBvbGljeUIOCgxfZGlyZWN0X2Jvb3QiuAIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXIiiQIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIhMKEVdhdGNoRmxlZXRSZXF1ZXN0InoKEldhdGNoRmxlZXRSZXNwb25zZRIgCgVzaXRlcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLlNpdGUSJAoHd29ya2VycxgCIAMoCzITLnBhZ2Vwb3J0LnYxLldvcmtlchIcCgN2bXMYAyADKAsyDy5wYWdlcG9ydC52MS5WbSp3Cg9Jc29sYXRpb25Qb2xpY3kSIAocSVNPTEFUSU9OX1BPTElDWV9VTlNQRUNJRklFRBAAEiEKHUlTT0xBVElPTl9QT0xJQ1lfS0VFUF9SVU5OSU5HEAESHwobSVNPTEFUSU9OX1BPTElDWV9TRUxGX0ZFTkNFEAIqYQoLU3RhcnRQb2xpY3kSHAoYU1RBUlRfUE9MSUNZX1VOU1BFQ0lGSUVEEAASGwoXU1RBUlRfUE9MSUNZX0FTX09SREVSRUQQARIXChNTVEFSVF9QT0xJQ1lfTUFOVUFMEAIq1gEKB1ZtU3RhdGUSGAoUVk1fU1RBVEVfVU5TUEVDSUZJRUQQABIUChBWTV9TVEFURV9VTktOT1dOEAESFAoQVk1fU1RBVEVfU1RPUFBFRBACEhUKEVZNX1NUQVRFX1NUQVJUSU5HEAMSFAoQVk1fU1RBVEVfUlVOTklORxAEEhMKD1ZNX1NUQVRFX1BBVVNFRBAFEhYKElZNX1NUQVRFX01JR1JBVElORxAGEhQKEFZNX1NUQVRFX0NSQVNIRUQQBxIVChFWTV9TVEFURV9JTl9ET1VCVBAIMuoFCgxGbGVldFNlcnZpY2USSgoJTGlzdFNpdGVzEh0ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1Jlc3BvbnNlElAKC0xpc3RXb3JrZXJzEh8ucGFnZXBvcnQudjEuTGlzdFdvcmtlcnNSZXF1ZXN0GiAucGFnZXBvcnQudjEuTGlzdFdvcmtlcnNSZXNwb25zZRJHCghEZWZpbmVWbRIcLnBhZ2Vwb3J0LnYxLkRlZmluZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlZmluZVZtUmVzcG9uc2USPgoFR2V0Vm0SGS5wYWdlcG9ydC52MS5HZXRWbVJlcXVlc3QaGi5wYWdlcG9ydC52MS5HZXRWbVJlc3BvbnNlEkQKB0xpc3RWbXMSGy5wYWdlcG9ydC52MS5MaXN0Vm1zUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXNwb25zZRJECgdTdGFydFZtEhsucGFnZXBvcnQudjEuU3RhcnRWbVJlcXVlc3QaHC5wYWdlcG9ydC52MS5TdGFydFZtUmVzcG9uc2USQQoGU3RvcFZtEhoucGFnZXBvcnQudjEuU3RvcFZtUmVxdWVzdBobLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlc3BvbnNlEkoKCVJlc29sdmVWbRIdLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXNwb25zZRJHCghEZWxldGVWbRIcLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVzcG9uc2USTwoKV2F0Y2hGbGVldBIeLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlc3BvbnNlMAFiBnByb3RvMw", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIIjYKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkiJgoHTmljU3BlYxILCgNtYWMYASABKAkSDgoGYnJpZGdlGAIgASgJIj0KCkRpcmVjdEJvb3QSDgoGa2VybmVsGAEgASgJEg4KBmluaXRyZBgCIAEoCRIPCgdjbWRsaW5lGAMgASgJIsMCCgZWbVNwZWMSDAoEbmFtZRgBIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAiABKAQSDQoFdmNwdXMYAyABKA0SDwoHbWFjaGluZRgEIAEoCRILCgNjcHUYBSABKAkSJAoFZGlza3MYBiADKAsyFS5wYWdlcG9ydC52MS5EaXNrU3BlYxIiCgRuaWNzGAcgAygLMhQucGFnZXBvcnQudjEuTmljU3BlYxIxCgtkaXJlY3RfYm9vdBgIIAEoCzIXLnBhZ2Vwb3J0LnYxLkRpcmVjdEJvb3RIAIgBARIyCgxvbl9pc29sYXRpb24YCSABKA4yHC5wYWdlcG9ydC52MS5Jc29sYXRpb25Qb2xpY3kSJwoFc3RhcnQYCiABKA4yGC5wYWdlcG9ydC52MS5TdGFydFBvbGljeUIOCgxfZGlyZWN0X2Jvb3QiuAIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXIimAIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkSDQoFYWdlbnQYCCABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSLaAQoSRmVuY2VXb3JrZXJSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEjYKBmFjdGlvbhgDIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdC5BY3Rpb24SFAoMY29uZmlybV9uYW1lGAQgASgJEg4KBnJlYXNvbhgFIAEoCSJCCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASDgoKQUNUSU9OX09GRhABEhAKDEFDVElPTl9DSEVDSxACIp0CChNGZW5jZVdvcmtlclJlc3BvbnNlEjUKBXBoYXNlGAEgASgOMiYucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZS5QaGFzZRIOCgZ3b3JrZXIYAiABKAkSDQoFYWdlbnQYAyABKAkSFAoMYWdlbnRfb3V0cHV0GAQgASgJEg8KB3Byb2JsZW0YBSABKAkSIgoDdm1zGAYgAygLMhUucGFnZXBvcnQudjEuRmVuY2VkVm0iZQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIPCgtQSEFTRV9BR0VOVBABEhIKDlBIQVNFX1RBS0VPVkVSEAISDgoKUEhBU0VfRE9ORRADEhAKDFBIQVNFX0ZBSUxFRBAEInAKCEZlbmNlZFZtEg0KBXZtX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDwoHcHJvYmxlbRgFIAEoCRISCgp0YWtlbl9vdmVyGAYgASgIIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiEwoRV2F0Y2hGbGVldFJlcXVlc3QiegoSV2F0Y2hGbGVldFJlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZRIkCgd3b3JrZXJzGAIgAygLMhMucGFnZXBvcnQudjEuV29ya2VyEhwKA3ZtcxgDIAMoCzIPLnBhZ2Vwb3J0LnYxLlZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgyvgYKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEkcKCERlbGV0ZVZtEhwucGFnZXBvcnQudjEuRGVsZXRlVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVsZXRlVm1SZXNwb25zZRJPCgpXYXRjaEZsZWV0Eh4ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlcXVlc3QaHy5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVzcG9uc2UwAWIGcHJvdG8z", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -409,6 +409,13 @@ export type Takeover = Message<"pageport.v1.Takeover"> & {
    * @generated from field: string operator = 7;
    */
   operator: string;
+
+  /**
+   * The fence agent that turned the host off; empty on other grounds.
+   *
+   * @generated from field: string agent = 8;
+   */
+  agent: string;
 };
 
 /**
@@ -771,6 +778,219 @@ export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE_
   messageDesc(file_pageport_v1_fleet, 23);
 
 /**
+ * @generated from message pageport.v1.FenceWorkerRequest
+ */
+export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string worker = 2;
+   */
+  worker: string;
+
+  /**
+   * @generated from field: pageport.v1.FenceWorkerRequest.Action action = 3;
+   */
+  action: FenceWorkerRequest_Action;
+
+  /**
+   * To turn it off: the worker's name once more, since a slip of the hand must not hit another one.
+   *
+   * @generated from field: string confirm_name = 4;
+   */
+  confirmName: string;
+
+  /**
+   * To turn it off: for the record, in the operator's words.
+   *
+   * @generated from field: string reason = 5;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message pageport.v1.FenceWorkerRequest.
+ * Use `create(FenceWorkerRequestSchema)` to create a new message.
+ */
+export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 24);
+
+/**
+ * @generated from enum pageport.v1.FenceWorkerRequest.Action
+ */
+export enum FenceWorkerRequest_Action {
+  /**
+   * @generated from enum value: ACTION_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Turn the host off, and take its VMs over.
+   *
+   * @generated from enum value: ACTION_OFF = 1;
+   */
+  OFF = 1,
+
+  /**
+   * Only ask the agent whether it reaches the host's power control. Changes nothing, and works while the worker answers.
+   *
+   * @generated from enum value: ACTION_CHECK = 2;
+   */
+  CHECK = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.FenceWorkerRequest.Action.
+ */
+export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 24, 0);
+
+/**
+ * How far a fence is: all of it, every time.
+ *
+ * @generated from message pageport.v1.FenceWorkerResponse
+ */
+export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
+  /**
+   * @generated from field: pageport.v1.FenceWorkerResponse.Phase phase = 1;
+   */
+  phase: FenceWorkerResponse_Phase;
+
+  /**
+   * @generated from field: string worker = 2;
+   */
+  worker: string;
+
+  /**
+   * The agent that is asked.
+   *
+   * @generated from field: string agent = 3;
+   */
+  agent: string;
+
+  /**
+   * What it printed, the end of it.
+   *
+   * @generated from field: string agent_output = 4;
+   */
+  agentOutput: string;
+
+  /**
+   * Why it failed.
+   *
+   * @generated from field: string problem = 5;
+   */
+  problem: string;
+
+  /**
+   * The VMs that the worker may hold.
+   *
+   * @generated from field: repeated pageport.v1.FencedVm vms = 6;
+   */
+  vms: FencedVm[];
+};
+
+/**
+ * Describes the message pageport.v1.FenceWorkerResponse.
+ * Use `create(FenceWorkerResponseSchema)` to create a new message.
+ */
+export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 25);
+
+/**
+ * @generated from enum pageport.v1.FenceWorkerResponse.Phase
+ */
+export enum FenceWorkerResponse_Phase {
+  /**
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * The VMs that the worker may hold are granted to nobody, and the agent runs.
+   *
+   * @generated from enum value: PHASE_AGENT = 1;
+   */
+  AGENT = 1,
+
+  /**
+   * The host is off; the VMs get other workers.
+   *
+   * @generated from enum value: PHASE_TAKEOVER = 2;
+   */
+  TAKEOVER = 2,
+
+  /**
+   * @generated from enum value: PHASE_DONE = 3;
+   */
+  DONE = 3,
+
+  /**
+   * The agent did not confirm that the host is off. Nothing was changed.
+   *
+   * @generated from enum value: PHASE_FAILED = 4;
+   */
+  FAILED = 4,
+}
+
+/**
+ * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
+ */
+export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_fleet, 25, 0);
+
+/**
+ * @generated from message pageport.v1.FencedVm
+ */
+export type FencedVm = Message<"pageport.v1.FencedVm"> & {
+  /**
+   * @generated from field: string vm_id = 1;
+   */
+  vmId: string;
+
+  /**
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * Where it is started; empty: nowhere.
+   *
+   * @generated from field: string to_site = 3;
+   */
+  toSite: string;
+
+  /**
+   * @generated from field: string to_worker = 4;
+   */
+  toWorker: string;
+
+  /**
+   * Why it is started nowhere else, or was not.
+   *
+   * @generated from field: string problem = 5;
+   */
+  problem: string;
+
+  /**
+   * The controllers have given it to that worker.
+   *
+   * @generated from field: bool taken_over = 6;
+   */
+  takenOver: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.FencedVm.
+ * Use `create(FencedVmSchema)` to create a new message.
+ */
+export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 26);
+
+/**
  * @generated from message pageport.v1.DeleteVmRequest
  */
 export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
@@ -790,7 +1010,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -803,7 +1023,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -816,7 +1036,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 29);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -843,7 +1063,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 30);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
@@ -1043,6 +1263,18 @@ export const FleetService: GenService<{
     methodKind: "unary";
     input: typeof ResolveVmRequestSchema;
     output: typeof ResolveVmResponseSchema;
+  },
+  /**
+   * Has a fence agent turn the host of a worker that does not answer off, and then starts elsewhere what ran there. Tells how
+   * far it is until it is DONE or FAILED. A request that comes again joins the fence that is under way. An agent that
+   * fails changes nothing; after a change of leader in between the request must be made again, which runs the agent again.
+   *
+   * @generated from rpc pageport.v1.FleetService.FenceWorker
+   */
+  fenceWorker: {
+    methodKind: "server_streaming";
+    input: typeof FenceWorkerRequestSchema;
+    output: typeof FenceWorkerResponseSchema;
   },
   /**
    * Refused while the VM runs or migrates. The disk image stays where it is; its replicas are removed.
