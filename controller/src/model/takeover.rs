@@ -186,6 +186,9 @@ mod tests {
     }
 
     fn begin_move(state: &mut State, id: VmId) -> MigrationId {
+        let (worker, own) = state.vms[&id].ownership.owner();
+        let evidence = Evidence { worker: worker.clone(), fact: Fact::Acquired(own) };
+        carry_out(state, command::Order::Evidence { vm: id, evidence }).unwrap();
         let migration = MigrationId::generate();
         let order = ClientOrder::CreateMigration {
             id: migration,

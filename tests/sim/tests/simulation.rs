@@ -12,7 +12,7 @@ fn everything_holds_in_the_first_schedules() {
     assert!(failed.is_empty(), "pageport-sim replay SEED shows how: {failed:#?}");
     // They are not schedules in which nothing happens.
     assert!(verdicts.iter().map(|verdict| verdict.moves.1).sum::<usize>() > 100, "moves are carried out");
-    assert!(verdicts.iter().map(|verdict| verdict.takeovers).sum::<usize>() > 20, "vms are taken over");
+    assert!(verdicts.iter().map(|verdict| verdict.takeovers).sum::<usize>() > 5, "vms are taken over");
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn a_leader_that_counts_leases_too_short_is_noticed() {
 
 #[test]
 fn a_worker_whose_records_are_not_durable_is_noticed() {
-    noticed(Flaw::LazyRecord, &["epochs-grow", "one-runs", "memory-goes-on"]);
+    noticed(Flaw::LazyRecord, &["epochs-grow", "one-runs", "memory-goes-on", "settles"]);
 }
 
 #[test]
