@@ -5,13 +5,15 @@
 #   verify  format, lints, tests, UI checks; changes nothing
 #   fix     formats and applies the lints' suggestions
 #   bench   measures; figures go to target/bench
-#   faults  strikes a move with every fault at every point, on real processes; goes on where it was interrupted
+#   faults  strikes a move with every fault at every point, on real processes, and simulates 100,000 schedules; goes on where it
+#           was interrupted
+#   simulate  only the schedules (SCHEDULES=1000 for fewer)
 #
 # Everything is built in one way (the whole workspace, the dev profile, which is optimised), so nothing is built twice.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench faults setup ui build guest lint ui-verify ui-test rust-test
+.PHONY: help demo test verify fix bench faults simulate setup ui build guest lint ui-verify ui-test rust-test
 
 UI := web-ui
 UI_SOURCES := $(shell find $(UI)/src $(UI)/public $(UI)/index.html $(UI)/vite.config.ts $(UI)/svelte.config.js -type f 2>/dev/null)
@@ -78,5 +80,12 @@ bench: guest
 	@tools/bench.sh
 
 # FAULTS='--only memory' runs a part; see target/debug/pageport-lab faults --help.
-faults: guest
+faults: guest simulate
 	@$(LAB) faults $(FAULTS)
+
+SCHEDULES := 100000
+# The name of what is checked out, as the lab writes it: "+" if files differ from it.
+COMMIT = $(shell git describe --always --abbrev=40 --exclude='*' --dirty=+)
+
+simulate: build
+	@target/debug/pageport-sim run --schedules $(SCHEDULES) --results target/faults/simulation.jsonl --commit "$(COMMIT)"

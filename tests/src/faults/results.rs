@@ -58,6 +58,15 @@ pub struct CaseResult {
     pub logs: String,
 }
 
+/// What is read of a line of `simulation.jsonl`, which `pageport-sim` writes.
+#[derive(Debug, Deserialize)]
+struct Simulated {
+    commit: String,
+    first_seed: u64,
+    schedules: u64,
+    violations: u64,
+}
+
 /// `matrix.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Matrix {
@@ -71,12 +80,12 @@ pub struct Matrix {
     pub lost_vms: usize,
     /// Things left behind.
     pub orphans: usize,
-    /// Seeds of the simulation.
+    /// Seeds of the simulation; each makes one schedule. Absent: it was not run at this commit.
     pub seeds: Option<u64>,
     /// Schedules of the simulation.
     pub simulated_schedules: Option<u64>,
-    /// Why a figure is not there.
-    pub reason: &'static str,
+    /// What did not hold in them.
+    pub simulated_violations: Option<u64>,
     /// Pairs of the whole matrix.
     pub pairs: usize,
     /// Of which commit.
@@ -143,6 +152,16 @@ impl Results {
         file.write_all(&line).map_err(error)
     }
 
+    /// Schedules that the simulator has run at this commit, and what did not hold in them; of the same seeds the newest line counts.
+    fn simulated(&self) -> Option<(u64, u64)> {
+        let text = fs::read_to_string(self.folder.join("simulation.jsonl")).ok()?;
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Simulated>(line).ok());
+        let of_commit = lines.filter(|line| line.commit == self.commit);
+        let by_seed: BTreeMap<u64, Simulated> = of_commit.map(|line| (line.first_seed, line)).collect();
+        let sum = |what: fn(&Simulated) -> u64| by_seed.values().map(what).sum();
+        (!by_seed.is_empty()).then(|| (sum(|line| line.schedules), sum(|line| line.violations)))
+    }
+
     /// Sums up what is known of these pairs and writes it.
     ///
     /// # Errors
@@ -150,6 +169,7 @@ impl Results {
     pub fn sum_up(&self, all: &[Pair]) -> Result<Matrix, FaultsError> {
         let newest = self.newest();
         let cases: Vec<&CaseResult> = all.iter().filter_map(|pair| newest.get(&pair.to_string())).collect();
+        let simulated = self.simulated();
         let count = |is: fn(&CaseResult) -> bool| cases.iter().filter(|case| is(case)).count();
         let matrix = Matrix {
             cases: cases.len(),
@@ -157,9 +177,9 @@ impl Results {
             double_running: count(|case| case.double_running),
             lost_vms: count(|case| case.lost_vm),
             orphans: cases.iter().map(|case| case.orphans.len()).sum(),
-            seeds: None,
-            simulated_schedules: None,
-            reason: "seeds, simulated_schedules: there is no simulation yet",
+            seeds: simulated.map(|(schedules, _)| schedules),
+            simulated_schedules: simulated.map(|(schedules, _)| schedules),
+            simulated_violations: simulated.map(|(_, violations)| violations),
             pairs: all.len(),
             commit: self.commit.clone(),
         };
@@ -240,6 +260,13 @@ mod tests {
         assert_eq!((matrix.cases, matrix.passed, matrix.double_running, matrix.orphans), (2, 1, 1, 1));
         let written: serde_json::Value = serde_json::from_slice(&fs::read(results.matrix()).unwrap()).unwrap();
         assert_eq!(written["cases"], 2);
-        assert!(written["seeds"].is_null() && written["reason"].is_string());
+        assert!(written["seeds"].is_null(), "nothing was simulated");
+        let line = |commit, first_seed, violations| {
+            format!("{{\"commit\":\"{commit}\",\"first_seed\":{first_seed},\"schedules\":10,\"violations\":{violations}}}\n")
+        };
+        let lines = [line("now", 1, 3), line("now", 1, 0), line("now", 11, 1), line("before", 21, 0)].concat();
+        fs::write(folder.path().join("simulation.jsonl"), lines).unwrap();
+        let matrix = results.sum_up(&plan::matrix()).unwrap();
+        assert_eq!((matrix.seeds, matrix.simulated_schedules, matrix.simulated_violations), (Some(20), Some(20), Some(1)));
     }
 }
