@@ -143,6 +143,27 @@ async fn a_destination_that_gives_up_fails_the_move_with_its_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_is_not_authorised_to_a_store_that_is_younger_than_it() {
+    let lab = Lab::start().await;
+    lab.board.lock().unwrap().mute = true;
+    let migration = lab.migrate("b").await.unwrap();
+    // The destination may have refused the move and forgotten it.
+    lab.board.lock().unwrap().stores.insert("worker-b".into(), pageport_proto::StoreId::generate());
+    lab.board.lock().unwrap().mute = false;
+    eventually("a refused question", async || {
+        lab.board.lock().unwrap().denials.iter().any(|reason| reason.contains("lost its store")).then_some(())
+    })
+    .await;
+    lab.cancel(&migration.id).await.unwrap();
+    assert_eq!(lab.watch(&migration.id).await.last().unwrap().state(), MigrationState::Cancelled);
+    assert_eq!(lab.vm_until(|vm| vm.state() == VmState::Running).await.owner_site, "a");
+    // The next one is ordered for the new store.
+    let next = lab.migrate("b").await.unwrap();
+    assert_eq!(lab.watch(&next.id).await.last().unwrap().state(), MigrationState::Completed);
+    assert_eq!(lab.runs(), ["worker-a", "worker-b"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_leader_carries_a_move_through() {
     let mut lab = Lab::start().await;
     lab.board.lock().unwrap().hold = true;

@@ -104,6 +104,7 @@ fn with_workers() -> State {
             qemu_version: String::new(),
             accelerator: String::new(),
             memory_total_bytes: 0,
+            store: None,
         };
         let order = Order::RegisterWorker { name: worker(index), worker: known };
         apply(&mut state, Command { now_unix_ms: 0, order }).unwrap();

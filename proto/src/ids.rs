@@ -2,7 +2,7 @@
 //!
 //! | type | form |
 //! |---|---|
-//! | [`VmId`], [`MigrationId`], [`RequestId`] | UUID (version 7 when made here, so ids sort by age) |
+//! | [`VmId`], [`MigrationId`], [`RequestId`], [`StoreId`] | UUID (version 7 when made here, so ids sort by age) |
 //! | [`SiteName`], [`WorkerName`] | `[a-z0-9-]`, 1 to 40 characters |
 
 use std::fmt;
@@ -115,6 +115,11 @@ uuid_id!(
     /// Chosen by a client so that a repeated command takes effect once.
     RequestId,
     "request"
+);
+uuid_id!(
+    /// One worker's durable store, from its creation to its loss.
+    StoreId,
+    "store"
 );
 name_id!(
     /// A datacenter.

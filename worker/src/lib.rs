@@ -19,6 +19,7 @@ pub mod migration;
 pub mod nbd;
 pub mod node;
 pub mod replica;
+pub mod store_identity;
 pub mod transport;
 pub mod vms;
 

@@ -11,6 +11,7 @@ use crate::hypervisor::QemuVersion;
 use crate::migration::registry::Registry;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
+use crate::store_identity::StoreIdentity;
 use crate::transport::PeerEndpoint;
 use crate::vms::Vms;
 
@@ -19,6 +20,8 @@ use crate::vms::Vms;
 pub struct Node {
     /// As configured.
     pub config: Config,
+    /// Which store its records are in.
+    pub store: StoreIdentity,
     /// How QEMU is run here.
     pub hypervisor: hypervisor::Host,
     /// Which QEMU that is.

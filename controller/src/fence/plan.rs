@@ -143,6 +143,7 @@ mod tests {
                     qemu_version: String::new(),
                     accelerator: String::new(),
                     memory_total_bytes: 0,
+                    store: None,
                 };
                 state.workers.insert(name(&format!("w{site}")), known);
             }

@@ -23,16 +23,28 @@ pub fn authorisation(
     let epoch = Epoch::from_raw(request.epoch);
     let vm = defined(state, id);
     let authorised = vm.filter(|vm| vm.ownership.authorised(worker) == Some(epoch));
+    let forgot = authorised.is_some() && !same_store(state, id, epoch, &request.store_id);
+    let authorised = authorised.filter(|_| !forgot);
     v1::AskAuthorisationResponse {
         nonce: request.nonce,
         authorised: authorised.is_some(),
         reason: match (vm, authorised) {
             (_, Some(_)) => String::new(),
+            (Some(_), None) if forgot => {
+                format!("worker \"{worker}\" lost its store after this move was ordered: order it again")
+            }
             (Some(_), None) => format!("worker \"{worker}\" is not to receive vm {id} under epoch {epoch}"),
             (None, None) => format!("vm {id} is unknown"),
         },
         spec: authorised.map(|vm| v1::VmSpec::from(&vm.spec)),
     }
+}
+
+/// Has the destination of this move had its store since before it was ordered? A younger one cannot say what it has refused.
+fn same_store(state: &State, vm: VmId, epoch: Epoch, asker: &str) -> bool {
+    let migration = state.vms.get(&vm).and_then(|vm| vm.migration).and_then(|id| state.migrations.get(&id));
+    let ordered = migration.filter(|migration| migration.epoch == epoch).and_then(|migration| migration.to_store);
+    ordered.is_some() && ordered == asker.parse().ok()
 }
 
 /// A lease for what this worker may hold. [`None`]: the term is over.

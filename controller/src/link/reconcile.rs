@@ -67,6 +67,7 @@ fn registration(state: &State, name: &WorkerName, observed: &Observed) -> Option
         qemu_version: shorten(&report.qemu_version),
         accelerator: shorten(&report.accelerator),
         memory_total_bytes: report.memory_total_bytes,
+        store: report.store_id.parse().ok(),
     };
     let known = state.workers.get(name) == Some(&worker);
     (!known).then(|| Order::RegisterWorker { name: name.clone(), worker })

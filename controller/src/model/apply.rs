@@ -192,6 +192,8 @@ fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
 
 fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, traceparent: String, now: i64) -> Outcome {
     let from_site = state.vms.get(&vm_id).and_then(|vm| state.site_of_vm(vm)).cloned();
+    let to_store = state.vms.get(&vm_id).and_then(|vm| vm.replicas.get(&site));
+    let to_store = to_store.and_then(|replica| state.workers.get(&replica.worker)).and_then(|worker| worker.store);
     let vm = vm_mut(state, vm_id)?;
     let name = vm.spec.name.clone();
     not_migrating(vm)?;
@@ -220,6 +222,7 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
         vm: vm_id,
         vm_name: name,
         from: Place { site: from_site, worker: from_worker },
+        to_store,
         to,
         epoch: ownership.last(),
         created_unix_ms: now,

@@ -11,7 +11,7 @@
 //! owner has changed, and never holds it up.
 
 use pageport_ownership::Epoch;
-use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
+use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
 use prost::Message as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -39,6 +39,10 @@ pub struct Migration {
     pub to: Place,
     /// The epoch that was authorised for the move.
     pub epoch: Epoch,
+    /// The destination's store when the move was ordered. One that is younger has forgotten what the destination may have
+    /// refused since, so the move is not authorised to it.
+    #[serde(default)]
+    pub to_store: Option<StoreId>,
     /// When it was ordered.
     pub created_unix_ms: i64,
     /// W3C trace context of the order.

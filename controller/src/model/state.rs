@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use pageport_ownership::Ownership;
-use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
+use pageport_proto::{MigrationId, RequestId, SiteName, StoreId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
@@ -35,6 +35,9 @@ pub struct Worker {
     pub accelerator: String,
     /// Memory of the host.
     pub memory_total_bytes: u64,
+    /// Its durable store; [`None`]: it has never said.
+    #[serde(default)]
+    pub store: Option<StoreId>,
 }
 
 /// What a VM should be doing.

@@ -10,6 +10,7 @@ use pageport_ownership::{
     Durable, Effect, Epoch, Event, Guest, Licence, Message, Nonce, Owner, Policy, Record, Volatile, emits, needs_grant,
     worker_step,
 };
+use pageport_proto::StoreId;
 use pageport_proto::v1::worker_link_service_client::WorkerLinkServiceClient;
 use pageport_proto::v1::{self, MigrationRole, VmState, vm_assignment};
 use tokio::sync::mpsc;
@@ -29,6 +30,12 @@ pub struct Board {
     pub refuse: Option<String>,
     /// The next running guest crashes with this problem.
     pub crash: Option<String>,
+    /// Destinations ask nothing.
+    pub mute: bool,
+    /// Why destinations were not authorised.
+    pub denials: Vec<String>,
+    /// Workers that answer to questions with another store than they began with.
+    pub stores: BTreeMap<String, StoreId>,
     /// Sources report no figures.
     pub no_record: bool,
     /// A guard watches the workers' keepers.
@@ -50,6 +57,7 @@ struct Vm {
 struct Worker {
     name: String,
     site: String,
+    store: StoreId,
     board: Shared,
     channels: Vec<Channel>,
     leader: usize,
@@ -65,6 +73,7 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
     let worker = Worker {
         name: name.to_owned(),
         site: site.to_owned(),
+        store: StoreId::generate(),
         board: board.clone(),
         channels: cluster.addresses().iter().map(|address| dial(&identity, address)).collect(),
         leader: 0,
@@ -240,6 +249,9 @@ impl Worker {
     }
 
     async fn ask_authorisation(&mut self, assigned: &v1::MigrationAssignment) {
+        if self.board.lock().unwrap().mute {
+            return;
+        }
         let nonce = self.next_nonce;
         self.next_nonce += 1;
         self.handle(&assigned.vm_id, Event::Asked(Nonce(nonce)));
@@ -249,8 +261,13 @@ impl Worker {
             migration_id: assigned.migration_id.clone(),
             epoch: assigned.epoch,
             nonce,
+            store_id: self.store_id(),
         };
-        if let Ok(answer) = self.client().ask_authorisation(request).await.map(|answer| answer.into_inner())
+        let answer = self.client().ask_authorisation(request).await.map(|answer| answer.into_inner());
+        if let Ok(v1::AskAuthorisationResponse { authorised: false, reason, .. }) = &answer {
+            self.board.lock().unwrap().denials.push(reason.clone());
+        }
+        if let Ok(answer) = answer
             && answer.authorised
         {
             assert!(answer.spec.is_some(), "an authorisation carries the definition");
@@ -299,6 +316,11 @@ impl Worker {
         }
     }
 
+    fn store_id(&self) -> String {
+        let stores = &self.board.lock().unwrap().stores;
+        stores.get(&self.name).copied().unwrap_or(self.store).to_string()
+    }
+
     fn report(&self) -> v1::WorkerReport {
         let vms = self.vms.iter().map(|(id, vm)| v1::VmReport {
             vm_id: id.clone(),
@@ -324,6 +346,7 @@ impl Worker {
             migrations: self.migrations.values().cloned().collect(),
             seeds: self.seeds.clone(),
             assignment_seq: self.seq,
+            store_id: self.store_id(),
             guarded: self.board.lock().unwrap().guarded,
             ..v1::WorkerReport::default()
         }

@@ -57,7 +57,7 @@ impl Faults {
         else {
             return;
         };
-        match world.between(0, 9) {
+        match world.between(0, 40) / 4 {
             0 => {
                 self.say(&format!("controller {} is killed", machine.id));
                 machine.kill();
@@ -85,7 +85,12 @@ impl Faults {
             }
             7 => self.isolate(host.endpoint),
             8 => self.split(),
-            _ => self.heal(),
+            9 => self.heal(),
+            _ => {
+                self.say(&format!("worker {} loses its store", host.name));
+                host.lose_store();
+                self.later(50, 6000, move || host.start());
+            }
         }
     }
 

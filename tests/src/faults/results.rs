@@ -262,11 +262,16 @@ mod tests {
         assert_eq!(written["cases"], 2);
         assert!(written["seeds"].is_null(), "nothing was simulated");
         let line = |commit, first_seed, violations| {
-            format!("{{\"commit\":\"{commit}\",\"first_seed\":{first_seed},\"schedules\":10,\"violations\":{violations}}}\n")
+            format!(
+                "{{\"commit\":\"{commit}\",\"first_seed\":{first_seed},\"schedules\":10,\"violations\":{violations}}}\n"
+            )
         };
         let lines = [line("now", 1, 3), line("now", 1, 0), line("now", 11, 1), line("before", 21, 0)].concat();
         fs::write(folder.path().join("simulation.jsonl"), lines).unwrap();
         let matrix = results.sum_up(&plan::matrix()).unwrap();
-        assert_eq!((matrix.seeds, matrix.simulated_schedules, matrix.simulated_violations), (Some(20), Some(20), Some(1)));
+        assert_eq!(
+            (matrix.seeds, matrix.simulated_schedules, matrix.simulated_violations),
+            (Some(20), Some(20), Some(1))
+        );
     }
 }

@@ -36,6 +36,7 @@ use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
+use crate::store_identity::{StoreAge, StoreIdentity};
 use crate::transport::PeerEndpoint;
 use crate::vms::{Vms, managed};
 
@@ -48,8 +49,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// What kept it from starting; once started it goes on.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     clock::start();
-    let node = Arc::new(start(config).await?);
-    node.vms.restore().await.context("take over the vms of an earlier worker")?;
+    let (node, store) = start(config).await?;
+    let node = Arc::new(node);
+    node.vms.restore(node.store.age).await.context("take over the vms of an earlier worker")?;
+    node.store.settle(&store)?;
     let (assignments, assigned) = watch::channel(None);
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
@@ -67,12 +70,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     Ok(())
 }
 
-async fn start(config: Config) -> anyhow::Result<Node> {
+async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let identity = Identity::load(&config.tls)?;
     for folder in [&config.data_dir, &config.runtime_dir] {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
     let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
+    let identity_of_store = StoreIdentity::of(&store)?;
+    if identity_of_store.age == StoreAge::New {
+        tracing::info!(id = %identity_of_store.id, "the store is new");
+    }
     let qemu = config.hypervisor.qemu.clone();
     let keeper = hypervisor::keeper::locate(&config.hypervisor.keeper)?;
     let qemu_version = accel::qemu_version(&qemu).await?;
@@ -85,12 +92,13 @@ async fn start(config: Config) -> anyhow::Result<Node> {
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
     let vms = Vms::new(managed::Shared {
-        store,
+        store: store.clone(),
         hypervisor: hypervisor.clone(),
         replicas: replicas.clone(),
         changed: changed.clone(),
     });
-    Ok(Node {
+    let node = Node {
+        store: identity_of_store,
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
@@ -102,5 +110,6 @@ async fn start(config: Config) -> anyhow::Result<Node> {
         changed,
         lease_wanted: Notify::new(),
         config,
-    })
+    };
+    Ok((node, store))
 }

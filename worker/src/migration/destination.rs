@@ -320,6 +320,7 @@ impl Arrival {
             migration_id: hello.migration_id.clone(),
             epoch: hello.epoch,
             nonce,
+            store_id: self.node.store.id.to_string(),
         };
         let give_up = Instant::now() + ASK_LIMIT;
         let answer = loop {

@@ -22,6 +22,7 @@ use pageport_proto::VmId;
 
 pub use managed::{ManagedVm, VmError, VmStatus};
 
+use crate::store_identity::StoreAge;
 use managed::Shared;
 
 /// All VMs that this host knows of.
@@ -37,11 +38,12 @@ impl Vms {
         Self { shared: Arc::new(shared), all: Mutex::default() }
     }
 
-    /// Finds the VMs that an earlier worker left: their records, and the hypervisors that still run.
+    /// Finds the VMs that an earlier worker left: their records, and the hypervisors that still run. With a store that is new, a
+    /// guest that runs is taken over, and anything else is ended: it may be the rest of what was refused.
     ///
     /// # Errors
     /// The store or the runtime folder cannot be read, or a record cannot be written.
-    pub async fn restore(&self) -> Result<(), VmError> {
+    pub async fn restore(&self, age: StoreAge) -> Result<(), VmError> {
         let mut known = records::all(&self.shared.store)?;
         for running in crate::hypervisor::list_running(&self.shared.hypervisor.runtime_dir)? {
             if !known.contains(&running) {
@@ -49,7 +51,7 @@ impl Vms {
             }
         }
         for id in known {
-            self.get_or_create(id)?.restore().await?;
+            self.get_or_create(id)?.restore(age).await?;
         }
         Ok(())
     }

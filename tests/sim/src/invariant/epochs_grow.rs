@@ -45,6 +45,7 @@ impl Invariant for EpochsGrow {
                     *given = last;
                 }
             }
+            Fact::StoreLost { worker } => self.seen.retain(|(of, _), _| of != *worker),
             // It applies again what it has applied before.
             Fact::Restarted { node } => self.given.retain(|(of, _), _| of != node),
             _ => {}

@@ -2,7 +2,7 @@
 //!
 //! A copy that runs remembers all that any copy of its boot ever did. A VM is booted anew only if its newest memory is nowhere any
 //! more: it was struck, it shut down, its lease ended it, it was ordered down. Or if it was struck at its owner: a source that has
-//! let go does not take it back. Or if it was taken over from a worker that may hold it still.
+//! let go does not take it back. Or if it was taken over from a worker that may hold it still, or a worker lost its store.
 
 use std::collections::BTreeMap;
 
@@ -80,6 +80,8 @@ impl Invariant for MemoryGoesOn {
                 guest.copies.insert(*instance, *memory);
                 guest.runs(*memory).map_err(|what| format!("vm {vm} at {worker}: {what}"))?;
             }
+            // It knows no more what its paused guests are for, and ends them.
+            Fact::StoreLost { .. } => self.guests.values_mut().for_each(|guest| guest.excused = true),
             Fact::Loaded { vm, instance, memory } => {
                 let guest = self.guests.entry(*vm).or_default();
                 guest.copies.insert(*instance, *memory);

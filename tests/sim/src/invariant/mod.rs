@@ -79,6 +79,11 @@ pub enum Fact<'a> {
         /// The record.
         record: Record,
     },
+    /// A worker has lost its store.
+    StoreLost {
+        /// Whose.
+        worker: &'a WorkerName,
+    },
     /// A controller leads.
     Leads {
         /// Which.

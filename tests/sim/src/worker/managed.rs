@@ -129,7 +129,7 @@ impl Managed {
     }
 
     /// Takes over what an earlier worker left.
-    pub(super) async fn restore(&self) {
+    pub(super) async fn restore(&self, store_known: bool) {
         let worker = self.worker();
         let mut state = self.state.lock().await;
         let found = match worker.host.hypervisors.find(self.id) {
@@ -143,7 +143,8 @@ impl Managed {
                 }
             }
         };
-        let effects = self.commit(&mut state, Event::Restarted(found)).await;
+        let event = if store_known { Event::Restarted(found) } else { Event::StoreLost(found) };
+        let effects = self.commit(&mut state, event).await;
         self.carry_out(&mut state, effects).await;
         self.publish(&state);
     }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use pageport_ownership::{Epoch, Event, Nonce, Policy, Record};
 use pageport_proto::v1::{self, MigrationRole};
-use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
+use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
 use tokio::sync::mpsc;
 
 use self::managed::Managed;
@@ -70,6 +70,8 @@ pub struct Host {
     store: RefCell<BTreeMap<VmId, Kept>>,
     /// With a store that lies: what is really on the disk.
     stale: RefCell<BTreeMap<VmId, Kept>>,
+    /// Which store it is, and whether the worker has noted that.
+    identity: Cell<(StoreId, bool)>,
     /// VMs of which a copy is here.
     copies: RefCell<BTreeMap<VmId, ()>>,
     cluster: Cluster,
@@ -99,6 +101,7 @@ impl Host {
             clock,
             store: RefCell::default(),
             stale: RefCell::default(),
+            identity: Cell::new((new_store(world), false)),
             copies: RefCell::default(),
             cluster: cluster.clone(),
             peers: RefCell::default(),
@@ -161,11 +164,25 @@ impl Host {
         }
     }
 
+    /// The disk with the store is lost, and the worker with it.
+    pub fn lose_store(&self) {
+        self.kill_worker();
+        self.store.take();
+        self.stale.take();
+        self.identity.set((new_store(&self.world), false));
+        self.world.tell(&Fact::StoreLost { worker: &self.name });
+    }
+
     fn keep(&self, vm: VmId, change: impl FnOnce(&mut Kept)) {
         let mut store = self.store.borrow_mut();
         *self.stale.borrow_mut() = store.clone();
         change(store.entry(vm).or_default());
     }
+}
+
+fn new_store(world: &World) -> StoreId {
+    let id = uuid::Uuid::from_u128(u128::from(world.number())).to_string().parse();
+    id.unwrap_or_else(|_| unreachable!("an id made of a uuid"))
 }
 
 /// A move's side at this worker.
@@ -263,8 +280,10 @@ impl Worker {
         known.dedup();
         for id in known {
             let vm = self.vm(id);
-            vm.restore().await;
+            vm.restore(self.host.identity.get().1).await;
         }
+        self.seam("before the store is noted").await;
+        self.host.identity.set((self.host.identity.get().0, true));
         self.spawn(self.clone().link());
         self.spawn(self.clone().dispatch());
         self.spawn(self.clone().leases());
@@ -349,6 +368,7 @@ impl Worker {
             seeds: self.seeds.borrow().values().map(|seed| seed.borrow().clone()).collect(),
             assignment_seq,
             guarded: true,
+            store_id: self.host.identity.get().0.to_string(),
             ..v1::WorkerReport::default()
         }
     }

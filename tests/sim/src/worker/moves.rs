@@ -291,6 +291,7 @@ impl Destination {
             migration_id: self.migration.to_string(),
             epoch: self.epoch.raw(),
             nonce,
+            store_id: self.worker.host.identity.get().0.to_string(),
         };
         let answer = self.worker.ask(|| Question::Authorise(request.clone())).await;
         let Some(Answer::Authorised(answer)) = answer else { return Err(GivenUp("no controller answers")) };

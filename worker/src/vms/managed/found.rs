@@ -8,13 +8,14 @@ use pageport_ownership::{Epoch, Event, Guest};
 
 use super::{ManagedVm, State, VmError};
 use crate::hypervisor::{self, HypervisorError, MigrationStatus, RunState, Vm, VmPaths};
+use crate::store_identity::StoreAge;
 
 /// A mirror that an earlier worker left has this long to end.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 
 impl ManagedVm {
     /// Looks at what an earlier worker left, and takes it over.
-    pub(in crate::vms) async fn restore(self: &Arc<Self>) -> Result<(), VmError> {
+    pub(in crate::vms) async fn restore(self: &Arc<Self>, age: StoreAge) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
         let runtime_dir = &self.shared.hypervisor.runtime_dir;
         let found = match Vm::adopt(runtime_dir, self.id).await {
@@ -30,9 +31,13 @@ impl ManagedVm {
             }
             Err(error) => return Err(error.into()),
         };
-        let effects = self.commit(&mut state, Event::Restarted(found))?;
+        let event = match age {
+            StoreAge::Known => Event::Restarted(found),
+            StoreAge::New => Event::StoreLost(found),
+        };
+        let effects = self.commit(&mut state, event)?;
         let outcome = self.carry_out(&mut state, effects).await;
-        tracing::info!(vm_id = %self.id, ?found, record = ?state.durable.record(), "vm restored");
+        tracing::info!(vm_id = %self.id, ?found, ?age, record = ?state.durable.record(), "vm restored");
         self.publish(&state);
         outcome
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageport_keeper::BootTime;
-use pageport_ownership::{Effect, Event, MayRun};
+use pageport_ownership::{Effect, Epoch, Event, MayRun, Record};
 use pageport_proto::v1::{VmSpec, VmState};
 
 use super::{ManagedVm, State, VmError};
@@ -89,14 +89,21 @@ impl ManagedVm {
         deadline: Option<BootTime>,
     ) -> Result<Vm, VmError> {
         let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
-        let disk_paths = self.disk_paths(&spec, mode)?;
+        let disk_paths = self.disk_paths(&spec, mode, state.durable.record())?;
         let launch = Launch { vm: self.id, spec, disk_paths, mode, deadline };
         let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
         Ok(qemu)
     }
 
-    pub(super) fn disk_paths(&self, spec: &VmSpec, mode: StartMode) -> Result<BTreeMap<String, PathBuf>, VmError> {
+    pub(super) fn disk_paths(
+        &self,
+        spec: &VmSpec,
+        mode: StartMode,
+        record: Record,
+    ) -> Result<BTreeMap<String, PathBuf>, VmError> {
+        // Once it was moved or taken over, its disk is where this worker noted it, and the definition's path may be another's.
+        let as_defined = record.owned() == Some(Epoch::ZERO.next());
         let locate = |disk: &pageport_proto::v1::DiskSpec| {
             let path = match mode {
                 // A destination has its replicas; the definition's path is another host's.
@@ -105,8 +112,12 @@ impl ManagedVm {
                     let missing = || ReplicaError::Missing { vm: self.id, disk: disk.name.clone() };
                     found.ok_or_else(missing)?.path
                 }
-                StartMode::Running | StartMode::Paused => {
+                StartMode::Running | StartMode::Paused if as_defined => {
                     self.shared.replicas.locate_or_adopt(self.id, &disk.name, disk.path.as_ref())?
+                }
+                StartMode::Running | StartMode::Paused => {
+                    let found = self.shared.replicas.locate(self.id, &disk.name)?;
+                    found.ok_or_else(|| VmError::DiskForgotten { vm: self.id, disk: disk.name.clone() })?.path
                 }
             };
             Ok((disk.name.clone(), path))

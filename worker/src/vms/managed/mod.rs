@@ -61,6 +61,16 @@ pub enum VmError {
         /// The VM.
         vm: VmId,
     },
+    /// The store that knew is lost, and the VM has moved since it was defined.
+    #[error(
+        "where disk {disk} of vm {vm} lies is not known any more, since this worker lost its store: seed it from another site, or resolve the vm to a site that holds a replica"
+    )]
+    DiskForgotten {
+        /// The VM.
+        vm: VmId,
+        /// The disk.
+        disk: String,
+    },
     /// Nobody has said what the VM is.
     #[error("the definition of vm {vm} has not arrived yet")]
     Undefined {
