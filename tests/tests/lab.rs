@@ -34,6 +34,14 @@ async fn a_guest_outlives_controllers_and_its_worker_but_not_the_lab() {
     lab.wait_until_ready().await.unwrap();
     assert_eq!(guest.uptime().await.unwrap().1, boot_id);
 
+    // With its store lost as well the worker takes the running guest over, with a fresh grant.
+    lab.worker("a").kill().unwrap();
+    std::fs::remove_dir_all(lab.worker_data("a").join("store")).unwrap();
+    lab.worker("a").restart().unwrap();
+    lab.wait_until_ready().await.unwrap();
+    assert_eq!(guest.uptime().await.unwrap().1, boot_id);
+    assert_eq!(lab.qemu_pids("small"), [("a", qemu)]);
+
     // The worker that came back owns the guest again: it can end it.
     lab.ctl(["vm", "stop", "small", "--force"]).await.unwrap();
     let deadline = Instant::now() + SOON;
