@@ -209,6 +209,9 @@ impl Side {
     }
 }
 
+/// How far a copy is.
+type Copied = Rc<RefCell<v1::SeedReport>>;
+
 /// One worker process.
 pub(crate) struct Worker {
     host: Rc<Host>,
@@ -222,7 +225,8 @@ pub(crate) struct Worker {
     changed: Signal,
     lease_wanted: Signal,
     moves: RefCell<BTreeMap<MigrationId, Rc<Side>>>,
-    seeds: RefCell<BTreeMap<(VmId, String), Rc<RefCell<v1::SeedReport>>>>,
+    /// Copies, by VM and site.
+    seeds: RefCell<BTreeMap<(VmId, String), Copied>>,
     leader: Cell<u64>,
 }
 
@@ -555,7 +559,7 @@ impl Worker {
     }
 
     /// Copies the disks of a VM that runs here.
-    async fn seed(self: Rc<Self>, vm: VmId, peer: Option<Endpoint>, report: Rc<RefCell<v1::SeedReport>>) {
+    async fn seed(self: Rc<Self>, vm: VmId, peer: Option<Endpoint>, report: Copied) {
         let took = Duration::from_millis(self.world.between(50, 3000));
         self.sleep(took).await;
         let peers = self.host.peers.borrow().clone();
