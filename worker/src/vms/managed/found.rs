@@ -1,15 +1,20 @@
 //! What an earlier worker left of a VM, found and taken over by the next.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageport_ownership::{Epoch, Event, Guest};
+use pageport_proto::VmId;
 
 use super::{ManagedVm, State, VmError};
 use crate::hypervisor::{self, HypervisorError, MigrationStatus, RunState, Vm, VmPaths};
 use crate::store_identity::StoreAge;
 
+/// A hypervisor that is only just starting, or has not noticed yet that its earlier worker is gone, does not answer at once.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// A mirror that an earlier worker left has this long to end.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -18,7 +23,7 @@ impl ManagedVm {
     pub(in crate::vms) async fn restore(self: &Arc<Self>, age: StoreAge) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
         let runtime_dir = &self.shared.hypervisor.runtime_dir;
-        let found = match Vm::adopt(runtime_dir, self.id).await {
+        let found = match adopt(runtime_dir, self.id).await {
             Ok(qemu) => {
                 let found = found_guest(&qemu).await?;
                 self.install(&mut state, qemu);
@@ -55,6 +60,20 @@ impl ManagedVm {
             },
         };
         noted.map_err(|source| VmError::Image { vm: self.id, source })
+    }
+}
+
+async fn adopt(runtime_dir: &Path, id: VmId) -> Result<Vm, HypervisorError> {
+    let give_up = Instant::now() + ANSWER_LIMIT;
+    loop {
+        match Vm::adopt(runtime_dir, id).await {
+            Err(HypervisorError::NotRunning { vm }) => return Err(HypervisorError::NotRunning { vm }),
+            Err(error) if Instant::now() < give_up => {
+                tracing::warn!(vm_id = %id, error = %crate::error::with_causes(&error), "a hypervisor does not answer yet");
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            adopted => return adopted,
+        }
     }
 }
 
