@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Largest value, in bytes; sled keeps anything of 256 KiB and more outside its log, unsynced.
 pub const MAX_VALUE_BYTES: usize = 64 * 1024;
@@ -73,6 +74,25 @@ impl Batch {
     }
 }
 
+/// Who holds the store may be about to let go of it: a process that is ending, or sled's own threads after a drop.
+const LOCK_LIMIT: Duration = Duration::from_secs(3);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+fn open_unlocked(folder: &Path) -> Result<sled::Db, sled::Error> {
+    let give_up = Instant::now() + LOCK_LIMIT;
+    loop {
+        match sled::Config::new().path(folder).flush_every_ms(None).open() {
+            // sled says it in words only.
+            Err(sled::Error::Io(error))
+                if error.to_string().contains("could not acquire lock") && Instant::now() < give_up =>
+            {
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            opened => return opened,
+        }
+    }
+}
+
 /// Key and value.
 pub type Pair = (Vec<u8>, Vec<u8>);
 
@@ -87,13 +107,9 @@ impl Store {
     /// Opens or creates the store in `folder`.
     ///
     /// # Errors
-    /// [`StoreError::Open`] when another process holds it or it is damaged.
+    /// [`StoreError::Open`] when another process holds it, and goes on to for three seconds, or it is damaged.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
-        let db = sled::Config::new()
-            .path(folder)
-            .flush_every_ms(None)
-            .open()
-            .map_err(|source| StoreError::Open { path: folder.to_owned(), source })?;
+        let db = open_unlocked(folder).map_err(|source| StoreError::Open { path: folder.to_owned(), source })?;
         let path = folder.join("db");
         let data_file = File::open(&path).map_err(|source| StoreError::DataFile { path: path.clone(), source })?;
         // The name of a fresh data file must survive a power loss too.
@@ -155,6 +171,18 @@ mod tests {
         let store = Store::open(folder.path()).unwrap();
         assert_eq!(store.get("vm/1").unwrap().as_deref(), Some(&b"own"[..]));
         assert_eq!(store.scan("vm/").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_store_that_is_about_to_be_let_go_of_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = Store::open(folder.path()).unwrap();
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(held);
+        });
+        Store::open(folder.path()).unwrap();
+        holder.join().unwrap();
     }
 
     #[test]
