@@ -91,11 +91,27 @@ impl Struck {
     }
 }
 
-/// Runs a case up to the point where all is healed.
+/// Runs a case up to the point where all is healed. What is to be struck may be gone in time: the controllers' relay ends a source's
+/// guest although its destination is held. Then the case is begun once more.
 ///
 /// # Errors
 /// When it could not be set up, struck or healed.
 pub async fn strike(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<Struck, FaultsError> {
+    match strike_once(arena, pair, lease).await {
+        Err(FaultsError::InVain { .. }) => {
+            wait_for("the move to end", REACH_LIMIT, async || {
+                let vm = arena.vm().await.map_err(|error| error.to_string())?;
+                let moving = vm["migration_id"].as_str().unwrap_or_default();
+                if moving.is_empty() { Ok(()) } else { Err(format!("migration {moving}")) }
+            })
+            .await?;
+            strike_once(arena, pair, lease).await
+        }
+        struck => struck,
+    }
+}
+
+async fn strike_once(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<Struck, FaultsError> {
     let vm = arena.vm().await?;
     let source = vm["owner_site"].as_str().unwrap_or_default().to_owned();
     let destination = if source == "a" { "b" } else { "a" }.to_owned();
