@@ -301,7 +301,8 @@ async fn a_vm_that_keeps_running_is_taken_over_when_an_agent_has_turned_its_host
         found.map(|(pid, _)| format!("{pid}\n")).collect::<String>()
     };
     let of_the_host = pids_of(&lab, |name| name == "pageport-worker" || name == "pageport-keeper");
-    assert_eq!(of_the_host.lines().count(), 2, "{of_the_host}");
+    // The worker, the guard, and the VM's keeper, whose guest ends with it.
+    assert_eq!(of_the_host.lines().count(), 3, "{of_the_host}");
     std::fs::write(flag("kill"), of_the_host).unwrap();
     std::fs::write(flag("gone"), pids_of(&lab, |name| name.contains("qemu"))).unwrap();
     std::fs::write(flag("broken"), "").unwrap();
@@ -339,6 +340,7 @@ async fn a_vm_that_keeps_running_is_taken_over_when_an_agent_has_turned_its_host
     assert!(shown.contains("its host was fenced by switch on the order of operator.pageport: no heartbeat"), "{shown}");
 
     isolate(&lab, |from, to| Request::Heal { from, to });
+    lab.guard("a").restart().unwrap();
     lab.worker("a").restart().unwrap();
     lab.wait_until_ready().await.unwrap();
     witness.assert_never_two().await;
