@@ -172,11 +172,6 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         &mut self.outlet
     }
 
-    /// Its log.
-    pub fn log(&self) -> &LogStorage<D> {
-        self.raft.store()
-    }
-
     /// Stands for election after this many ticks without a leader, from [`ELECTION_TICKS`] to one less than twice as many. Raft
     /// draws the number anew, by chance, whenever it changes its role: to be foreseeable it must be set after each call.
     pub fn set_election_ticks(&mut self, ticks: usize) {

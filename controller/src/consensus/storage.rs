@@ -125,11 +125,6 @@ impl<D: Disk> LogStorage<D> {
         Ok((storage, snapshot.state))
     }
 
-    /// Where it is kept.
-    pub fn disk(&self) -> &D {
-        &self.disk
-    }
-
     /// The entry up to which the last snapshot reaches.
     pub fn snapshot_place(&self) -> Place {
         self.snapshot

@@ -27,15 +27,13 @@ pub struct Faults {
     pub done: Cell<bool>,
 }
 
-const CLOCK: Clock = Clock { ppm: 0, began_us: 0 };
-
 impl Faults {
     /// Strikes now and then.
     pub async fn run(self: Rc<Self>) {
         let world = &self.world;
         let gap_ms = *world.pick(&[600, 2000, 6000]).unwrap_or(&2000);
         while !self.done.get() {
-            CLOCK.sleep(world, Duration::from_millis(world.between(gap_ms / 4, gap_ms * 2))).await;
+            Clock::WORLD.sleep(world, Duration::from_millis(world.between(gap_ms / 4, gap_ms * 2))).await;
             if !self.done.get() {
                 self.strike();
             }

@@ -12,6 +12,7 @@
 //! | [`world`] | chance, clocks, facts, what all actors share |
 //! | [`network`] | datagrams, calls and pipes, lost and cut |
 //! | [`disk`] | a controller's disk, which fails where it is told to |
+//! | [`calls`] | what is asked of controllers, and how their leader is found |
 //! | [`controller`] | one controller: the product's node and link logic |
 //! | [`hypervisor`] | QEMU and keeper of a host, and what a guest remembers |
 //! | [`worker`] | one worker: the product's ownership, fence and plan |
@@ -25,6 +26,7 @@
 //! written anew here, in the product's order of steps: the tasks around them, gRPC and QUIC, QEMU, the keeper, and the two sides of a
 //! move. A replay of a seed gives the same trace.
 
+pub mod calls;
 pub mod controller;
 pub mod disk;
 pub mod executor;

@@ -12,7 +12,7 @@ use pageport_ownership::Proof;
 use pageport_proto::v1;
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
-use crate::controller::{Answer, Cluster, Question, ask};
+use crate::calls::{Answer, Cluster, Question, ask};
 use crate::invariant::Fact;
 use crate::network::Endpoint;
 use crate::worker::Host;
@@ -40,14 +40,12 @@ pub struct Operator {
     pub seen: RefCell<Arc<State>>,
 }
 
-const CLOCK: Clock = Clock { ppm: 0, began_us: 0 };
-
 impl Operator {
     /// Sets up VMs, then gives orders.
     pub async fn run(self: Rc<Self>, vms: u64) {
         // The first reports make workers known.
         for _ in 0..40 {
-            CLOCK.sleep(&self.world, Duration::from_millis(250)).await;
+            Clock::WORLD.sleep(&self.world, Duration::from_millis(250)).await;
             if self.look().await.is_some_and(|state| state.workers.len() == self.hosts.len()) {
                 break;
             }
@@ -56,7 +54,7 @@ impl Operator {
             self.define(number).await;
         }
         while !self.done.get() {
-            CLOCK.sleep(&self.world, Duration::from_millis(self.world.between(50, 2500))).await;
+            Clock::WORLD.sleep(&self.world, Duration::from_millis(self.world.between(50, 2500))).await;
             if let Some(state) = self.look().await {
                 self.order(&state).await;
             }
@@ -64,7 +62,8 @@ impl Operator {
     }
 
     async fn look(&self) -> Option<Arc<State>> {
-        let answer = ask(&self.world, &self.cluster, self.endpoint, CLOCK, &self.leader, || Question::State).await;
+        let answer =
+            ask(&self.world, &self.cluster, self.endpoint, Clock::WORLD, &self.leader, || Question::State).await;
         match answer {
             Some(Answer::State(state)) => {
                 *self.seen.borrow_mut() = state.clone();
@@ -85,7 +84,7 @@ impl Operator {
         self.world.tell(&Fact::Asked { request, what });
         for _ in 0..TRIES {
             let question = || Question::Client(request, order.clone());
-            let answer = ask(&self.world, &self.cluster, self.endpoint, CLOCK, &self.leader, question).await;
+            let answer = ask(&self.world, &self.cluster, self.endpoint, Clock::WORLD, &self.leader, question).await;
             match answer {
                 Some(Answer::Outcome(Ok(answer))) => {
                     self.world.tell(&Fact::Answered { request, answer: &answer });

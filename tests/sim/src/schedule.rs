@@ -7,7 +7,8 @@ use std::sync::Arc;
 use pageport_controller::model::State;
 use serde::Serialize;
 
-use crate::controller::{Cluster, DRIFT_PPM, Machine};
+use crate::calls::Cluster;
+use crate::controller::{DRIFT_PPM, Machine};
 use crate::faults::Faults;
 use crate::hypervisor::Run;
 use crate::invariant::{Fact, Invariants, Violation};

@@ -109,6 +109,9 @@ pub struct Clock {
 const MILLION: i128 = 1_000_000;
 
 impl Clock {
+    /// The world's own.
+    pub const WORLD: Self = Self { ppm: 0, began_us: 0 };
+
     /// What it shows, in microseconds.
     pub fn us(self, world: &World) -> u64 {
         let elapsed = i128::from(world.executor.now_us());

@@ -15,7 +15,7 @@ use pageport_worker::vms::plan::{self, Stop};
 use tokio::sync::Mutex;
 
 use super::Worker;
-use crate::controller::{Answer, Question};
+use crate::calls::{Answer, Question};
 use crate::executor::Signal;
 use crate::hypervisor::{Cause, Qemu, Run};
 use crate::invariant::Fact;

@@ -3,11 +3,13 @@
 //! | file | in the daemon |
 //! |---|---|
 //! | this | `agent::{link, lease, dispatch}`: reports, the lease, who looks after what |
+//! | [`host`] | what outlives a worker: its store, the copies, QEMUs and keepers |
 //! | [`managed`] | `vms::managed`, `vms::converge` |
 //! | [`moves`] | `migration::{source, destination}` |
 //!
 //! Between any two steps is a seam, at which the worker, or its whole host, may go down.
 
+mod host;
 mod managed;
 mod moves;
 
@@ -16,19 +18,21 @@ use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use pageport_ownership::{Epoch, Event, Nonce, Policy, Record};
+use pageport_ownership::{Epoch, Event, Nonce, Record};
 use pageport_proto::v1::{self, MigrationRole};
-use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
+use pageport_proto::{MigrationId, VmId};
 use tokio::sync::mpsc;
 
+use self::host::Hello;
+pub use self::host::Host;
 use self::managed::Managed;
-use self::moves::{Destination, FromSource};
-use crate::controller::{self, Answer, Cluster, Question, WorkerEnd};
+use self::moves::Destination;
+use crate::calls::{self, Answer, Question, WorkerEnd};
+use crate::controller;
 use crate::executor::{ProcessId, Signal};
-use crate::hypervisor::Hypervisors;
 use crate::invariant::Fact;
-use crate::network::{End, Endpoint};
-use crate::world::{Clock, Flaw, World};
+use crate::network::Endpoint;
+use crate::world::{Flaw, World};
 
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 const REPORT_PAUSE: Duration = Duration::from_millis(50);
@@ -37,153 +41,6 @@ const RETRY_PAUSE: Duration = Duration::from_millis(500);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 const RENEW_EVERY: Duration = Duration::from_secs(1);
 const RENEWED_WITHIN: Duration = Duration::from_secs(2);
-
-/// What a worker keeps of a VM on stable storage.
-#[derive(Debug, Clone, Copy, Default)]
-struct Kept {
-    record: Option<Record>,
-    policy: Option<Policy>,
-}
-
-/// A move that a source has announced, and its end of the pipe.
-pub struct Hello {
-    migration: MigrationId,
-    vm: VmId,
-    epoch: Epoch,
-    end: End<moves::FromDestination, FromSource>,
-}
-
-/// A host: what outlives its worker.
-#[allow(missing_debug_implementations, reason = "as the world")]
-pub struct Host {
-    world: Rc<World>,
-    /// Its worker's name.
-    pub name: WorkerName,
-    /// Where it is.
-    pub site: SiteName,
-    /// On the network.
-    pub endpoint: Endpoint,
-    /// Its clock.
-    pub clock: Clock,
-    /// QEMU and keepers.
-    pub hypervisors: Rc<Hypervisors>,
-    store: RefCell<BTreeMap<VmId, Kept>>,
-    /// With a store that lies: what is really on the disk.
-    stale: RefCell<BTreeMap<VmId, Kept>>,
-    /// Which store it is, and whether the worker has noted that.
-    identity: Cell<(StoreId, bool)>,
-    /// VMs of which a copy is here.
-    copies: RefCell<BTreeMap<VmId, ()>>,
-    cluster: Cluster,
-    peers: RefCell<Vec<Weak<Host>>>,
-    process: Cell<Option<ProcessId>>,
-    calls: RefCell<Option<mpsc::UnboundedSender<Hello>>>,
-    /// It stays down until this is taken back.
-    pub locked_down: Cell<bool>,
-}
-
-impl Host {
-    /// One whose worker was never started.
-    pub fn new(
-        world: &Rc<World>,
-        cluster: &Cluster,
-        name: WorkerName,
-        site: SiteName,
-        endpoint: Endpoint,
-        clock: Clock,
-    ) -> Rc<Self> {
-        Rc::new(Self {
-            world: world.clone(),
-            hypervisors: Rc::new(Hypervisors::new(world.clone(), name.clone(), clock)),
-            name,
-            site,
-            endpoint,
-            clock,
-            store: RefCell::default(),
-            stale: RefCell::default(),
-            identity: Cell::new((new_store(world), false)),
-            copies: RefCell::default(),
-            cluster: cluster.clone(),
-            peers: RefCell::default(),
-            process: Cell::default(),
-            calls: RefCell::default(),
-            locked_down: Cell::default(),
-        })
-    }
-
-    /// The other hosts.
-    pub fn meet(&self, hosts: &[Rc<Self>]) {
-        *self.peers.borrow_mut() = hosts.iter().map(Rc::downgrade).collect();
-    }
-
-    /// The worker's process, if it is up.
-    pub fn process(&self) -> Option<ProcessId> {
-        self.process.get()
-    }
-
-    /// Starts the worker, if it is down.
-    pub fn start(self: &Rc<Self>) {
-        if self.process.get().is_some() || self.locked_down.get() {
-            return;
-        }
-        let process = self.world.executor.process();
-        let (calls, called) = mpsc::unbounded_channel();
-        self.process.set(Some(process));
-        *self.calls.borrow_mut() = Some(calls);
-        let worker = Rc::new(Worker {
-            host: self.clone(),
-            world: self.world.clone(),
-            process,
-            vms: RefCell::default(),
-            keepers: RefCell::default(),
-            assigned: RefCell::default(),
-            news: Signal::default(),
-            changed: Signal::default(),
-            lease_wanted: Signal::default(),
-            moves: RefCell::default(),
-            seeds: RefCell::default(),
-            leader: Cell::new(1),
-        });
-        self.world.executor.spawn(process, worker.run(called));
-    }
-
-    /// SIGKILL of the worker.
-    pub fn kill_worker(&self) {
-        if let Some(process) = self.process.take() {
-            self.calls.take();
-            self.world.executor.kill(process);
-        }
-    }
-
-    /// The host loses its power.
-    pub fn power_off(&self) {
-        self.kill_worker();
-        self.hypervisors.end_all();
-        if self.world.flaw == Flaw::LazyRecord {
-            *self.store.borrow_mut() = self.stale.borrow().clone();
-        }
-    }
-
-    /// The disk with the store is lost, and the worker with it.
-    pub fn lose_store(&self) {
-        self.kill_worker();
-        self.store.take();
-        self.stale.take();
-        self.identity.set((new_store(&self.world), false));
-        self.world.tell(&Fact::StoreLost { worker: &self.name });
-    }
-
-    fn keep(&self, vm: VmId, change: impl FnOnce(&mut Kept)) {
-        let mut store = self.store.borrow_mut();
-        *self.stale.borrow_mut() = store.clone();
-        change(store.entry(vm).or_default());
-    }
-}
-
-fn new_store(world: &World) -> StoreId {
-    let id = uuid::Uuid::from_u128(u128::from(world.number())).to_string().parse();
-    id.unwrap_or_else(|_| unreachable!("an id made of a uuid"))
-}
 
 /// A move's side at this worker.
 #[derive(Debug)]
@@ -256,8 +113,7 @@ impl Worker {
     }
 
     async fn ask(&self, question: impl Fn() -> Question) -> Option<Answer> {
-        controller::ask(&self.world, &self.host.cluster, self.host.endpoint, self.host.clock, &self.leader, question)
-            .await
+        calls::ask(&self.world, &self.host.cluster, self.host.endpoint, self.host.clock, &self.leader, question).await
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
@@ -357,7 +213,7 @@ impl Worker {
             worker: self.host.name.to_string(),
             site: self.host.site.to_string(),
             peer_address: self.host.endpoint.to_string(),
-            vms: vms.values().map(|vm| vm.report(self.host.copies.borrow().contains_key(&vm.id()))).collect(),
+            vms: vms.values().map(|vm| vm.report(self.host.copies.borrow().contains(&vm.id()))).collect(),
             migrations: moves
                 .iter()
                 .map(|(id, side)| v1::MigrationReport {
@@ -406,8 +262,9 @@ impl Worker {
         };
         let (lease_ms, covered) = match answer {
             Some(Answer::Leased(answer)) if answer.nonce == nonce.0 => {
-                // What the workers count is what the product's leader grants; a leader that counts shorter is a flaw.
-                (controller::LEASE_MS.max(answer.lease_ms), answer.vms)
+                // With a leader that counts too short, workers count as they did.
+                let flawed = self.world.flaw == Flaw::ShortLease;
+                (if flawed { controller::LEASE_MS } else { answer.lease_ms }, answer.vms)
             }
             _ => (0, vec![]),
         };
@@ -570,7 +427,7 @@ impl Worker {
         });
         match copied {
             Some(peer) => {
-                peer.copies.borrow_mut().insert(vm, ());
+                peer.copies.borrow_mut().insert(vm);
                 report.borrow_mut().complete = true;
             }
             None => report.borrow_mut().failure = "the copy broke off".to_owned(),

@@ -7,9 +7,10 @@ use pageport_ownership::{Epoch, Event, Guest, Nonce, Record};
 use pageport_proto::MigrationId;
 use pageport_proto::v1;
 
+use super::host::{Hello, Host};
 use super::managed::Managed;
-use super::{Hello, Host, Side, Worker};
-use crate::controller::{Answer, Question};
+use super::{Side, Worker};
+use crate::calls::{Answer, Question};
 use crate::hypervisor::{Memory, Qemu};
 use crate::network::End;
 use crate::world::Flaw;
