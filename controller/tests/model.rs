@@ -96,16 +96,7 @@ fn order() -> impl Strategy<Value = Order> {
 fn with_workers() -> State {
     let mut state = State::default();
     for (index, site) in SITES.iter().enumerate() {
-        let known = Worker {
-            site: site.parse().unwrap(),
-            grpc_address: String::new(),
-            peer_address: String::new(),
-            version: String::new(),
-            qemu_version: String::new(),
-            accelerator: String::new(),
-            memory_total_bytes: 0,
-            store: None,
-        };
+        let known = Worker::at(site.parse().unwrap());
         let order = Order::RegisterWorker { name: worker(index), worker: known };
         apply(&mut state, Command { now_unix_ms: 0, order }).unwrap();
     }

@@ -8,7 +8,7 @@ mod support;
 use pageport_lab::baseline::qmp::Qmp;
 use pageport_lab::faults::arena::{Arena, VM};
 use pageport_lab::faults::witness::contradictions;
-use pageport_lab::faults::{self, FaultsConfig, Isolation, Passed};
+use pageport_lab::faults::{self, FaultsConfig, Isolation, Outcome, Pair, Passed};
 use pageport_lab::lab::LabConfig;
 use pageport_lab::lab::guest::{GuestImages, SMALL};
 use pageport_lab::lab::tls::Authority;
@@ -18,15 +18,11 @@ use support::{Story, ctl, wait_for};
 
 const FAST_BPS: u64 = 200_000_000;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_left() {
-    if !netns::available() {
-        eprintln!("skipped: network namespaces need root");
-        return;
-    }
+/// Runs these cases, of which none may fail.
+async fn all_pass(pairs: Vec<Pair>) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     let config = FaultsConfig {
-        pairs: faults::short_set(),
+        pairs,
         passed: Passed::Again,
         lease: faults::LEASE,
         lanes: 1,
@@ -35,8 +31,19 @@ async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_lef
     };
     let outcome = faults::run(&config, |news| eprintln!("{news:?}")).await.unwrap();
     assert!(outcome.failed.is_empty(), "{:#?}", outcome.failed);
-    let matrix = outcome.matrix;
-    assert_eq!((matrix.cases, matrix.passed), (config.pairs.len(), config.pairs.len()));
+    outcome
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn struck_at_its_worst_points_exactly_one_guest_goes_on_and_nothing_is_left() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let pairs = faults::short_set();
+    let cases = pairs.len();
+    let matrix = all_pass(pairs).await.matrix;
+    assert_eq!((matrix.cases, matrix.passed), (cases, cases));
     assert_eq!((matrix.double_running, matrix.lost_vms, matrix.orphans), (0, 0, 0));
 }
 
@@ -48,25 +55,14 @@ async fn a_move_struck_at_its_first_call_completes_all_the_same() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
     let names = ["admit/kill-source-worker", "admit/kill-leader"].map(str::to_owned);
-    let config = FaultsConfig {
-        pairs: faults::select(&names).unwrap(),
-        passed: Passed::Again,
-        lease: faults::LEASE,
-        lanes: 1,
-        seed: 0,
-        folder: folder.path().to_owned(),
-    };
-    let outcome = faults::run(&config, |news| eprintln!("{news:?}")).await.unwrap();
-    assert!(outcome.failed.is_empty(), "{:#?}", outcome.failed);
+    let outcome = all_pass(faults::select(&names).unwrap()).await;
     for name in names {
         let result = &outcome.newest[&name];
         assert_eq!(result.outcome, "completed", "{result:?}");
     }
 }
 
-/// The matrix is worth as much as its witness: here a guest is made to run twice, behind the back of its dead worker.
 /// Waits until the worker at b has the record that permits it to run the guest, and hardly longer.
 async fn acquired(arena: &Arena) {
     let log = arena.lab.logs().join("worker-b.log");
@@ -81,6 +77,7 @@ async fn acquired(arena: &Arena) {
     }
 }
 
+/// The matrix is worth as much as its witness: here a guest is made to run twice, behind the back of its dead worker.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_copies_that_execute_are_seen() {
     if !netns::available() {

@@ -135,16 +135,7 @@ mod tests {
         fn new(ownership: Ownership<WorkerName>, connected: &[&str]) -> Self {
             let (mut state, mut seen, now) = (State::default(), Observations::default(), Instant::now());
             for site in ["a", "b", "c"] {
-                let known = Worker {
-                    site: site.parse().unwrap(),
-                    grpc_address: String::new(),
-                    peer_address: String::new(),
-                    version: String::new(),
-                    qemu_version: String::new(),
-                    accelerator: String::new(),
-                    memory_total_bytes: 0,
-                    store: None,
-                };
+                let known = Worker::at(site.parse().unwrap());
                 state.workers.insert(name(&format!("w{site}")), known);
             }
             for worker in connected {

@@ -40,6 +40,22 @@ pub struct Worker {
     pub store: Option<StoreId>,
 }
 
+impl Worker {
+    /// One of which nothing but its site is known.
+    pub fn at(site: SiteName) -> Self {
+        Self {
+            site,
+            grpc_address: String::new(),
+            peer_address: String::new(),
+            version: String::new(),
+            qemu_version: String::new(),
+            accelerator: String::new(),
+            memory_total_bytes: 0,
+            store: None,
+        }
+    }
+}
+
 /// What a VM should be doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Power {

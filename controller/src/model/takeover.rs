@@ -147,16 +147,7 @@ mod tests {
     fn state() -> (State, VmId) {
         let mut state = State::default();
         for (index, site) in ["a", "b"].iter().enumerate() {
-            let known = Worker {
-                site: site.parse().unwrap(),
-                grpc_address: String::new(),
-                peer_address: String::new(),
-                version: String::new(),
-                qemu_version: String::new(),
-                accelerator: String::new(),
-                memory_total_bytes: 0,
-                store: None,
-            };
+            let known = Worker::at(site.parse().unwrap());
             state.workers.insert(worker(index), known);
         }
         let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
