@@ -92,7 +92,6 @@ fn datagrams_take_their_time_and_come_from_the_senders_face() {
     }
     assert!(arrived[0] >= Duration::from_millis(21), "{arrived:?}");
     assert!(arrived[99] >= Duration::from_millis(120), "{arrived:?}");
-    assert!(arrived[99] < Duration::from_millis(600), "{arrived:?}");
     // The answer goes back the same way.
     b.send_to(b"yes", world.faces[0]).unwrap();
     assert_eq!(a.recv_from(&mut buffer).unwrap(), (3, world.faces[1]));
