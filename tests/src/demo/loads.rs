@@ -72,6 +72,20 @@ pub async fn warm(guest: &mut GuestClient, variant: Variant) -> Result<(), Guest
     Ok(())
 }
 
+/// Stops the loads, as far as they run.
+///
+/// # Errors
+/// When the guest does not answer.
+pub async fn stop(guest: &mut GuestClient) -> Result<(), GuestError> {
+    for request in [Request::DirtyStop, Request::WriteStop] {
+        match guest.call(&request, SHORT).await {
+            Ok(_) | Err(GuestError::Refused { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Page cache that equals the disk.
 ///
 /// # Errors

@@ -6,7 +6,8 @@
 //! The fault is in place before the move goes on, so it strikes exactly there.
 
 use std::fs;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -26,6 +27,7 @@ const AWAY: Duration = Duration::from_secs(2);
 /// How long a link is cut: longer than a silent connection lives, and than a lease.
 const CUT: Duration = Duration::from_secs(12);
 const REACH_LIMIT: Duration = Duration::from_secs(60);
+const REACH_POLL: Duration = Duration::from_millis(5);
 const HYPERVISOR_LIMIT: Duration = Duration::from_secs(30);
 
 /// A case that was struck and healed, to be judged.
@@ -39,6 +41,8 @@ pub struct Struck {
     pub source: String,
     /// Where it was to go.
     pub destination: String,
+    /// The QEMU of its source, looked up before the move: past the commit point it does not last long.
+    pub hypervisor: i32,
     /// The controller that led when the move was ordered.
     pub leader: String,
     /// What the guest was.
@@ -105,6 +109,9 @@ pub async fn strike(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<St
                 if moving.is_empty() { Ok(()) } else { Err(format!("migration {moving}")) }
             })
             .await?;
+            let vm = arena.vm().await?;
+            let mut guest = arena.guest(vm["owner_site"].as_str().unwrap_or_default()).await?;
+            loads::stop(&mut guest).await?;
             strike_once(arena, pair, lease).await
         }
         struck => struck,
@@ -127,15 +134,13 @@ async fn strike_once(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<S
     fs::write(&hold, b"").map_err(|source| FaultsError::File { operation: "write", path: hold.clone(), source })?;
 
     let leader = arena.leader().await?;
+    let hypervisor = hypervisor(arena, &source).await?;
     let ordered = arena.lab.ctl_json(["migrate", VM, "--to", &destination]).await?;
     let migration = ordered["id"].as_str().map(str::to_owned);
     let migration =
         migration.ok_or_else(|| FaultsError::Answer { what: "the move's id", answer: ordered.to_string() })?;
-    let struck = Struck { pair, migration, source, destination, leader, before, before_leases };
-    wait_for(&format!("the move to reach {}", pair.point.name()), REACH_LIMIT, async || {
-        if reached.exists() { Ok(()) } else { Err(format!("there is no {}", reached.display())) }
-    })
-    .await?;
+    let struck = Struck { pair, migration, source, destination, hypervisor, leader, before, before_leases };
+    reach(&reached).await?;
 
     let healing = apply(arena, &struck).await;
     // Whether it was struck or not: nobody waits for what will not come.
@@ -149,6 +154,19 @@ async fn strike_once(arena: &mut Arena, pair: Pair, lease: Duration) -> Result<S
     .await;
     heal(arena, &struck, healing)?;
     Ok(struck)
+}
+
+/// Waits until the move is held. Looks often: the controllers may settle a move that is held past its commit point.
+async fn reach(reached: &Path) -> Result<(), FaultsError> {
+    let began = Instant::now();
+    while !reached.exists() {
+        if began.elapsed() > REACH_LIMIT {
+            let (what, seen) = (format!("{} to be reached", reached.display()), "it is not there".to_owned());
+            return Err(FaultsError::InVain { what, seconds: REACH_LIMIT.as_secs(), seen });
+        }
+        sleep(REACH_POLL).await;
+    }
+    Ok(())
 }
 
 /// What ends a fault.
@@ -183,21 +201,21 @@ async fn apply(arena: &mut Arena, struck: &Struck) -> Result<Healing, FaultsErro
     };
     match struck.pair.fault {
         Fault::Kill(Target::Hypervisor(side)) => {
-            signal(hypervisor(arena, struck.site(side)).await?, Signal::SIGKILL)?;
+            strike_process(target_hypervisor(arena, struck, side).await?, Signal::SIGKILL)?;
             Ok(Healing::Nothing)
         }
         Fault::Stop(Target::Hypervisor(side)) => {
-            let pid = hypervisor(arena, struck.site(side)).await?;
-            signal(pid, Signal::SIGSTOP)?;
+            let pid = target_hypervisor(arena, struck, side).await?;
+            strike_process(pid, Signal::SIGSTOP)?;
             Ok(Healing::Continue(pid))
         }
         Fault::Kill(Target::Keeper(side)) => {
-            signal(keeper(arena, struck.site(side)).await?, Signal::SIGKILL)?;
+            strike_process(keeper(arena, struck, side).await?, Signal::SIGKILL)?;
             Ok(Healing::Nothing)
         }
         Fault::Stop(Target::Keeper(side)) => {
-            let pid = keeper(arena, struck.site(side)).await?;
-            signal(pid, Signal::SIGSTOP)?;
+            let pid = keeper(arena, struck, side).await?;
+            strike_process(pid, Signal::SIGSTOP)?;
             Ok(Healing::Continue(pid))
         }
         Fault::Kill(target) => match daemon(target) {
@@ -256,11 +274,31 @@ async fn hypervisor(arena: &Arena, site: &str) -> Result<i32, FaultsError> {
     .await
 }
 
+/// The QEMU of a side, to be struck.
+async fn target_hypervisor(arena: &Arena, struck: &Struck, side: Side) -> Result<i32, FaultsError> {
+    match side {
+        Side::Source => Ok(struck.hypervisor),
+        Side::Destination => hypervisor(arena, &struck.destination).await,
+    }
+}
+
 /// The parent of that QEMU.
-async fn keeper(arena: &Arena, site: &str) -> Result<i32, FaultsError> {
-    let qemu = hypervisor(arena, site).await?;
-    let missing = || FaultsError::Answer { what: "a keeper", answer: format!("the parent of process {qemu}") };
-    arena.lab.keeper_of(qemu).ok_or_else(missing)
+async fn keeper(arena: &Arena, struck: &Struck, side: Side) -> Result<i32, FaultsError> {
+    let qemu = target_hypervisor(arena, struck, side).await?;
+    arena.lab.keeper_of(qemu).ok_or_else(|| gone(qemu))
+}
+
+/// What has ended in time is not struck.
+fn strike_process(pid: i32, signal: Signal) -> Result<(), FaultsError> {
+    match kill(Pid::from_raw(pid), signal) {
+        Ok(()) => Ok(()),
+        Err(Errno::ESRCH) => Err(gone(pid)),
+        Err(errno) => Err(FaultsError::Signal { signal: signal.as_str(), pid, source: errno.into() }),
+    }
+}
+
+fn gone(pid: i32) -> FaultsError {
+    FaultsError::InVain { what: format!("process {pid} to be struck"), seconds: 0, seen: "it has ended".to_owned() }
 }
 
 /// One that has ended meanwhile needs no signal.
@@ -271,7 +309,7 @@ fn signal(pid: i32, signal: Signal) -> Result<(), FaultsError> {
     }
 }
 
-fn empty(folder: &std::path::Path) -> Result<(), FaultsError> {
+fn empty(folder: &Path) -> Result<(), FaultsError> {
     let named = |operation| move |source| FaultsError::File { operation, path: folder.to_owned(), source };
     for entry in fs::read_dir(folder).map_err(named("list"))? {
         fs::remove_file(entry.map_err(named("list"))?.path()).map_err(named("empty"))?;
