@@ -23,6 +23,8 @@ use pageport_common::store::{Batch, Store, StoreError};
 use pageport_proto::VmId;
 use serde::{Deserialize, Serialize};
 
+use super::points;
+
 /// Unit of digests and of comparison, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;
 /// Left free on the file system when a replica is made, in bytes.
@@ -94,6 +96,15 @@ pub enum ReplicaError {
         /// What the file system has.
         free_bytes: u64,
     },
+    /// A replica cannot be brought to stable storage.
+    #[error("bring the replica {} to stable storage", path.display())]
+    Sync {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// There is no replica of this disk here.
     #[error("this site holds no replica of disk {disk:?} of vm {vm}: seed it first")]
     Missing {
@@ -109,7 +120,7 @@ pub enum ReplicaError {
 pub struct ReplicaDisk {
     file: File,
     path: PathBuf,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     instance: u64,
     version: AtomicU64,
     session: tokio::sync::Mutex<()>,
@@ -123,7 +134,19 @@ impl ReplicaDisk {
 
     /// Size of the disk, in bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Makes the disk at least `size_bytes` large; what is new reads as zeros. Never shrinks.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn grow(&self, size_bytes: u64) -> io::Result<()> {
+        if size_bytes > self.size_bytes() {
+            self.file.set_len(size_bytes)?;
+            self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
+        }
+        Ok(())
     }
 
     /// Together with [`Self::version`]: names the content. Differs after each opening by a worker.
@@ -187,12 +210,12 @@ impl ReplicaDisk {
             Err(error) => return Err(error.into()),
         };
         let end = lseek64(self.file.as_fd(), start as i64, Whence::SeekHole)? as u64;
-        Ok(Some((start, end.min(self.size_bytes))))
+        Ok(Some((start, end.min(self.size_bytes()))))
     }
 
     fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
         match offset.checked_add(length) {
-            Some(end) if end <= self.size_bytes => Ok(()),
+            Some(end) if end <= self.size_bytes() => Ok(()),
             _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "past the end of the disk")),
         }
     }
@@ -248,7 +271,7 @@ impl ReplicaStore {
     ) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = open.get(&(vm, disk.to_owned()))
-            && found.size_bytes == size_bytes
+            && found.size_bytes() == size_bytes
         {
             return Ok(found.clone());
         }
@@ -284,6 +307,17 @@ impl ReplicaStore {
         pairs.into_iter().filter_map(|(_, text)| location(text)).map(|location| location.path).collect()
     }
 
+    /// Names of the disks of a VM on this host.
+    ///
+    /// # Errors
+    /// The worker's store failed.
+    pub fn names(&self, vm: VmId) -> Result<Vec<String>, ReplicaError> {
+        let prefix = format!("disk/{vm}/");
+        let failed = |source| ReplicaError::Store { vm, disk: String::new(), source };
+        let name = |(key, _): (Vec<u8>, Vec<u8>)| String::from_utf8(key).ok()?.strip_prefix(&prefix).map(str::to_owned);
+        Ok(self.store.scan(&prefix).map_err(failed)?.into_iter().filter_map(name).collect())
+    }
+
     /// Lets go of a VM's replicas: from now on the hypervisor changes these files, or they are deleted.
     pub fn close(&self, vm: VmId) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| *of != vm);
@@ -305,7 +339,12 @@ impl ReplicaStore {
             }
             batch.remove(name);
         }
+        batch.remove(points::record_key(vm));
         let folder = self.folder.join(vm.to_string());
+        let points = folder.join(points::FOLDER);
+        if points.exists() {
+            std::fs::remove_dir_all(&points).map_err(|source| ReplicaError::Open { path: points, source })?;
+        }
         if folder.exists() {
             std::fs::remove_dir(&folder).map_err(|source| ReplicaError::Open { path: folder, source })?;
         }
@@ -355,14 +394,14 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
     Ok(ReplicaDisk {
         file,
         path: path.to_owned(),
-        size_bytes,
+        size_bytes: AtomicU64::new(size_bytes),
         instance,
         version: AtomicU64::new(0),
         session: tokio::sync::Mutex::default(),
     })
 }
 
-fn free_bytes(folder: &Path) -> io::Result<u64> {
+pub(super) fn free_bytes(folder: &Path) -> io::Result<u64> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }

@@ -1,0 +1,91 @@
+//! The durable record of a group: which points there are, and what is under way.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::format::{FileId, FileKind};
+use super::{GroupState, Lineage, PointInfo};
+
+/// What is under way; decides what a crash leaves to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Phase {
+    /// The replica is the newest point.
+    Settled,
+    /// The newest point is in a sealed journal; nothing of it is in place.
+    Committed,
+    /// The newest point is in a sealed journal and is being put in place.
+    Applying {
+        /// Whether there is a sealed undo file of it. Said here, so that damage is not taken for "not made yet".
+        undo: bool,
+    },
+    /// A migration writes in place, behind `layer.undo`.
+    Layer,
+}
+
+/// One VM's points.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) lineage: Lineage,
+    /// Oldest first, numbers without gaps. Empty only if damaged.
+    pub(super) points: Vec<PointInfo>,
+    /// How many to keep once the newest is in place.
+    pub(super) keep: usize,
+    /// Sizes of the disks at the newest point, in bytes.
+    pub(super) disks: BTreeMap<String, u64>,
+    pub(super) phase: Phase,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) damaged: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) lost: Option<String>,
+}
+
+impl Record {
+    pub(super) fn newest(&self) -> Option<u64> {
+        self.points.last().map(|point| point.number)
+    }
+
+    pub(super) fn journal(&self, point: u64) -> FileId {
+        FileId { kind: FileKind::Journal, lineage: self.lineage, point }
+    }
+
+    pub(super) fn undo(&self, point: u64) -> FileId {
+        FileId { kind: FileKind::Undo, lineage: self.lineage, point }
+    }
+
+    pub(super) fn layer(&self) -> FileId {
+        FileId { kind: FileKind::Layer, lineage: self.lineage, point: self.newest().unwrap_or_default() }
+    }
+
+    /// The undo files that lead from the newest point to those before it, oldest first.
+    pub(super) fn undo_files(&self) -> Vec<FileId> {
+        let made = match self.phase {
+            Phase::Committed | Phase::Applying { undo: false } => self.points.len().saturating_sub(1),
+            _ => self.points.len(),
+        };
+        self.points.iter().take(made).skip(1).map(|point| self.undo(point.number)).collect()
+    }
+
+    /// All files that the record speaks of.
+    pub(super) fn files(&self) -> Vec<FileId> {
+        let mut files = self.undo_files();
+        match (self.phase, self.newest()) {
+            (Phase::Committed | Phase::Applying { .. }, Some(newest)) => files.push(self.journal(newest)),
+            (Phase::Layer, _) => files.push(self.layer()),
+            _ => {}
+        }
+        files
+    }
+
+    pub(super) fn state(&self) -> GroupState {
+        GroupState {
+            lineage: Some(self.lineage),
+            points: self.points.clone(),
+            damaged: self.damaged.clone(),
+            lost: self.lost.clone(),
+            layer: self.phase == Phase::Layer,
+            applying: matches!(self.phase, Phase::Committed | Phase::Applying { .. }),
+        }
+    }
+}
