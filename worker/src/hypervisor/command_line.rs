@@ -5,9 +5,11 @@
 //!
 //! ```text
 //!   virtio-blk-pci (blk-NAME, slot 4+i) ─▶ top-NAME (raw) ─▶ disk-NAME (raw) ─▶ file-NAME ─▶ image
-//!                                          mirrors               backups
+//!                                          mirrors       ▲       bitmaps
+//!                                                        └ here a frozen point puts its filter
 //! ```
-//! The upper node is there so that a mirror and a backup of one disk do not contend for the same node.
+//! The upper node is there so that a mirror and a frozen point of one disk do not contend for the same node, and so that its
+//! child can be changed under a running device.
 //!
 //! - Guest memory is one backend whose id is the name of its RAM block, preallocated where a migration will fill it:
 //!   page faults there would cost seconds of downtime.
@@ -147,9 +149,17 @@ pub fn top_node(disk: &str) -> String {
     format!("top-{disk}")
 }
 
-/// Node below it, which backups may use at the same time.
+/// Node below it, with the disk's bitmaps.
 pub fn disk_node(disk: &str) -> String {
     format!("disk-{disk}")
+}
+
+/// The options of the upper node, over the node `below` it: also for `blockdev-reopen`, which resets what it is not told.
+pub fn top_layer(disk: &str, below: &str) -> serde_json::Value {
+    json!({
+        "driver": "raw", "node-name": top_node(disk), "file": below,
+        "discard": "unmap", "cache": {"direct": false, "no-flush": false},
+    })
 }
 
 /// The argument that gives QEMU its control socket; also what tells this VM's QEMU from other processes.
@@ -207,11 +217,7 @@ pub fn arguments(
             "driver": "raw", "node-name": disk_node(name), "file": format!("file-{name}"),
             "discard": "unmap", "detect-zeroes": "unmap", "cache": {"direct": false, "no-flush": false},
         });
-        let top = json!({
-            "driver": "raw", "node-name": top_node(name), "file": disk_node(name),
-            "discard": "unmap", "cache": {"direct": false, "no-flush": false},
-        });
-        for node in [file, disk_layer, top] {
+        for node in [file, disk_layer, top_layer(name, &disk_node(name))] {
             option("-blockdev", node.to_string());
         }
         let serial: String = name.chars().take(SERIAL_BYTES).collect();

@@ -101,6 +101,42 @@ pub enum HypervisorError {
         /// QEMU's words.
         reason: String,
     },
+    /// A copy of a frozen point ended, or never began, for a reason.
+    #[error("copy of frozen disk {disk} failed: {reason}")]
+    Copy {
+        /// Which disk.
+        disk: String,
+        /// QEMU's words.
+        reason: String,
+    },
+    /// The guest wrote more than the scratch space holds, or that failed: the frozen point is lost, the guest's writes are not.
+    #[error("frozen point of disk {disk} broke: its scratch space is full or failed")]
+    PointBroken {
+        /// Which disk.
+        disk: String,
+    },
+    /// The disks of this VM are frozen already.
+    #[error("disks of VM {vm} are frozen already")]
+    AlreadyFrozen {
+        /// Which VM.
+        vm: VmId,
+    },
+    /// The VM has no such disk.
+    #[error("VM {vm} has no disk {disk}")]
+    NoDisk {
+        /// Which VM.
+        vm: VmId,
+        /// Which disk.
+        disk: String,
+    },
+    /// A bitmap that is needed is not there, or not usable.
+    #[error("bitmap {bitmap} of disk {disk} is not there or not usable")]
+    NoBitmap {
+        /// Which disk.
+        disk: String,
+        /// Which bitmap.
+        bitmap: String,
+    },
     /// A migration ended in another state than was awaited.
     #[error("migration of VM {vm} is {status:?}: {reason}")]
     Migration {

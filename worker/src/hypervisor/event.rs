@@ -66,6 +66,11 @@ pub enum VmEventKind {
         /// `read` or `write`.
         operation: String,
     },
+    /// A job has entered a state.
+    JobChanged {
+        /// Its id.
+        job: String,
+    },
     /// A disk of the guest met an I/O error.
     DiskError {
         /// The device.
@@ -163,6 +168,7 @@ pub(crate) fn translate(event: &RawEvent, received: Instant) -> Option<VmEvent> 
         "BLOCK_JOB_ERROR" => {
             VmEventKind::BlockJobError { job: text("device")?, operation: text("operation").unwrap_or_default() }
         }
+        "JOB_STATUS_CHANGE" => VmEventKind::JobChanged { job: text("id")? },
         "BLOCK_IO_ERROR" => VmEventKind::DiskError {
             device: text("qom-path").or_else(|| text("device"))?,
             operation: text("operation").unwrap_or_default(),
@@ -202,6 +208,7 @@ mod tests {
                 Some(K::BlockJobCompleted { job: job(), error: Some("Input/output error".into()) }),
             ),
             ("BLOCK_JOB_CANCELLED", json!({"device": "mirror-root"}), Some(K::BlockJobCancelled { job: job() })),
+            ("JOB_STATUS_CHANGE", json!({"id": "mirror-root", "status": "paused"}), Some(K::JobChanged { job: job() })),
             ("BLOCK_JOB_READY", json!({"device": 7}), None),
             ("RTC_CHANGE", json!({"offset": 1}), None),
         ];

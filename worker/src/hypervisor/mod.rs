@@ -7,35 +7,44 @@
 //!   keeper         its parent, which enforces its lease
 //!   qmp            commands, replies, events over a socket event what they mean (pure)
 //!   vm ─ watcher   the handle, and the task behind it
-//!   mirror         a disk copied to an NBD server          migrate   the two ends of a live migration
-//!   console        the serial port, for many viewers
+//!   block          nodes and block jobs                    bitmap    what the guest has written since a moment
+//!   mirror         a disk copied to an NBD server          freeze    all disks as they were at one moment, copied likewise
+//!   migrate        the two ends of a live migration        console   the serial port, for many viewers
+//!   stats          counts of the guest's writes
 //! ```
 //!
 //! Guarantees: QEMU outlives the worker and is found again; its end is noticed whoever caused it; every command and every
 //! wait has a deadline; a lease is enforced whether or not a worker lives. Does not decide whether a VM may run.
 
 pub mod accel;
+mod bitmap;
+mod block;
 pub mod command_line;
 pub mod console;
 mod error;
 pub mod event;
+pub mod freeze;
 pub mod keeper;
 pub mod migrate;
 pub mod mirror;
 mod paths;
 mod process;
 mod qmp;
+pub mod stats;
 mod tap;
 mod vm;
 mod watcher;
 
 pub use accel::{Accelerator, QemuVersion};
+pub use bitmap::BitmapInfo;
 pub use command_line::{Launch, SpecError, StartMode, check_spec};
 pub use console::Console;
 pub use error::HypervisorError;
 pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
-pub use mirror::MirrorHandle;
+pub use freeze::{CopyHandle, CopyProgress, FreezeDisk, Frozen, Outcome};
+pub use mirror::{MirrorHandle, MirrorSync};
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;
 pub use qmp::QmpError;
+pub use stats::WriteCount;
 pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running, remove};

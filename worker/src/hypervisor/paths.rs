@@ -7,6 +7,7 @@
 //! | `incoming.sock` | QEMU | the migration stream at the destination |
 //! | `outgoing.sock` | the worker | the migration stream at the source |
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
+//! | `copy-<disk>.sock` | the worker | the target of a copy of a disk's frozen point |
 //! | `pid` | QEMU | finding a running VM again |
 //! | `deadline` | the worker | the lease that the keeper enforces, and the keeper's word when it did |
 //! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
@@ -64,7 +65,12 @@ impl VmPaths {
         self.dir.join(format!("nbd-{disk}.sock"))
     }
 
-    /// The NBD sockets that are there, with the disks that they are for.
+    /// Where the worker's NBD server for a copy of a disk's frozen point listens.
+    pub fn copy(&self, disk: &str) -> PathBuf {
+        self.dir.join(format!("copy-{disk}.sock"))
+    }
+
+    /// The mirrors' NBD sockets that are there, with the disks that they are for.
     pub fn nbd_sockets(&self) -> Vec<(String, PathBuf)> {
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return Vec::new() };
         let disk_of = |path: &Path| {

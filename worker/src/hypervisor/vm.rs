@@ -122,6 +122,7 @@ struct Inner {
     process: Arc<Process>,
     keeper: Arc<Process>,
     lease: Mutex<()>,
+    frozen: Arc<tokio::sync::Mutex<()>>,
     qmp: Qmp,
     end_ordered: Arc<AtomicBool>,
     events: broadcast::Sender<VmEvent>,
@@ -233,8 +234,20 @@ impl Vm {
             exit: exit_sender,
         };
         tokio::spawn(watcher.run());
-        let lease = Mutex::new(());
-        Self { inner: Arc::new(Inner { id, paths, process, keeper, lease, qmp, end_ordered, events, marks, exit }) }
+        let inner = Inner {
+            id,
+            paths,
+            process,
+            keeper,
+            lease: Mutex::new(()),
+            frozen: Arc::default(),
+            qmp,
+            end_ordered,
+            events,
+            marks,
+            exit,
+        };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Which VM this is.
@@ -310,6 +323,11 @@ impl Vm {
     /// The newest stop, resume and migration status.
     pub fn marks(&self) -> watch::Receiver<Marks> {
         self.inner.marks.subscribe()
+    }
+
+    /// Held by whose turn it is to freeze the disks; `None`: someone holds it.
+    pub(super) fn take_freeze_turn(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        Arc::clone(&self.inner.frozen).try_lock_owned().ok()
     }
 
     /// Forgets the last migration, so that its end is not taken for the next one's.

@@ -1,10 +1,14 @@
 //! The hypervisor and NBD modules against real QEMU, with software emulation. The guest is a boot sector: it counts in
 //! memory, writes the count to its disk and prints a dot (or an `E`, if the write failed), with each tick of its clock.
 
-#![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails is a test that fails")]
 
+mod freeze;
+mod freeze_mirror;
 mod lease;
 mod life;
 mod migration;
 mod mirror;
 mod support;
+mod targets;
+mod writer;

@@ -41,6 +41,7 @@ async fn a_vm_moves_to_another_qemu_and_runs_there() {
     assert_eq!(source.run_state().await.unwrap(), RunState::Postmigrate);
     assert_eq!(destination.run_state().await.unwrap(), RunState::Paused);
     source.kill().await.unwrap();
+    destination.add_bitmap(&["root".into()], "since-arrival").await.unwrap();
     destination.cont().await.unwrap();
     assert_eq!(destination.run_state().await.unwrap(), RunState::Running);
     let mut marks = destination.marks();
@@ -54,6 +55,8 @@ async fn a_vm_moves_to_another_qemu_and_runs_there() {
     let arrived_at = count_on(&fixture.path("replica.raw"));
     assert!(left_at >= 3 && arrived_at > left_at, "left at {left_at}, now at {arrived_at}");
     assert_eq!(count_on(&fixture.path("disk.raw")), left_at);
+    let bitmaps = destination.bitmaps().await.unwrap();
+    assert!(bitmaps.len() == 1 && bitmaps[0].usable() && bitmaps[0].dirty_bytes == 4096, "{bitmaps:?}");
     destination.kill().await.unwrap();
 }
 

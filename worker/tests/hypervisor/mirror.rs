@@ -1,73 +1,13 @@
 //! Disks copied to an NBD server, and QEMU's own tools against it.
 
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use pageport_worker::hypervisor::{Console, HypervisorError, RunState, StartMode};
-use pageport_worker::nbd::{BlockTarget, NbdServer};
+use pageport_worker::nbd::NbdServer;
 
 use crate::support::{DISK_BYTES, Fixture, SOON, image, text, tool, writes};
-
-/// A target in memory that remembers the ranges it was told to zero.
-struct Memory {
-    bytes: Mutex<Vec<u8>>,
-    zeroed: Mutex<Vec<(u64, u32)>>,
-}
-
-impl Memory {
-    fn with(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), zeroed: Mutex::default() })
-    }
-
-    fn content(&self) -> Vec<u8> {
-        self.bytes.lock().unwrap().clone()
-    }
-}
-
-impl BlockTarget for Memory {
-    fn size(&self) -> u64 {
-        self.bytes.lock().unwrap().len() as u64
-    }
-    async fn read(&self, offset: u64, length: u32) -> io::Result<Bytes> {
-        let range = offset as usize..offset as usize + length as usize;
-        Ok(Bytes::copy_from_slice(&self.bytes.lock().unwrap()[range]))
-    }
-    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        self.bytes.lock().unwrap()[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
-        Ok(())
-    }
-    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
-        self.zeroed.lock().unwrap().push((offset, length));
-        self.bytes.lock().unwrap()[offset as usize..offset as usize + length as usize].fill(0);
-        Ok(())
-    }
-    async fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A target that never answers a write.
-struct Stalled;
-
-impl BlockTarget for Stalled {
-    fn size(&self) -> u64 {
-        DISK_BYTES
-    }
-    async fn read(&self, _offset: u64, length: u32) -> io::Result<Bytes> {
-        Ok(vec![0; length as usize].into())
-    }
-    async fn write(&self, _offset: u64, _data: Bytes) -> io::Result<()> {
-        std::future::pending().await
-    }
-    async fn zero(&self, _offset: u64, _length: u32) -> io::Result<()> {
-        std::future::pending().await
-    }
-    async fn flush(&self) -> io::Result<()> {
-        std::future::pending().await
-    }
-}
+use crate::targets::Memory;
 
 #[tokio::test]
 async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
@@ -88,8 +28,8 @@ async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
     mirror.finish(SOON).await.unwrap();
     assert!(target.content() == std::fs::read(fixture.path("disk.raw")).unwrap(), "the target differs from the disk");
     let source = image();
-    for (offset, length) in target.zeroed.lock().unwrap().iter() {
-        let range = *offset as usize..*offset as usize + *length as usize;
+    for (offset, length) in target.zeroed() {
+        let range = offset as usize..offset as usize + length as usize;
         assert!(source[range].iter().all(|byte| *byte == 0), "zeroed data at {offset}+{length}");
     }
     server.close().await;
@@ -108,7 +48,9 @@ async fn a_target_that_hangs_is_reported_and_freed_by_closing_its_server() {
     let vm = fixture.start(StartMode::Running).await;
     let console = Console::open(&vm.paths().console()).await.unwrap();
     writes(&console, 1).await;
-    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::new(Stalled)).unwrap();
+    let target = Memory::with(vec![0; DISK_BYTES as usize]);
+    target.hold_after(0);
+    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::clone(&target)).unwrap();
     let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
     let late = mirror.wait_ready(Duration::from_millis(600), |_| {}).await;
     assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");

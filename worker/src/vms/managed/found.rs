@@ -15,7 +15,7 @@ use crate::store_identity::StoreAge;
 /// A hypervisor that is only just starting, or has not noticed yet that its earlier worker is gone, does not answer at once.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// A mirror that an earlier worker left has this long to end.
+/// A mirror, or a copy of a frozen point, that an earlier worker left has this long to end.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 
 impl ManagedVm {
@@ -91,6 +91,7 @@ async fn found_guest(qemu: &Vm) -> Result<Guest, VmError> {
         qemu.cancel_migration().await?;
     }
     qemu.end_orphaned_mirrors(ORPHAN_LIMIT).await?;
+    qemu.end_orphaned_freezes(ORPHAN_LIMIT).await?;
     Ok(found)
 }
 

@@ -1,0 +1,311 @@
+//! Nodes of QEMU's block graph, and jobs on them: what mirrors, bitmaps and frozen points have in common.
+//!
+//! Guarantees: removing a node that is not there is no error, so that everything here may be repeated.
+//!
+//! A job that waits for its NBD server must never be in the way of a command that *drains* (`transaction`, `stop`,
+//! `blockdev-reopen` and `blockdev-del` of a node that it uses): QEMU then waits for the server, and the guest with it. Hence
+//! [`Vm::hold_jobs`], and no `transaction` anywhere.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
+
+use super::error::HypervisorError;
+use super::event::{VmEvent, VmEventKind};
+use super::qmp::{COMMAND_DEADLINE, Ignored, QmpError, qmp_command};
+use super::vm::Vm;
+
+/// Between two looks at a job's state: its events may have been lost.
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// A node to add; its options are as varied as the drivers.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(transparent)]
+struct BlockdevAdd(Value);
+impl super::qmp::Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
+    type Reply = Ignored;
+}
+qmp_command!(/// Removes a node.
+    BlockdevDel = "blockdev-del" -> Ignored { node_name: String });
+qmp_command!(/// Changes nodes' options, of all at one moment.
+    BlockdevReopen = "blockdev-reopen" -> Ignored { options: Vec<Value> });
+qmp_command!(/// What nodes there are.
+    QueryNamedBlockNodes = "query-named-block-nodes" -> Vec<NodeInfo> { flat: bool });
+qmp_command!(/// Ends a job: when it is ready and without force, after its last writes.
+    BlockJobCancel = "block-job-cancel" -> Ignored { device: String, force: bool });
+qmp_command!(/// What block jobs there are.
+    QueryBlockJobs = "query-block-jobs" -> Vec<JobInfo> {});
+qmp_command!(/// What jobs there are, and their states.
+    QueryJobs = "query-jobs" -> Vec<JobState> {});
+qmp_command!(/// Has a job start nothing new.
+    JobPause = "job-pause" -> Ignored { id: String });
+qmp_command!(/// Ends a job's pause.
+    JobResume = "job-resume" -> Ignored { id: String });
+
+/// What `query-block-jobs` says of one job.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct JobInfo {
+    pub device: String,
+    pub len: u64,
+    pub offset: u64,
+    pub ready: bool,
+}
+
+/// What `query-jobs` says of one job.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct JobState {
+    id: String,
+    status: String,
+}
+
+impl JobState {
+    /// Is nothing of it in flight?
+    fn rests(&self) -> bool {
+        matches!(self.status.as_str(), "paused" | "standby" | "concluded")
+    }
+}
+
+/// What `query-named-block-nodes` says of one node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct NodeInfo {
+    pub node_name: String,
+    pub image: ImageInfo,
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<NodeBitmap>,
+}
+
+/// The part of a node's description that has its size.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct ImageInfo {
+    pub virtual_size: u64,
+}
+
+/// A dirty bitmap, as its node tells it. Those of jobs have no name.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct NodeBitmap {
+    pub name: Option<String>,
+    pub count: u64,
+    pub recording: bool,
+    pub busy: bool,
+    #[serde(default)]
+    pub inconsistent: bool,
+}
+
+/// The client of an NBD server of the worker. It never reconnects, and never tries to unmap: QEMU would zero a mirror's whole
+/// target first.
+pub(super) fn nbd_target(node: &str, socket: &Path, export: &str) -> Value {
+    json!({
+        "driver": "nbd", "node-name": node, "export": export, "reconnect-delay": 0, "open-timeout": 0,
+        "server": {"type": "unix", "path": socket.to_string_lossy()},
+        "discard": "ignore", "detect-zeroes": "on", "cache": {"direct": true, "no-flush": false},
+    })
+}
+
+impl Vm {
+    pub(super) async fn add_node(&self, options: Value) -> Result<(), HypervisorError> {
+        self.execute(&BlockdevAdd(options)).await.map(drop)
+    }
+
+    /// Removes a node, which may be gone.
+    pub(super) async fn remove_node(&self, node: &str) -> Result<(), HypervisorError> {
+        match self.execute(&BlockdevDel { node_name: node.to_owned() }).await {
+            Ok(Ignored {}) => Ok(()),
+            Err(error) if refused_with(&error, "Failed to find") => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) async fn nodes(&self) -> Result<Vec<NodeInfo>, HypervisorError> {
+        self.execute(&QueryNamedBlockNodes { flat: true }).await
+    }
+
+    pub(super) async fn block_jobs(&self) -> Result<Vec<JobInfo>, HypervisorError> {
+        self.execute(&QueryBlockJobs {}).await
+    }
+
+    /// Changes nodes' options at one moment: the guest's requests are held back, those in flight end, all nodes change. Every
+    /// job rests meanwhile, so that only the local disks are waited for.
+    ///
+    /// # Errors
+    /// QEMU refused, or a job did not come to rest within `deadline`, because its NBD server does not answer; nothing has changed then.
+    pub(super) async fn reopen_nodes(&self, options: Vec<Value>, deadline: Duration) -> Result<(), HypervisorError> {
+        let held: Vec<String> = self.block_jobs().await?.into_iter().map(|job| job.device).collect();
+        let rest = self.hold_jobs(&held, deadline).await;
+        let reopened = match rest {
+            Ok(()) => self.execute(&BlockdevReopen { options }).await.map(drop),
+            Err(error) => Err(error),
+        };
+        for job in held {
+            // It has ended, or was not held; if QEMU no longer answers, that error is the one below.
+            if let Err(error) = self.execute(&JobResume { id: job.clone() }).await {
+                tracing::debug!(vm_id = %self.id(), job, error = %error, "job not resumed");
+            }
+        }
+        reopened
+    }
+
+    /// Pauses jobs, and waits until they have nothing in flight.
+    async fn hold_jobs(&self, held: &[String], deadline: Duration) -> Result<(), HypervisorError> {
+        let until = Instant::now() + deadline;
+        let mut events = self.events();
+        for job in held {
+            match self.execute(&JobPause { id: job.clone() }).await {
+                // It has ended since.
+                Ok(Ignored {}) | Err(HypervisorError::Qmp(QmpError::Refused { .. })) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        while !self.execute(&QueryJobs {}).await?.iter().all(|job| !held.contains(&job.id) || job.rests()) {
+            if Instant::now() >= until {
+                return Err(HypervisorError::Deadline { vm: self.id(), operation: "pause of the jobs", deadline });
+            }
+            let look = (Instant::now() + LOOK_INTERVAL).min(until);
+            let changed = async {
+                while !matches!(
+                    events.recv().await.map(|event| event.kind),
+                    Ok(VmEventKind::JobChanged { .. }) | Err(_)
+                ) {}
+            };
+            // Not in time: look all the same.
+            let _ = tokio::time::timeout_at(look, changed).await;
+        }
+        Ok(())
+    }
+}
+
+/// Did QEMU refuse with these words?
+pub(super) fn refused_with(error: &HypervisorError, words: &str) -> bool {
+    matches!(error, HypervisorError::Qmp(QmpError::Refused { refusal, .. }) if refusal.desc.contains(words))
+}
+
+/// A job that copies to an NBD server, with the node that is its target.
+#[derive(Debug)]
+pub(super) struct BlockJob {
+    vm: Vm,
+    id: String,
+    target: String,
+    events: broadcast::Receiver<VmEvent>,
+}
+
+/// What has become of a job.
+#[derive(Debug)]
+pub(super) enum JobEvent {
+    /// It has caught up.
+    Ready,
+    /// It has done its work, and is gone.
+    Completed,
+    /// It has failed, or was cancelled, and is gone.
+    Failed(String),
+}
+
+impl BlockJob {
+    /// A job that is to be, or is, under way.
+    pub(super) fn new(vm: &Vm, id: String, target: String) -> Self {
+        Self { vm: vm.clone(), id, target, events: vm.events() }
+    }
+
+    pub(super) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(super) fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// What QEMU says of it now; `None` when it has ended.
+    pub(super) async fn info(&self) -> Result<Option<JobInfo>, HypervisorError> {
+        self.info_within(COMMAND_DEADLINE).await
+    }
+
+    async fn info_within(&self, deadline: Duration) -> Result<Option<JobInfo>, HypervisorError> {
+        let jobs = self.vm.execute_within(&QueryBlockJobs {}, deadline).await?;
+        Ok(jobs.into_iter().find(|job| job.device == self.id))
+    }
+
+    /// As [`Self::info`], but `Err(None)` when QEMU does not answer before `until`: it may itself wait for the target.
+    pub(super) async fn look(&self, until: Instant) -> Result<Option<JobInfo>, Option<HypervisorError>> {
+        let left = until.saturating_duration_since(Instant::now());
+        match self.info_within(left.min(COMMAND_DEADLINE)).await {
+            Err(HypervisorError::Qmp(QmpError::Deadline { .. })) => Err(None),
+            answer => answer.map_err(Some),
+        }
+    }
+
+    /// Asks it to end; `false`: it has.
+    pub(super) async fn order_end(&self, force: bool) -> Result<bool, HypervisorError> {
+        match self.vm.execute(&BlockJobCancel { device: self.id.clone(), force }).await {
+            Ok(Ignored {}) => Ok(true),
+            Err(HypervisorError::Qmp(QmpError::Refused { .. })) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends it at once, in whatever state it is, and removes its target. A job that has ended is no error.
+    ///
+    /// # Errors
+    /// It does not end within `deadline`, because its NBD server does not answer: close that, and cancel again.
+    pub(super) async fn cancel(&mut self, deadline: Duration) -> Result<(), HypervisorError> {
+        let until = Instant::now() + deadline;
+        let mut under_way = self.order_end(true).await?;
+        while under_way {
+            match self.next_event((Instant::now() + LOOK_INTERVAL).min(until)).await? {
+                Some(JobEvent::Ready) => {}
+                Some(JobEvent::Completed | JobEvent::Failed(_)) => under_way = false,
+                None if Instant::now() >= until => return Err(self.late("cancellation of a block job", deadline)),
+                // Its events may have been lost.
+                None => under_way = self.info().await?.is_some(),
+            }
+        }
+        self.remove_target().await
+    }
+
+    pub(super) async fn remove_target(&self) -> Result<(), HypervisorError> {
+        self.vm.remove_node(&self.target).await
+    }
+
+    /// The next event about it; `None` at `until`.
+    pub(super) async fn next_event(&mut self, until: Instant) -> Result<Option<JobEvent>, HypervisorError> {
+        loop {
+            let Ok(event) = tokio::time::timeout_at(until, self.events.recv()).await else { return Ok(None) };
+            let kind = match event {
+                Ok(event) => event.kind,
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return Err(self.vm_ended()),
+            };
+            match kind {
+                VmEventKind::Exited(_) => return Err(self.vm_ended()),
+                VmEventKind::BlockJobReady { job } if job == self.id => return Ok(Some(JobEvent::Ready)),
+                VmEventKind::BlockJobCompleted { job, error: None } if job == self.id => {
+                    return Ok(Some(JobEvent::Completed));
+                }
+                VmEventKind::BlockJobCompleted { job, error: Some(reason) } if job == self.id => {
+                    return Ok(Some(JobEvent::Failed(reason)));
+                }
+                VmEventKind::BlockJobCancelled { job } if job == self.id => {
+                    return Ok(Some(JobEvent::Failed("it was cancelled".to_owned())));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn late(&self, operation: &'static str, deadline: Duration) -> HypervisorError {
+        HypervisorError::Deadline { vm: self.vm.id(), operation, deadline }
+    }
+
+    fn vm_ended(&self) -> HypervisorError {
+        HypervisorError::Ended { vm: self.vm.id(), operation: "a block job" }
+    }
+}
