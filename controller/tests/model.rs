@@ -4,8 +4,8 @@
 
 use pageport_controller::model::command::{ClientOrder, Halt};
 use pageport_controller::model::migration::Record;
-use pageport_controller::model::state::{Power, Worker};
-use pageport_controller::model::{Answer, Command, Order, Spec, State, apply};
+use pageport_controller::model::state::{Power, ReplicaPhase, Worker};
+use pageport_controller::model::{Answer, Command, Order, Spec, State, Terms, apply};
 use pageport_ownership::{Epoch, Evidence, controller::Fact};
 use pageport_proto::v1;
 use pageport_proto::{MigrationId, RequestId, VmId, WorkerName};
@@ -38,13 +38,23 @@ fn spec(number: u8) -> Box<Spec> {
 
 fn client_order() -> impl Strategy<Value = ClientOrder> {
     let site = |index: usize| SITES[index].parse().unwrap();
-    (0..7_u8, 0..2_u8, 0..3_usize, 0..6_u8).prop_map(move |(kind, number, index, move_number)| match kind {
+    (0..10_u8, 0..2_u8, 0..3_usize, 0..6_u8).prop_map(move |(kind, number, index, move_number)| match kind {
         0 => ClientOrder::DefineVm { id: vm(number), spec: spec(number), worker: worker(index) },
         1 => ClientOrder::SetPower { vm: vm(number), power: if index == 0 { Power::Stop } else { Power::Run } },
         2 => ClientOrder::SeedReplica { vm: vm(number), site: site(index), worker: worker(index) },
         3 => ClientOrder::DeleteReplica { vm: vm(number), site: site(index) },
         4 => ClientOrder::CancelMigration { id: uuid(2, move_number) },
         5 if move_number == 0 => ClientOrder::DeleteVm { vm: vm(number) },
+        6 => ClientOrder::Protect {
+            vm: vm(number),
+            site: site(index),
+            worker: worker(index),
+            terms: Terms { rpo_ms: 30_000, keep_points: 1 + u32::from(move_number), quiesce: false },
+        },
+        7 if move_number == 0 => ClientOrder::Unprotect { vm: vm(number), site: site(index) },
+        8 if move_number == 0 => {
+            ClientOrder::SetLinkCap { from: site(index), to: site(usize::from(number)), cap_bps: 1_000_000 }
+        }
         _ => ClientOrder::CreateMigration {
             id: uuid(2, move_number),
             vm: vm(number),
@@ -76,6 +86,11 @@ fn order() -> impl Strategy<Value = Order> {
             site: SITES[index].parse().unwrap(),
             seed_seq,
             failure: None,
+        }),
+        2 => (0..2_u8, 0..3_usize, 1..6_u64).prop_map(|(number, index, protect_seq)| Order::ReachedPoint {
+            vm: vm(number),
+            site: SITES[index].parse().unwrap(),
+            protect_seq,
         }),
         1 => (0..6_u8).prop_map(|number| Order::MigrationRecord {
             id: uuid(2, number),
@@ -119,6 +134,12 @@ fn check(before: &State, after: &State) {
         );
         let home = after.site_of_vm(vm).unwrap();
         assert!(!vm.replicas.contains_key(home), "a replica at the VM's own site");
+        for (site, replica) in &vm.replicas {
+            let Some(protection) = replica.protection else { continue };
+            assert!(protection.seq <= after.protect_seq, "a number that was never given");
+            assert_ne!(replica.phase, ReplicaPhase::Mixed, "a protected replica can always be brought back");
+            assert!(!vm.removals.contains_key(site), "protected and removed");
+        }
     }
     for (id, migration) in &after.migrations {
         if before.migrations.get(id).is_some_and(|earlier| earlier.is_over()) {

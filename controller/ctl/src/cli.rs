@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::quantity::{Cap, Span};
+
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
 #[command(name = "pageportctl", version, arg_required_else_help = true)]
@@ -57,6 +59,49 @@ pub enum Command {
     /// Copies of a VM's disks at other sites.
     #[command(subcommand)]
     Replica(ReplicaCommand),
+    /// Keep a VM's replica at a site up to date all the time.
+    ///
+    /// The VM's worker copies its disks to the site once, and from then on only what changes. Each time it makes a recovery
+    /// point: a state of all disks at one moment, which the VM can be brought back to, whatever is killed and when. The
+    /// guest does not wait for any of it. Ordered again, it changes the terms. When the VM moves to the site, the
+    /// protection turns round: the site it left is kept up to date instead.
+    #[command(after_help = PROTECT_EXAMPLE)]
+    Protect {
+        /// Name or id of the VM.
+        vm: String,
+        /// Site of the replica.
+        #[arg(long, value_name = "SITE")]
+        to: String,
+        /// Target: the newest recovery point is never to be older (5s to 24h).
+        #[arg(long, value_name = "DURATION", default_value = "30s")]
+        rpo: Span,
+        /// Recovery points that are kept, the newest included (1 to 1000).
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        keep: u32,
+        /// Ask the guest agent, where there is one, to bring the file systems to rest for each point.
+        #[arg(long)]
+        quiesce: bool,
+        /// Follow the first copy until there is a recovery point.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// End the protection of a VM at a site; the replica stays as it is at its newest recovery point.
+    Unprotect {
+        /// Name or id of the VM.
+        vm: String,
+        /// Site of the replica.
+        #[arg(long, value_name = "SITE")]
+        site: String,
+    },
+    /// How the replication of protected VMs stands.
+    #[command(subcommand)]
+    Replication(ReplicationCommand),
+    /// States that a site can bring a VM back to.
+    #[command(subcommand)]
+    RecoveryPoint(RecoveryPointCommand),
+    /// What may be sent between sites.
+    #[command(subcommand)]
+    Link(LinkCommand),
     /// Move a running VM to another site.
     Migrate {
         /// Name or id of the VM.
@@ -75,6 +120,18 @@ pub enum Command {
     #[command(subcommand)]
     Cluster(ClusterCommand),
 }
+
+const PROTECT_EXAMPLE: &str = "\
+Example:
+  pageportctl link set a b --cap 100mbit          what replication may send from a to b, if it should not take all
+  pageportctl protect web --to b --rpo 30s --watch
+  pageportctl replication status web --watch      lag against the target, and the worst it has been
+  pageportctl recovery-point list web --site b";
+
+const LINK_EXAMPLE: &str = "\
+Example:
+  pageportctl link set a b --cap 100mbit    from a to b; the way back has a cap of its own
+  pageportctl link set a b --cap none";
 
 impl Command {
     /// Its name for people who look at traces.
@@ -96,6 +153,12 @@ impl Command {
             Self::Replica(ReplicaCommand::Seed { .. }) => "replica seed",
             Self::Replica(ReplicaCommand::List { .. }) => "replica list",
             Self::Replica(ReplicaCommand::Delete { .. }) => "replica delete",
+            Self::Protect { .. } => "protect",
+            Self::Unprotect { .. } => "unprotect",
+            Self::Replication(ReplicationCommand::Status { .. }) => "replication status",
+            Self::RecoveryPoint(RecoveryPointCommand::List { .. }) => "recovery-point list",
+            Self::Link(LinkCommand::List) => "link list",
+            Self::Link(LinkCommand::Set { .. }) => "link set",
             Self::Migrate { .. } => "migrate",
             Self::Migration(MigrationCommand::Get { .. }) => "migration get",
             Self::Migration(MigrationCommand::List { .. }) => "migration list",
@@ -238,6 +301,53 @@ pub enum ReplicaCommand {
     },
 }
 
+/// `replication ...`
+#[derive(Debug, Subcommand)]
+pub enum ReplicationCommand {
+    /// Show every protected VM and site: phase, newest recovery point, lag against the target, and the worst it has been.
+    ///
+    /// LAG is the age of the newest recovery point, BEHIND what the guest has written since. With --watch the table is shown
+    /// again as it changes, until Ctrl-C.
+    Status {
+        /// Name or id of a VM; left out: all.
+        vm: Option<String>,
+        /// Show it again as it changes.
+        #[arg(long)]
+        watch: bool,
+    },
+}
+
+/// `recovery-point ...`
+#[derive(Debug, Subcommand)]
+pub enum RecoveryPointCommand {
+    /// List the recovery points that a site holds of a VM, oldest first.
+    List {
+        /// Name or id of the VM.
+        vm: String,
+        /// Site of the replica.
+        #[arg(long, value_name = "SITE")]
+        site: String,
+    },
+}
+
+/// `link ...`
+#[derive(Debug, Subcommand)]
+pub enum LinkCommand {
+    /// List the links between sites with their caps.
+    List,
+    /// Cap what replication may send from one site to another; takes effect while it runs.
+    #[command(after_help = LINK_EXAMPLE)]
+    Set {
+        /// Source site.
+        from: String,
+        /// Destination site.
+        to: String,
+        /// Bits per second, like 100mbit or 1gbit (100kbit at least), or none.
+        #[arg(long, value_name = "RATE")]
+        cap: Cap,
+    },
+}
+
 /// `migration ...`
 #[derive(Debug, Subcommand)]
 pub enum MigrationCommand {
@@ -282,5 +392,19 @@ mod tests {
                 .unwrap();
         assert!(cli.json);
         assert_eq!(cli.connection.controllers, ["x:1", "y:2"]);
+    }
+
+    #[test]
+    fn a_protection_has_defaults_and_its_values_are_parsed_at_once() {
+        let parse =
+            |more: &[&str]| Cli::try_parse_from([&["pageportctl", "protect", "web", "--to", "b"], more].concat());
+        let Command::Protect { rpo, keep, quiesce, watch, .. } = parse(&[]).unwrap().command else { panic!() };
+        assert_eq!((rpo, keep, quiesce, watch), (Span(30_000), 10, false, false));
+        let given = parse(&["--rpo", "5m", "--keep", "24", "--quiesce"]).unwrap().command;
+        let Command::Protect { rpo, keep, quiesce, .. } = given else { panic!() };
+        assert_eq!((rpo, keep, quiesce), (Span(300_000), 24, true));
+        assert!(parse(&["--rpo", "30"]).unwrap_err().to_string().contains("like 30s or 5m"));
+        assert!(parse(&["--keep", "0"]).is_err());
+        assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());
     }
 }

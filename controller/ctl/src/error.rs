@@ -62,6 +62,16 @@ pub enum CtlError {
         /// The controller's reason.
         reason: String,
     },
+    /// A protection that was watched did not reach a recovery point.
+    #[error("{vm} is not protected at {site}{}", because(reason))]
+    Protection {
+        /// The VM.
+        vm: String,
+        /// The replica's site.
+        site: String,
+        /// The controller's reason.
+        reason: String,
+    },
     /// A fence changed nothing.
     #[error("worker {worker} was not fenced, and nothing was taken over{}", because(reason))]
     Fence {

@@ -7,7 +7,7 @@
 //!
 //! | exit code | meaning |
 //! |---|---|
-//! | 0 | done; under `--watch`: the migration or the seed completed |
+//! | 0 | done; under `--watch`: the migration, the seed or the first copy completed; a watched status was interrupted |
 //! | 1 | refused, failed or not reachable; one line `error: ...` on standard error |
 //! | 2 | the command line itself is wrong |
 //! | 130 | interrupted; what was ordered goes on |
@@ -21,6 +21,7 @@ pub mod commands;
 pub mod config;
 pub mod console;
 pub mod error;
+pub mod quantity;
 pub mod reason;
 pub mod render;
 pub mod size;

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use crate::consensus::ConsensusError;
 use crate::fence::desk::FenceError;
 use crate::model::Rejection;
+use crate::model::protection::TermsError;
 use crate::model::spec::SpecError;
 
 /// Why a request failed.
@@ -18,6 +19,9 @@ pub enum ApiError {
     /// The definition is not valid.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// What is asked of a replication or a link cannot be kept.
+    #[error(transparent)]
+    Terms(#[from] TermsError),
     /// No agreement.
     #[error(transparent)]
     Consensus(#[from] ConsensusError),
@@ -127,7 +131,7 @@ impl ApiError {
                     Code::NotFound
                 }
                 Rejection::NameTaken { .. } => Code::AlreadyExists,
-                Rejection::RequestReused { .. } => Code::InvalidArgument,
+                Rejection::RequestReused { .. } | Rejection::NoLink { .. } => Code::InvalidArgument,
                 Rejection::AlreadyThere { .. }
                 | Rejection::AlreadyMigrating { .. }
                 | Rejection::NotConfirmed { .. }
@@ -136,6 +140,10 @@ impl ApiError {
                 | Rejection::NoReplica { .. }
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
+                | Rejection::KeptUpToDate { .. }
+                | Rejection::StillProtected { .. }
+                | Rejection::NotProtected { .. }
+                | Rejection::NoPointYet { .. }
                 | Rejection::InDoubt { .. }
                 | Rejection::NotToBeTaken { .. }
                 | Rejection::Overtaken { .. }
@@ -143,6 +151,7 @@ impl ApiError {
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
             },
             Self::Spec(_)
+            | Self::Terms(_)
             | Self::BadId { .. }
             | Self::Missing { .. }
             | Self::NotConfirmed { .. }

@@ -69,9 +69,11 @@ impl Api {
             return Err(ApiError::Missing { field: "reason", fix: "say how you know that the vm runs nowhere else" });
         }
         let site = moment.site(&request.force_owner_site)?;
+        let worker = moment.heir_at(vm, &site)?;
         let order = takeover::Order {
             vm: id,
-            worker: moment.heir_at(vm, &site)?,
+            point: moment.observations.newest_point(&worker, id),
+            worker,
             site,
             last: vm.ownership.last(),
             proof: Proof::Override {

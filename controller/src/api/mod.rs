@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
-//! | [`view`] | state and observations into API messages: pure |
+//! | [`view`], [`lag`] | state and observations into API messages: pure |
 //! | [`watch`] | streams of views |
 //! | [`error`] | every failure's gRPC code, in one place |
 //! | [`forward`] | requests on their way to the leader |
@@ -21,6 +21,7 @@ pub mod error;
 pub mod fence;
 pub mod fleet;
 pub mod forward;
+pub mod lag;
 pub mod migration;
 pub mod replication;
 pub mod view;

@@ -1,12 +1,15 @@
-//! Copies of VMs' disks.
+//! Copies of VMs' disks, protection, recovery points and the caps of links.
 
 use pageport_proto::v1;
 use pageport_proto::v1::replication_service_server::ReplicationService;
+use pageport_proto::{SiteName, VmId};
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
-use super::{Api, Rehearsal, request_id};
+use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
+use crate::model::protection::valid_cap;
+use crate::model::{Rejection, State, Terms};
 
 type Reply<T> = Result<Response<T>, Status>;
 
@@ -28,9 +31,56 @@ impl Api {
             }
         }
         let (_, after) = self.order(id, order).await?;
-        let vm = after.state.vms.get(&vm_id);
-        Ok(vm.and_then(|vm| Some(after.view().replica(vm_id, vm, &site, vm.replicas.get(&site)?))))
+        Ok(replica_of(&after, vm_id, &site))
     }
+
+    async fn protect(&self, request: v1::ProtectVmRequest) -> Result<Option<v1::Replica>, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let terms = Terms::try_from(request.protection.unwrap_or_default())?;
+        let moment = self.read().await?;
+        let (vm_id, vm) = moment.vm(&request.vm)?;
+        let site = moment.site(&request.to_site)?;
+        let worker = match vm.replicas.get(&site) {
+            Some(replica) => replica.worker.clone(),
+            // Where the VM itself is nobody has to be connected: it is refused for another reason.
+            None if moment.state.site_of_vm(vm) == Some(&site) => vm.ownership.owner().0.clone(),
+            None => moment.worker_at(&site, vm.spec.on_isolation)?,
+        };
+        let order = ClientOrder::Protect { vm: vm_id, site: site.clone(), worker, terms };
+        let (_, after) = self.order(id, order).await?;
+        Ok(replica_of(&after, vm_id, &site))
+    }
+
+    async fn cap(&self, request: v1::SetLinkCapRequest) -> Result<v1::Link, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let asked = request.link.ok_or(ApiError::Missing { field: "link", fix: "name two sites" })?;
+        let cap_bps = valid_cap(asked.cap_bps)?;
+        let moment = self.read().await?;
+        let (from, to) = (moment.site(&asked.from_site)?, moment.site(&asked.to_site)?);
+        let order = ClientOrder::SetLinkCap { from: from.clone(), to: to.clone(), cap_bps };
+        let (_, after) = self.order(id, order).await?;
+        Ok(link(&after.state, &from, &to))
+    }
+}
+
+fn replica_of(moment: &Moment, id: VmId, site: &SiteName) -> Option<v1::Replica> {
+    let vm = moment.state.vms.get(&id)?;
+    Some(moment.view().replica(id, vm, site, vm.replicas.get(site)?))
+}
+
+fn link(state: &State, from: &SiteName, to: &SiteName) -> v1::Link {
+    v1::Link { from_site: from.to_string(), to_site: to.to_string(), cap_bps: state.links.cap_bps(from, to) }
+}
+
+/// What the worker that holds the replica says: nobody else knows.
+fn recovery_points(moment: &Moment, vm: &str, site: &str) -> Result<Vec<v1::RecoveryPoint>, ApiError> {
+    let (id, vm) = moment.vm(vm)?;
+    let site = moment.site(site)?;
+    let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
+    let worker = &vm.replicas.get(&site).ok_or_else(missing)?.worker;
+    let holder = moment.observations.connected(worker, moment.now);
+    let holder = holder.ok_or_else(|| ApiError::WorkerLost { worker: worker.clone() })?;
+    Ok(holder.vm(id).map(|report| report.recovery_points.clone()).unwrap_or_default())
 }
 
 #[tonic::async_trait]
@@ -54,5 +104,42 @@ impl ReplicationService for Api {
         let site = moment.site(&request.site)?;
         self.order(id, ClientOrder::DeleteReplica { vm, site }).await?;
         Ok(Response::new(v1::DeleteReplicaResponse {}))
+    }
+
+    async fn protect_vm(&self, request: Request<v1::ProtectVmRequest>) -> Reply<v1::ProtectVmResponse> {
+        let replica = self.protect(request.into_inner()).await?;
+        Ok(Response::new(v1::ProtectVmResponse { replica }))
+    }
+
+    async fn unprotect_vm(&self, request: Request<v1::UnprotectVmRequest>) -> Reply<v1::UnprotectVmResponse> {
+        let request = request.into_inner();
+        let id = request_id(&request.request_id)?;
+        let moment = self.read().await?;
+        let (vm, _) = moment.vm(&request.vm)?;
+        let site = moment.site(&request.site)?;
+        self.order(id, ClientOrder::Unprotect { vm, site }).await?;
+        Ok(Response::new(v1::UnprotectVmResponse {}))
+    }
+
+    async fn list_recovery_points(
+        &self,
+        request: Request<v1::ListRecoveryPointsRequest>,
+    ) -> Reply<v1::ListRecoveryPointsResponse> {
+        let request = request.into_inner();
+        let points = recovery_points(&self.read().await?, &request.vm, &request.site)?;
+        Ok(Response::new(v1::ListRecoveryPointsResponse { points }))
+    }
+
+    async fn set_link_cap(&self, request: Request<v1::SetLinkCapRequest>) -> Reply<v1::SetLinkCapResponse> {
+        let link = self.cap(request.into_inner()).await?;
+        Ok(Response::new(v1::SetLinkCapResponse { link: Some(link) }))
+    }
+
+    async fn list_links(&self, _: Request<v1::ListLinksRequest>) -> Reply<v1::ListLinksResponse> {
+        let state = self.read().await?.state;
+        let sites = state.sites();
+        let from_each = sites.iter().flat_map(|from| sites.iter().map(move |to| (from, to)));
+        let links = from_each.filter(|(from, to)| from != to).map(|(from, to)| link(&state, from, to));
+        Ok(Response::new(v1::ListLinksResponse { links: links.collect() }))
     }
 }

@@ -18,8 +18,8 @@ use crate::model::{Migration, State};
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     state: &'a State,
-    observations: &'a Observations,
-    now: Instant,
+    pub(super) observations: &'a Observations,
+    pub(super) now: Instant,
 }
 
 impl<'a> View<'a> {
@@ -84,7 +84,7 @@ impl<'a> View<'a> {
             owner_epoch: own.raw(),
             state: self.vm_state(id, vm).into(),
             desired_running: vm.power == Power::Run,
-            problem: [reported, self.unguarded(vm), vm.problem.clone()]
+            problem: [reported, self.unguarded(vm), vm.problem.clone(), self.behind(id, vm)]
                 .into_iter()
                 .find(|problem| !problem.is_empty())
                 .unwrap_or_default(),
@@ -160,6 +160,7 @@ impl<'a> View<'a> {
             ReplicaPhase::Seeding => (ReplicaState::Seeding, String::new()),
             ReplicaPhase::Seeded => (ReplicaState::Seeded, String::new()),
             ReplicaPhase::Mixed => (ReplicaState::Seeded, self.mixed(vm)),
+            ReplicaPhase::Outdated if replica.protection.is_some() => (ReplicaState::Outdated, String::new()),
             ReplicaPhase::Outdated => (ReplicaState::Outdated, "seed it again: only what differs is sent".to_owned()),
             ReplicaPhase::Failed { reason } => (ReplicaState::Failed, reason.clone()),
         };
@@ -176,7 +177,24 @@ impl<'a> View<'a> {
             out.done_bytes = disk.disk_bytes;
             out.total_bytes = disk.disk_bytes;
         }
+        self.kept_up_to_date(id, vm, site, replica, &mut out);
         out
+    }
+
+    /// What replication says of a replica stands above what is left of a seed.
+    fn kept_up_to_date(&self, id: VmId, vm: &Vm, site: &SiteName, replica: &Replica, out: &mut v1::Replica) {
+        let Some(status) = self.replication(id, vm, site, replica) else { return };
+        out.protection = replica.protection.map(|protection| protection.terms.into());
+        let report = self.observations.last(vm.ownership.owner().0).and_then(|owner| owner.replication(id, site));
+        out.wan_bytes = report.map_or(0, |report| report.wan_bytes);
+        out.rate_bps = status.rate_bps;
+        if status.total_bytes > 0 && replica.phase != ReplicaPhase::Seeded {
+            (out.done_bytes, out.total_bytes) = (status.done_bytes, status.total_bytes);
+        }
+        if out.problem.is_empty() {
+            out.problem.clone_from(&status.problem);
+        }
+        out.replication = Some(status);
     }
 
     /// Why a replica is not one to boot from.
@@ -235,6 +253,15 @@ impl<'a> View<'a> {
     }
 }
 
+/// What was seen, and where the disk comes from.
+fn grounds(seen: &str, takeover: &Takeover) -> String {
+    let Some(point) = takeover.point else { return seen.to_owned() };
+    let seconds = takeover.at_unix_ms.saturating_sub(point.taken_unix_ms).max(0) / 1000;
+    let number = point.number;
+    let gap = if seen.is_empty() { "" } else { "; " };
+    format!("{seen}{gap}it boots from recovery point {number}, which was {seconds} s old")
+}
+
 fn takeover(takeover: &Takeover) -> v1::Takeover {
     let by = takeover.ordered_by.as_ref();
     let (ground, reason, operator, agent) = match &takeover.proof {
@@ -248,7 +275,7 @@ fn takeover(takeover: &Takeover) -> v1::Takeover {
         from_worker: takeover.from.to_string(),
         to_worker: takeover.to.to_string(),
         epoch: takeover.epoch.raw(),
-        reason: reason.clone(),
+        reason: grounds(reason, takeover),
         operator: operator.cloned().unwrap_or_default(),
         agent: agent.cloned().unwrap_or_default(),
     }

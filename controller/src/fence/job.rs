@@ -227,8 +227,9 @@ impl Job {
                 Ground::Ordered { by, .. } => Some(by.clone()),
                 Ground::Silent { .. } => None,
             };
-            let Heir { site, worker } = heir;
-            let order = takeover::Order { vm: vm.vm, site, worker, last, proof, seen: seen.clone(), ordered_by };
+            let Heir { site, worker, point } = heir;
+            let seen = seen.clone();
+            let order = takeover::Order { vm: vm.vm, site, worker, last, proof, seen, ordered_by, point };
             holds.proposed(vm.vm);
             let fate = self.take_over(order, term).await?;
             self.progress.send_modify(|progress| {

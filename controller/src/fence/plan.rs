@@ -6,7 +6,7 @@
 //! |---|---|
 //! | was handed over *to* this worker, and its source answers | that source, which keeps the guest until it knows better |
 //! | was handed over *by* this worker, and its destination answers | that destination: its disk is whole, perhaps its image too |
-//! | anything else | a connected worker with a complete replica |
+//! | anything else | a connected worker with a complete replica, the one with the newest recovery point first |
 //!
 //! Guarantee: what is planned would be committed if nothing changed, since it was tried on a copy of the state. VMs that
 //! are not ordered to run stay where they are: nobody waits for them, and their newest disk is there.
@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::link::failover::heir;
 use crate::link::observation::Observations;
 use crate::model::State;
+use crate::model::protection::Point;
 use crate::model::state::{Life, Power, Vm};
 use crate::model::takeover::{Order, take_over};
 
@@ -43,6 +44,8 @@ pub struct Heir {
     pub site: SiteName,
     /// The worker there.
     pub worker: WorkerName,
+    /// The recovery point that it would be booted from.
+    pub point: Option<Point>,
 }
 
 /// What an agent's word is worth for one VM.
@@ -61,10 +64,18 @@ pub fn plan(state: &State, observations: &Observations, fenced: &WorkerName, now
             name: vm.spec.name.clone(),
             last: vm.ownership.last(),
             policy: vm.spec.on_isolation,
-            heir: heir_of(state, *id, vm, fenced, &answers, &|worker| {
-                let guarded = vm.spec.on_isolation != Policy::SelfFence || observations.guarded(worker, now);
-                answers(worker) && guarded
-            }),
+            heir: heir_of(
+                state,
+                *id,
+                vm,
+                fenced,
+                &answers,
+                &|worker| observations.newest_point(worker, *id),
+                &|worker| {
+                    let guarded = vm.spec.on_isolation != Policy::SelfFence || observations.guarded(worker, now);
+                    answers(worker) && guarded
+                },
+            ),
         })
         .collect()
 }
@@ -75,6 +86,7 @@ fn heir_of(
     vm: &Vm,
     fenced: &WorkerName,
     answers: &impl Fn(&WorkerName) -> bool,
+    newest: &impl Fn(&WorkerName) -> Option<Point>,
     is_fit: &impl Fn(&WorkerName) -> bool,
 ) -> Result<Heir, String> {
     if vm.power != Power::Run {
@@ -88,14 +100,14 @@ fn heir_of(
         Ownership::Migrating { from, .. } if from != fenced && answers(from) => {
             return Err(format!("it runs at worker \"{from}\", which gives the move to this host up by itself"));
         }
-        Ownership::Owned { .. } | Ownership::Migrating { .. } => {
-            heir(state, vm, is_fit).ok_or_else(|| "no connected worker holds a complete replica of it".to_owned())?
-        }
+        Ownership::Owned { .. } | Ownership::Migrating { .. } => heir(state, vm, newest, is_fit)
+            .ok_or_else(|| "no connected worker holds a complete replica of it".to_owned())?,
     };
     let last = vm.ownership.last();
-    let heir = Heir { site: site.clone(), worker: worker.clone() };
+    let point = newest(&worker);
+    let heir = Heir { site: site.clone(), worker: worker.clone(), point };
     let proof = proof(fenced, last, "rehearsal");
-    let order = Order { vm: id, site, worker, last, proof, seen: String::new(), ordered_by: None };
+    let order = Order { vm: id, site, worker, last, proof, seen: String::new(), ordered_by: None, point };
     match take_over(&mut state.clone(), order, 0) {
         Ok(_) => Ok(heir),
         Err(rejection) => Err(rejection.to_string()),
@@ -148,7 +160,7 @@ mod tests {
         }
 
         fn replica(mut self, site: &str, phase: ReplicaPhase) -> Self {
-            let replica = Replica { worker: name(&format!("w{site}")), seed_seq: 1, phase };
+            let replica = Replica { worker: name(&format!("w{site}")), seed_seq: 1, phase, protection: None };
             self.state.vms.get_mut(&self.id).unwrap().replicas.insert(site.parse().unwrap(), replica);
             self
         }

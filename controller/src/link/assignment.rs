@@ -11,7 +11,7 @@ use pageport_proto::v1::{self, vm_assignment};
 use pageport_proto::{VmId, WorkerName};
 
 use crate::model::migration::{Cancel, Phase};
-use crate::model::state::{Life, Power, ReplicaPhase, Vm};
+use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
 use crate::model::{Migration, State};
 
 /// What this worker should do. `seq` and `term` are left for the sender.
@@ -28,6 +28,7 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
         }
         if vm.ownership.owner().0 == worker {
             out.seeds.extend(seeds_for(state, *id, vm));
+            out.replications.extend(replications_for(state, *id, vm));
         }
         if vm.removals.values().any(|holder| holder == worker) {
             out.replica_removals.push(v1::ReplicaRemoval { vm_id: id.to_string() });
@@ -99,7 +100,9 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
 }
 
 fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
-    let seeding = vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeding);
+    // A replica that is kept up to date gets its first copy that way, too.
+    let wanted = |replica: &Replica| replica.phase == ReplicaPhase::Seeding && replica.protection.is_none();
+    let seeding = vm.replicas.iter().filter(|(_, replica)| wanted(replica));
     seeding
         .filter_map(|(site, replica)| {
             let peer = state.workers.get(&replica.worker)?;
@@ -112,6 +115,25 @@ fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
             })
         })
         .collect()
+}
+
+/// Every protected replica, whatever its phase: the owner says how far it is, also while the VM moves.
+fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssignment> {
+    let from = state.site_of_vm(vm);
+    let replications = vm.replicas.iter().filter_map(|(site, replica)| {
+        let protection = replica.protection?;
+        let peer = state.workers.get(&replica.worker)?;
+        Some(v1::ReplicationAssignment {
+            vm_id: id.to_string(),
+            to_site: site.to_string(),
+            peer_worker: replica.worker.to_string(),
+            peer_address: peer.peer_address.clone(),
+            protect_seq: protection.seq,
+            protection: Some(protection.terms.into()),
+            cap_bps: from.map(|from| state.links.cap_bps(from, site)).unwrap_or_default(),
+        })
+    });
+    replications.collect()
 }
 
 /// Is there something to say?

@@ -2,12 +2,13 @@
 //!
 //! A VM qualifies when it should run, its policy is `self-fence`, and its owner is not connected. It goes to the destination of its
 //! move if the source has let go (the disk there is whole then, and perhaps the image), else to a connected worker with a
-//! complete replica. Either must be guarded: where it is not, a stopped keeper would let the VM outlive the next lease, so it waits
+//! complete replica, the one with the newest recovery point first. Either must be guarded: where it is not, a stopped keeper would let the VM outlive the next lease, so it waits
 //! (or an operator decides). Whether leases have run out is asked of [`super::leases`] afterwards: a hold must come before the look.
 //!
 //! [`Failovers`] carries this out: a VM that is failed over is held until the outcome is certain; an outcome that stays unknown in
 //! this term is proposed again (it is idempotent).
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use pageport_ownership::{Epoch, Ownership, Policy, Proof};
@@ -17,6 +18,7 @@ use tokio::time::Instant;
 use super::leases::Leases;
 use super::observation::Observations;
 use crate::model::State;
+use crate::model::protection::Point;
 use crate::model::state::{Life, Power, ReplicaPhase, Vm};
 use crate::model::takeover::Order;
 
@@ -33,13 +35,15 @@ pub struct Candidate {
     pub last: Epoch,
     /// What was seen of its owner.
     pub seen: String,
+    /// The recovery point that it would be booted from.
+    pub point: Option<Point>,
 }
 
 impl Candidate {
     /// The command, once leases are out.
     pub fn order(self, proof: Proof<WorkerName>) -> Order {
-        let Self { vm, site, worker, last, seen } = self;
-        Order { vm, site, worker, last, proof, seen, ordered_by: None }
+        let Self { vm, site, worker, last, seen, point } = self;
+        Order { vm, site, worker, last, proof, seen, ordered_by: None, point }
     }
 }
 
@@ -58,19 +62,29 @@ fn failover(state: &State, id: VmId, vm: &Vm, observations: &Observations, now: 
         return None;
     }
     // A destination that answers settles its move by its record, unless only the source could.
-    let (site, worker) = heir(state, vm, &|worker| observations.guarded(worker, now))?;
-    Some(Candidate { vm: id, site, worker, last: vm.ownership.last(), seen: silence(owner, observations, now) })
+    let newest = |worker: &WorkerName| observations.newest_point(worker, id);
+    let (site, worker) = heir(state, vm, &newest, &|worker| observations.guarded(worker, now))?;
+    let point = newest(&worker);
+    Some(Candidate { vm: id, site, worker, last: vm.ownership.last(), seen: silence(owner, observations, now), point })
 }
 
-/// A fit worker that holds what can become the VM's disk, and its site.
-pub fn heir(state: &State, vm: &Vm, is_fit: &impl Fn(&WorkerName) -> bool) -> Option<(SiteName, WorkerName)> {
+/// A fit worker that holds what can become the VM's disk, and its site: the one with the newest recovery point, if any has one.
+pub fn heir(
+    state: &State,
+    vm: &Vm,
+    newest: &impl Fn(&WorkerName) -> Option<Point>,
+    is_fit: &impl Fn(&WorkerName) -> bool,
+) -> Option<(SiteName, WorkerName)> {
     if let Ownership::Migrating { to, released: true, refused: false, .. } = &vm.ownership
         && is_fit(to)
     {
         return Some((state.site_of(to)?.clone(), to.clone()));
     }
     let complete = vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeded);
-    complete.map(|(site, replica)| (site.clone(), replica.worker.clone())).find(|(_, worker)| is_fit(worker))
+    let fit = complete.map(|(site, replica)| (site, &replica.worker)).filter(|(_, worker)| is_fit(worker));
+    // The clock is that of the VM's host at each of them.
+    let best = fit.min_by_key(|(_, worker)| Reverse(newest(worker).map(|point| point.taken_unix_ms)));
+    best.map(|(site, worker)| (site.clone(), worker.clone()))
 }
 
 fn silence(owner: &WorkerName, observations: &Observations, now: Instant) -> String {
@@ -152,7 +166,11 @@ mod tests {
     use crate::model::state::Replica;
 
     fn says(name: &str, guarded: bool, at: Instant) -> (WorkerName, Observed) {
-        let report = v1::WorkerReport { worker: name.into(), guarded, ..v1::WorkerReport::default() };
+        holds(name, guarded, vec![], at)
+    }
+
+    fn holds(name: &str, guarded: bool, vms: Vec<v1::VmReport>, at: Instant) -> (WorkerName, Observed) {
+        let report = v1::WorkerReport { worker: name.into(), guarded, vms, ..v1::WorkerReport::default() };
         (name.parse().unwrap(), Observed { report: Arc::new(report), at, at_unix_ms: 0, assigned: None })
     }
 
@@ -162,7 +180,8 @@ mod tests {
         let owner = Ownership::first("worker-a".parse().unwrap());
         let mut vm = Vm::new(Spec::try_from(spec).unwrap(), owner, Power::Run);
         for (site, worker) in [("b", "worker-b"), ("c", "worker-c")] {
-            let replica = Replica { worker: worker.parse().unwrap(), seed_seq: 1, phase: ReplicaPhase::Seeded };
+            let worker = worker.parse().unwrap();
+            let replica = Replica { worker, seed_seq: 1, phase: ReplicaPhase::Seeded, protection: None };
             vm.replicas.insert(site.parse().unwrap(), replica);
         }
         State { vms: [(VmId::generate(), vm)].into(), ..State::default() }
@@ -185,5 +204,30 @@ mod tests {
         assert!(heirs(&[("worker-b", false), ("worker-c", false)]).is_empty());
         // Its owner answers: guarded or not, the VM stays there.
         assert!(heirs(&[("worker-a", false), ("worker-b", true)]).is_empty());
+    }
+
+    #[test]
+    fn a_vm_is_taken_over_where_the_newest_recovery_point_is_and_the_order_says_which() {
+        let (state, now) = (state(), Instant::now());
+        let id = *state.vms.keys().next().unwrap();
+        let vm = |number, taken_unix_ms| {
+            let point = v1::RecoveryPoint { number, taken_unix_ms, ..v1::RecoveryPoint::default() };
+            let recovery_points = vec![v1::RecoveryPoint::default(), point];
+            v1::VmReport { vm_id: id.to_string(), recovery_points, ..v1::VmReport::default() }
+        };
+        let heir_of = |of_b: Vec<v1::VmReport>, of_c: Vec<v1::VmReport>| {
+            let mut observations = Observations::default();
+            for (name, vms) in [("worker-b", of_b), ("worker-c", of_c)] {
+                let (name, observed) = holds(name, true, vms, now);
+                observations.put(name, observed);
+            }
+            let found = failovers(&state, &observations, now).remove(0);
+            (found.worker.to_string(), found.point.map(|point| point.number))
+        };
+        assert_eq!(heir_of(vec![vm(9, 1_000)], vec![vm(4, 2_000)]), ("worker-c".to_owned(), Some(4)));
+        assert_eq!(heir_of(vec![vm(9, 3_000)], vec![vm(4, 2_000)]), ("worker-b".to_owned(), Some(9)));
+        // A copy of unknown age comes after one of a known age.
+        assert_eq!(heir_of(vec![], vec![vm(4, 2_000)]), ("worker-c".to_owned(), Some(4)));
+        assert_eq!(heir_of(vec![], vec![]), ("worker-b".to_owned(), None));
     }
 }

@@ -11,14 +11,18 @@ use std::time::Duration;
 
 use pageport_ownership::Record;
 use pageport_proto::v1;
-use pageport_proto::{MigrationId, VmId, WorkerName};
+use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use crate::model::protection::Point;
+
 /// A worker is connected while its last report is younger than this.
 pub const CONNECTED_FOR: Duration = Duration::from_secs(5);
-/// VMs, migrations or seeds in one report.
+/// VMs, migrations, seeds or replications in one report.
 pub const MAX_VMS: usize = 4096;
+/// Recovery points of one VM in one report; more than any protection keeps, also just after it was told to keep fewer.
+pub const MAX_POINTS: usize = 4096;
 const QUEUE: usize = 256;
 
 /// One worker's last words.
@@ -61,6 +65,12 @@ impl Observations {
         self.connected(worker, now).is_some_and(|observed| observed.report.guarded)
     }
 
+    /// The newest recovery point that a worker holds of a VM, by its last words.
+    pub fn newest_point(&self, worker: &WorkerName, id: VmId) -> Option<Point> {
+        let newest = self.last(worker)?.vm(id)?.recovery_points.last()?;
+        Some(Point { number: newest.number, taken_unix_ms: newest.taken_unix_ms })
+    }
+
     /// A worker's last words, however old.
     pub fn last(&self, worker: &WorkerName) -> Option<&Observed> {
         self.workers.get(worker)
@@ -92,6 +102,12 @@ impl Observed {
         self.report.migrations.iter().find(|migration| migration.migration_id == id)
     }
 
+    /// What the worker said about keeping a replica up to date.
+    pub fn replication(&self, id: VmId, site: &SiteName) -> Option<&v1::ReplicationReport> {
+        let id = id.to_string();
+        self.report.replications.iter().find(|report| report.vm_id == id && report.to_site == site.as_str())
+    }
+
     /// What the worker said about a copy.
     pub fn seed(&self, id: VmId, seed_seq: u64) -> Option<&v1::SeedReport> {
         let id = id.to_string();
@@ -106,7 +122,9 @@ pub fn record_of(report: &v1::VmReport) -> Option<Record> {
 
 /// Is this report small enough to be kept?
 pub fn is_bounded(report: &v1::WorkerReport) -> bool {
-    report.vms.len() <= MAX_VMS && report.migrations.len() <= MAX_VMS && report.seeds.len() <= MAX_VMS
+    let lengths = [report.vms.len(), report.migrations.len(), report.seeds.len(), report.replications.len()];
+    lengths.iter().all(|length| *length <= MAX_VMS)
+        && report.vms.iter().all(|vm| vm.recovery_points.len() <= MAX_POINTS)
 }
 
 /// To and from the hub.

@@ -15,7 +15,7 @@ use super::observation::{Observations, Observed, record_of};
 use crate::api::clip;
 use crate::model::command::Halt;
 use crate::model::migration::{Phase, Record};
-use crate::model::state::{Life, Power, ReplicaPhase, Vm, Worker};
+use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm, Worker};
 use crate::model::{Migration, Order, State};
 
 /// How long a move whose owner has changed waits for its figures.
@@ -47,6 +47,7 @@ pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Or
     for (id, vm) in &state.vms {
         orders.extend(evidence(*id, vm, observations, now));
         orders.extend(copies(*id, vm, observations, now));
+        orders.extend(points(*id, vm, observations, now));
         orders.extend(halt(*id, vm, observations, now));
         orders.extend(forget(state, *id, vm, observations, now));
     }
@@ -96,7 +97,8 @@ fn evidence(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Ord
 fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
     let mut orders = vec![];
     let owner = observations.connected(vm.ownership.owner().0, now.instant);
-    for (site, replica) in vm.replicas.iter().filter(|(_, replica)| replica.phase == ReplicaPhase::Seeding) {
+    let copied = |replica: &Replica| replica.phase == ReplicaPhase::Seeding && replica.protection.is_none();
+    for (site, replica) in vm.replicas.iter().filter(|(_, replica)| copied(replica)) {
         let report = owner.and_then(|owner| owner.seed(id, replica.seed_seq));
         let Some(report) = report.filter(|report| report.to_site == site.as_str()) else { continue };
         let failure = (!report.failure.is_empty()).then(|| shorten(&report.failure));
@@ -111,6 +113,22 @@ fn copies(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order
         }
     }
     orders
+}
+
+/// A protected replica counts as complete from its first recovery point on, by its owner's word.
+fn points(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
+    if vm.life != Life::Defined {
+        return vec![];
+    }
+    let Some(owner) = observations.connected(vm.ownership.owner().0, now.instant) else { return vec![] };
+    let waiting = vm.replicas.iter().filter(|(_, replica)| replica.phase != ReplicaPhase::Seeded);
+    let reached = waiting.filter_map(|(site, replica)| {
+        let protection = replica.protection?;
+        let report = owner.replication(id, site).filter(|report| report.protect_seq == protection.seq)?;
+        report.status.as_ref()?.newest?;
+        Some(Order::ReachedPoint { vm: id, site: site.clone(), protect_seq: protection.seq })
+    });
+    reached.collect()
 }
 
 fn halt(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {

@@ -195,7 +195,9 @@ impl Session {
             return Err(Status::invalid_argument("a worker's stream reports under one name"));
         }
         if !is_bounded(&report) {
-            return Err(Status::invalid_argument("the report names too many VMs, migrations or seeds"));
+            return Err(Status::invalid_argument(
+                "the report names too many VMs, migrations, seeds, replications or recovery points",
+            ));
         }
         let assigned = self.telling.told(report.assignment_seq);
         let observed = Observed { report: Arc::new(report), at: Instant::now(), at_unix_ms: unix_ms(), assigned };

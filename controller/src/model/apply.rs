@@ -8,6 +8,7 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
 use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
 use super::migration::{Cancel, Migration, Phase, Place, Turn};
+use super::protection::{self, has_point, turn_round};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
 use super::takeover::{self, take_over};
@@ -23,10 +24,13 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
         Order::Evidence { vm, evidence } => follow(state, vm, &evidence, now),
         Order::SeedEnded { vm, site, seed_seq, failure } => {
             let replica = state.vms.get_mut(&vm).and_then(|vm| vm.replicas.get_mut(&site));
-            if let Some(replica) = replica.filter(|replica| replica.seed_seq == seed_seq) {
+            // A copy that a protection has taken over from ends nothing.
+            let its = |replica: &&mut Replica| replica.seed_seq == seed_seq && replica.protection.is_none();
+            if let Some(replica) = replica.filter(its) {
                 replica.phase = failure.map_or(ReplicaPhase::Seeded, |reason| ReplicaPhase::Failed { reason });
             }
         }
+        Order::ReachedPoint { vm, site, protect_seq } => protection::reached_a_point(state, vm, &site, protect_seq),
         Order::ReplicaRemoved { vm, site } => {
             if let Some(vm) = state.vms.get_mut(&vm) {
                 vm.removals.remove(&site);
@@ -77,6 +81,9 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::Resolve(order) => take_over(state, order, now),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
+        ClientOrder::Protect { vm, site, worker, terms } => protection::protect(state, vm, site, worker, terms),
+        ClientOrder::Unprotect { vm, site } => protection::unprotect(state, vm, site),
+        ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
         ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
         ClientOrder::CancelMigration { id } => cancel(state, id),
@@ -90,12 +97,21 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
     match (order, answer) {
         (ClientOrder::DefineVm { .. }, Answer::Vm(_))
         | (ClientOrder::CreateMigration { .. }, Answer::Migration(_))
-        | (ClientOrder::DeleteVm { .. } | ClientOrder::DeleteReplica { .. }, Answer::Done) => true,
+        | (
+            ClientOrder::DeleteVm { .. }
+            | ClientOrder::DeleteReplica { .. }
+            | ClientOrder::Unprotect { .. }
+            | ClientOrder::SetLinkCap { .. },
+            Answer::Done,
+        ) => true,
         (ClientOrder::SetPower { vm, .. } | ClientOrder::Resolve(takeover::Order { vm, .. }), Answer::Vm(answered)) => {
             vm == answered
         }
         (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
-        (ClientOrder::SeedReplica { vm, site, .. }, Answer::Replica(answered, at)) => vm == answered && site == at,
+        (
+            ClientOrder::SeedReplica { vm, site, .. } | ClientOrder::Protect { vm, site, .. },
+            Answer::Replica(answered, at),
+        ) => vm == answered && site == at,
         (_, Answer::Done | Answer::Vm(_) | Answer::Migration(_) | Answer::Replica(..)) => false,
     }
 }
@@ -105,7 +121,7 @@ pub(super) fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> 
     vm.ok_or_else(|| Rejection::VmUnknown { vm: id.to_string() })
 }
 
-fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
+pub(super) fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
     match vm.migration {
         Some(id) if vm.ownership.in_doubt() => Err(Rejection::InDoubt { name: vm.spec.name.clone(), id }),
         Some(id) => Err(Rejection::AlreadyMigrating { name: vm.spec.name.clone(), id }),
@@ -169,7 +185,10 @@ fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outc
     if vm.removals.contains_key(&site) {
         return Err(Rejection::ReplicaLeaving { name, site });
     }
-    let fresh = Replica { worker, seed_seq, phase: ReplicaPhase::Seeding };
+    if vm.replicas.get(&site).is_some_and(|replica| replica.protection.is_some()) {
+        return Err(Rejection::KeptUpToDate { name, site });
+    }
+    let fresh = Replica { worker, seed_seq, phase: ReplicaPhase::Seeding, protection: None };
     // Files of an earlier copy lie at the worker that made it: the new one goes on there.
     let replica = vm.replicas.entry(site.clone()).or_insert(fresh);
     replica.seed_seq = seed_seq;
@@ -181,6 +200,9 @@ fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outc
 fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
     let vm = vm_mut(state, id)?;
     not_migrating(vm)?;
+    if vm.replicas.get(&site).is_some_and(|replica| replica.protection.is_some()) {
+        return Err(Rejection::StillProtected { name: vm.spec.name.clone(), site });
+    }
     match vm.replicas.remove(&site) {
         Some(replica) => {
             vm.removals.insert(site, replica.worker);
@@ -207,6 +229,7 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
     }
     let replica =
         vm.replicas.get(&site).ok_or_else(|| Rejection::NoReplica { name: name.clone(), site: site.clone() })?;
+    has_point(vm, &site, replica)?;
     match replica.phase {
         ReplicaPhase::Seeded | ReplicaPhase::Mixed => {}
         ReplicaPhase::Seeding | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {
@@ -234,7 +257,8 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
         destination_ended: false,
     };
     vm.ownership = ownership;
-    if let Some(replica) = vm.replicas.get_mut(&migration.to.site) {
+    let unprotected = |replica: &&mut Replica| replica.protection.is_none();
+    if let Some(replica) = vm.replicas.get_mut(&migration.to.site).filter(unprotected) {
         replica.phase = ReplicaPhase::Mixed;
     }
     vm.migration = Some(id);
@@ -277,8 +301,13 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
     match turn {
         Turn::Acquired => {
             // The old place still holds the whole disk as it was at the move; the new place's replica is the disk now.
-            let left = Replica { worker: migration.from.worker.clone(), seed_seq: 0, phase: ReplicaPhase::Seeded };
-            vm.replicas.remove(&migration.to.site);
+            let arrived = vm.replicas.remove(&migration.to.site);
+            let left = Replica {
+                worker: migration.from.worker.clone(),
+                seed_seq: 0,
+                phase: ReplicaPhase::Seeded,
+                protection: turn_round(&mut state.protect_seq, arrived.as_ref()),
+            };
             vm.replicas.insert(migration.from.site.clone(), left);
         }
         Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack | Turn::TakenOver => {}

@@ -7,6 +7,7 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::migration::Record;
+use super::protection::Terms;
 use super::spec::Spec;
 use super::state::{Power, Worker};
 use super::takeover;
@@ -54,6 +55,15 @@ pub enum Order {
         seed_seq: u64,
         /// Why it failed; [`None`]: it did not.
         failure: Option<String>,
+    },
+    /// A replica that is kept up to date has a recovery point.
+    ReachedPoint {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+        /// Under which order.
+        protect_seq: u64,
     },
     /// A removed copy is gone.
     ReplicaRemoved {
@@ -151,6 +161,33 @@ pub enum ClientOrder {
         site: SiteName,
         /// The worker there.
         worker: WorkerName,
+    },
+    /// Keep a replica up to date; ordered again: on other terms.
+    Protect {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+        /// The worker there.
+        worker: WorkerName,
+        /// On which terms.
+        terms: Terms,
+    },
+    /// Leave a replica as it is.
+    Unprotect {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+    },
+    /// Cap what replication and seeds send from one site to another.
+    SetLinkCap {
+        /// From where.
+        from: SiteName,
+        /// To where.
+        to: SiteName,
+        /// In bits per second; 0: no cap.
+        cap_bps: u64,
     },
     /// Remove a copy.
     DeleteReplica {
@@ -281,6 +318,50 @@ pub enum Rejection {
     ReplicaLeaving {
         /// The VM.
         name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// Replication makes its copies itself.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" is kept up to date already: \"pageportctl replication status {name}\" shows how it stands"
+    )]
+    KeptUpToDate {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// What is protected is not deleted.
+    #[error("vm \"{name}\" is protected at site \"{site}\": run \"pageportctl unprotect {name} --site {site}\" first")]
+    StillProtected {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// Nothing to end.
+    #[error(
+        "vm \"{name}\" is not protected at site \"{site}\"; \"pageportctl replication status {name}\" shows where it is"
+    )]
+    NotProtected {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// The first copy is under way.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" has no recovery point yet: wait for the first copy (\"pageportctl replication status {name} --watch\")"
+    )]
+    NoPointYet {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// From a site to itself.
+    #[error("there is no link from site \"{site}\" to itself: name two sites")]
+    NoLink {
         /// The site.
         site: SiteName,
     },

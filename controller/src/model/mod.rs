@@ -10,6 +10,7 @@
 //! | [`migration`] | the migration state machine |
 //! | [`command`] | what can be asked of the state, and what comes back |
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
+//! | [`protection`] | replicas that are kept up to date, and the caps of links |
 //! | [`apply`] | the one function that changes it |
 //!
 //! Guarantees: the same commands in the same order give the same state and the same answers at every node. What a
@@ -18,6 +19,7 @@
 pub mod apply;
 pub mod command;
 pub mod migration;
+pub mod protection;
 pub mod spec;
 pub mod state;
 pub mod takeover;
@@ -25,5 +27,6 @@ pub mod takeover;
 pub use apply::apply;
 pub use command::{Answer, Command, Order, Outcome, Rejection};
 pub use migration::{Migration, Phase};
+pub use protection::{Links, Protection, Terms};
 pub use spec::Spec;
 pub use state::State;

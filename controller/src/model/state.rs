@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
 use super::migration::Migration;
+use super::protection::{Links, Protection};
 use super::spec::Spec;
 use super::takeover::Takeover;
 
@@ -74,7 +75,7 @@ pub enum Power {
 pub enum ReplicaPhase {
     /// Being copied.
     Seeding,
-    /// Equal to the disk as it was at some moment.
+    /// Equal to the disk as it was at some moment; a protected one: can be brought back to its newest recovery point.
     Seeded,
     /// Complete, but perhaps of several moments: a move writes into it, or one that wrote into it did not end there. Good for
     /// another move or copy, which compares; not good to boot from.
@@ -97,6 +98,16 @@ pub struct Replica {
     pub seed_seq: u64,
     /// How far it is.
     pub phase: ReplicaPhase,
+    /// It is kept up to date; [`None`]: it is left as it is.
+    #[serde(default)]
+    pub protection: Option<Protection>,
+}
+
+impl Replica {
+    /// Is this the order that it is kept up to date by?
+    pub fn is_protected_by(&self, protect_seq: u64) -> bool {
+        self.protection.is_some_and(|protection| protection.seq == protect_seq)
+    }
 }
 
 /// Is the VM part of the fleet?
@@ -188,6 +199,12 @@ pub struct State {
     pub migrations: BTreeMap<MigrationId, Migration>,
     /// Number of the newest order to copy.
     pub seed_seq: u64,
+    /// Number of the newest order to protect, or of the newest turn of a protection.
+    #[serde(default)]
+    pub protect_seq: u64,
+    /// Caps of links.
+    #[serde(default)]
+    pub links: Links,
     /// Answers to repeated requests.
     pub answers: Answers,
 }

@@ -4,8 +4,10 @@
 //!
 //! Guarantees: each takeover is recorded with its proof and gets an epoch of its own, so that whoever had the VM
 //! finds the tombstone when it comes back. The disk that is left behind is kept as an outdated replica, never
-//! overwritten before somebody asks for a new seed. What the VM had written since the replica was last synchronised is
-//! lost: the VM's problem says so. Whether the proof is true is not decided here.
+//! overwritten before somebody asks for a new seed; but where the replica was protected the protection turns round, and the
+//! disk that is left behind is brought up to date once its worker is back. What the VM had written since the replica was
+//! last synchronised, or since its newest recovery point, is lost: the VM's problem says so. Whether the proof is true is
+//! not decided here.
 
 use pageport_ownership::{Epoch, Proof};
 use pageport_proto::{SiteName, VmId, WorkerName};
@@ -14,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::apply::{settle, vm_mut};
 use super::command::{Answer, Outcome, Rejection};
 use super::migration::Turn;
+use super::protection::{Point, has_point, turn_round};
 use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// Takeovers kept for each VM; the oldest are forgotten.
@@ -37,6 +40,9 @@ pub struct Takeover {
     /// The operator who had the worker's host fenced; [`None`]: nobody ordered it, or the proof names who did.
     #[serde(default)]
     pub ordered_by: Option<String>,
+    /// The recovery point that it was booted from; [`None`]: the disk had none, or was whole.
+    #[serde(default)]
+    pub point: Option<Point>,
 }
 
 /// Who gets the VM, and why.
@@ -57,6 +63,9 @@ pub struct Order {
     /// The operator who had the worker's host fenced.
     #[serde(default)]
     pub ordered_by: Option<String>,
+    /// The newest recovery point that the worker holds, if it has said.
+    #[serde(default)]
+    pub point: Option<Point>,
 }
 
 /// Gives the VM to the worker.
@@ -76,25 +85,29 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
     if from != order.worker {
         has_disk(vm, &order)?;
     }
+    // Neither the owner's own disk nor one that was handed over goes back to a point.
+    let point = order.point.filter(|_| from != order.worker && !is_handed_over(vm, &order.worker));
     let policy = vm.spec.on_isolation;
     let next = vm.ownership.fail_over(order.worker.clone(), policy, &order.proof);
     let next = next.map_err(|error| Rejection::NotToBeTaken { name, why: error.to_string() })?;
     let epoch = next.last();
     vm.ownership = next;
-    vm.replicas.remove(&order.site);
+    let taken = vm.replicas.remove(&order.site);
+    let problem = loss(&from, point, now);
+    let migration = vm.migration;
     if from != order.worker
         && let Some(site) = from_site
     {
-        vm.replicas.insert(site, Replica { worker: from.clone(), seed_seq: 0, phase: ReplicaPhase::Outdated });
+        let protection = turn_round(&mut state.protect_seq, taken.as_ref());
+        let left = Replica { worker: from.clone(), seed_seq: 0, phase: ReplicaPhase::Outdated, protection };
+        vm_mut(state, order.vm)?.replicas.insert(site, left);
     }
-    let problem = format!(
-        "taken over from worker \"{from}\": what the vm wrote there since this replica was last synchronised is lost"
-    );
+    let vm = vm_mut(state, order.vm)?;
     let Order { worker: to, proof, seen, ordered_by, .. } = order;
-    vm.takeovers.push(Takeover { at_unix_ms: now, proof, from, to, epoch, seen, ordered_by });
+    vm.takeovers.push(Takeover { at_unix_ms: now, proof, from, to, epoch, seen, ordered_by, point });
     let surplus = vm.takeovers.len().saturating_sub(MAX_TAKEOVERS);
     vm.takeovers.drain(..surplus);
-    if let Some(id) = vm.migration {
+    if let Some(id) = migration {
         if let Some(migration) = state.migrations.get_mut(&id) {
             migration.follow(Turn::TakenOver, now);
         }
@@ -104,11 +117,30 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
     Ok(Answer::Vm(order.vm))
 }
 
+/// What a takeover has cost.
+fn loss(from: &WorkerName, point: Option<Point>, now: i64) -> String {
+    match point {
+        Some(Point { number, taken_unix_ms }) => {
+            let seconds = now.saturating_sub(taken_unix_ms).max(0) / 1000;
+            format!(
+                "taken over from worker \"{from}\" at recovery point {number}, which was {seconds} s old: what the vm wrote after it is lost"
+            )
+        }
+        None => format!(
+            "taken over from worker \"{from}\": what the vm wrote there since this replica was last synchronised is lost"
+        ),
+    }
+}
+
+/// The source has let go: it does so only when the destination's disk is whole and on stable storage.
+fn is_handed_over(vm: &Vm, to: &WorkerName) -> bool {
+    vm.ownership.in_doubt() && vm.ownership.possible_holders().contains(&to)
+}
+
 /// The worker holds something that can become the VM's disk.
 fn has_disk(vm: &Vm, order: &Order) -> Result<(), Rejection> {
     let (name, site) = (vm.spec.name.clone(), order.site.clone());
-    // A source lets go only when the destination's disk is whole and on stable storage.
-    if vm.ownership.in_doubt() && vm.ownership.possible_holders().contains(&&order.worker) {
+    if is_handed_over(vm, &order.worker) {
         return Ok(());
     }
     match vm.replicas.get(&order.site).filter(|replica| replica.worker == order.worker) {
@@ -119,7 +151,8 @@ fn has_disk(vm: &Vm, order: &Order) -> Result<(), Rejection> {
             Proof::Override { .. } => Ok(()),
             Proof::LeasesOut { .. } | Proof::Fenced { .. } => Err(Rejection::ReplicaNotSeeded { name, site }),
         },
-        Some(Replica { phase: ReplicaPhase::Seeding | ReplicaPhase::Failed { .. }, .. }) => {
+        Some(replica @ Replica { phase: ReplicaPhase::Seeding | ReplicaPhase::Failed { .. }, .. }) => {
+            has_point(vm, &order.site, replica)?;
             Err(Rejection::ReplicaNotSeeded { name, site })
         }
     }
@@ -152,7 +185,7 @@ mod tests {
         }
         let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
         let mut vm = Vm::new(Spec::try_from(spec).unwrap(), Ownership::first(worker(0)), Power::Run);
-        let replica = Replica { worker: worker(1), seed_seq: 1, phase: ReplicaPhase::Seeded };
+        let replica = Replica { worker: worker(1), seed_seq: 1, phase: ReplicaPhase::Seeded, protection: None };
         vm.replicas.insert("b".parse().unwrap(), replica);
         let id = VmId::generate();
         state.vms.insert(id, vm);
@@ -170,6 +203,7 @@ mod tests {
             proof,
             seen: "silent".into(),
             ordered_by: None,
+            point: None,
         }
     }
 

@@ -42,6 +42,14 @@ pub struct Board {
     pub guarded: bool,
     /// How often each VM was set running, and by whom.
     pub runs: Vec<(String, String)>,
+    /// The newest recovery point that each worker holds of each VM.
+    points: BTreeMap<(String, String), v1::RecoveryPoint>,
+    /// Replication makes no points, for this reason.
+    pub no_points: Option<String>,
+    /// Age of each newest point, as it is reported.
+    pub lag_ms: u64,
+    /// What owners were last told to replicate.
+    pub replications: BTreeMap<String, Vec<v1::ReplicationAssignment>>,
 }
 
 pub type Shared = Arc<Mutex<Board>>;
@@ -64,6 +72,7 @@ struct Worker {
     vms: BTreeMap<String, Vm>,
     migrations: BTreeMap<String, v1::MigrationReport>,
     seeds: Vec<v1::SeedReport>,
+    replications: Vec<v1::ReplicationReport>,
     seq: u64,
     next_nonce: u64,
 }
@@ -80,6 +89,7 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
         vms: BTreeMap::new(),
         migrations: BTreeMap::new(),
         seeds: vec![],
+        replications: vec![],
         seq: 0,
         next_nonce: 1,
     };
@@ -140,12 +150,42 @@ impl Worker {
                 ..v1::SeedReport::default()
             });
         }
+        self.replicate(&assignment.replications);
         for removal in &assignment.replica_removals {
             if let Some(vm) = self.vms.get_mut(&removal.vm_id) {
                 vm.has_replica = false;
             }
         }
         self.seq = assignment.seq;
+    }
+
+    /// Each look makes a point at once, unless it is to make none.
+    fn replicate(&mut self, assigned: &[v1::ReplicationAssignment]) {
+        let mut board = self.board.lock().unwrap();
+        board.replications.insert(self.name.clone(), assigned.to_vec());
+        self.replications.clear();
+        for order in assigned {
+            let key = (order.peer_worker.clone(), order.vm_id.clone());
+            let problem = board.no_points.clone().unwrap_or_default();
+            if problem.is_empty() {
+                let number = board.points.get(&key).map_or(1, |point| point.number + 1);
+                board.points.insert(key.clone(), v1::RecoveryPoint { number, ..v1::RecoveryPoint::default() });
+            }
+            let status = v1::ReplicationStatus {
+                phase: v1::ReplicationPhase::Idle.into(),
+                newest: board.points.get(&key).copied(),
+                lag_ms: board.lag_ms,
+                problem,
+                ..v1::ReplicationStatus::default()
+            };
+            self.replications.push(v1::ReplicationReport {
+                vm_id: order.vm_id.clone(),
+                to_site: order.to_site.clone(),
+                protect_seq: order.protect_seq,
+                status: Some(status),
+                wan_bytes: 4096,
+            });
+        }
     }
 
     async fn work_on_vm(&mut self, assigned: &v1::VmAssignment) {
@@ -321,6 +361,11 @@ impl Worker {
         stores.get(&self.name).copied().unwrap_or(self.store).to_string()
     }
 
+    fn points_of(&self, vm: &str) -> Vec<v1::RecoveryPoint> {
+        let board = self.board.lock().unwrap();
+        board.points.get(&(self.name.clone(), vm.to_owned())).copied().into_iter().collect()
+    }
+
     fn report(&self) -> v1::WorkerReport {
         let vms = self.vms.iter().map(|(id, vm)| v1::VmReport {
             vm_id: id.clone(),
@@ -334,6 +379,7 @@ impl Worker {
             problem: vm.problem.clone(),
             record: Some(vm.record.record().into()),
             has_replica: vm.has_replica,
+            recovery_points: self.points_of(id),
             halted_power_seq: vm.crashed_under.unwrap_or_default(),
             ..v1::VmReport::default()
         });
@@ -345,6 +391,7 @@ impl Worker {
             vms: vms.collect(),
             migrations: self.migrations.values().cloned().collect(),
             seeds: self.seeds.clone(),
+            replications: self.replications.clone(),
             assignment_seq: self.seq,
             store_id: self.store_id(),
             guarded: self.board.lock().unwrap().guarded,

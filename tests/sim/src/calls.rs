@@ -68,7 +68,7 @@ pub enum Arriving {
     /// Of a peer.
     Raft(Vec<u8>),
     /// Of a worker or client.
-    Call(Call),
+    Call(Box<Call>),
 }
 
 /// All controllers, for those who look for the leader.
@@ -103,7 +103,7 @@ pub async fn ask(
         let to = machine.clone();
         world.datagram(from, there, move || {
             if let Some(call) = call.take() {
-                to.arrive(Arriving::Call(call));
+                to.arrive(Arriving::Call(Box::new(call)));
             }
         });
         let answer = tokio::select! {

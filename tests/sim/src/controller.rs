@@ -389,7 +389,7 @@ impl Member {
             match arrived {
                 // The core runs as long as this does.
                 Arriving::Raft(message) => drop(self.inputs.send(Input::Step { message })),
-                Arriving::Call(call) => self.world.executor.spawn(self.process, self.clone().answer(call)),
+                Arriving::Call(call) => self.world.executor.spawn(self.process, self.clone().answer(*call)),
             }
         }
     }

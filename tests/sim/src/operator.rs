@@ -176,6 +176,7 @@ impl Operator {
             proof: Proof::Override { who: "operator".to_owned(), reason: "its hosts are down".to_owned() },
             seen: format!("{} workers are known", state.workers.len()),
             ordered_by: None,
+            point: None,
         };
         self.tell("resolve", ClientOrder::Resolve(order)).await;
         for host in holding {

@@ -27,9 +27,9 @@ export function sortedVms(vms: Vm[]): Vm[] {
   return [...vms].sort(byName(vmName));
 }
 
-/** How far a seed is, 0 to 1; undefined when nothing is being copied. */
+/** How far a seed is, 0 to 1; undefined when nothing is being copied, or replication says how far it is. */
 export function seedFraction(replica: Replica): number | undefined {
-  if (replica.state !== ReplicaState.SEEDING || replica.totalBytes === 0n) return undefined;
+  if (replica.state !== ReplicaState.SEEDING || replica.totalBytes === 0n || replica.protection !== undefined) return undefined;
   return Math.min(1, Number(replica.doneBytes) / Number(replica.totalBytes));
 }
 

@@ -3,7 +3,7 @@ import { create } from "@bufbuild/protobuf";
 
 import { SiteSchema, type Vm, VmSchema, VmState, type WatchFleetResponse, WatchFleetResponseSchema, WorkerSchema } from "../../src/gen/pageport/v1/fleet_pb.ts";
 import { type Migration, MigrationSchema, MigrationState } from "../../src/gen/pageport/v1/migration_pb.ts";
-import { ReplicaSchema, ReplicaState } from "../../src/gen/pageport/v1/replication_pb.ts";
+import { ReplicaSchema, ReplicaState, ReplicationPhase } from "../../src/gen/pageport/v1/replication_pb.ts";
 
 const GIB = 1n << 30n;
 
@@ -29,6 +29,13 @@ const vm = (name: string, more: Partial<Vm>): Vm =>
     ...more,
   } as Vm);
 
+const protectedAtA = create(ReplicaSchema, {
+  site: "a",
+  state: ReplicaState.SEEDED,
+  protection: { rpoMs: 30_000n, keepPoints: 10 },
+  replication: { phase: ReplicationPhase.IDLE, newest: { number: 41n }, lagMs: 95_000n, rpoMissed: true, problem: "worker-a is away" },
+  problem: "worker-a is away",
+});
 const seeded = create(ReplicaSchema, { site: "b", state: ReplicaState.SEEDED, doneBytes: 4n * GIB, totalBytes: 4n * GIB });
 const seeding = create(ReplicaSchema, {
   site: "c",
@@ -48,7 +55,7 @@ export function fleet(migrationId: string): WatchFleetResponse {
     workers: [worker("a", true), worker("b", true), worker("c", false)],
     vms: [
       vm("web", { state: migrationId === "" ? VmState.RUNNING : VmState.MIGRATING, migrationId, replicas: [seeded, seeding] }),
-      vm("db", { ownerSite: "b", ownerWorker: "worker-b", replicas: [] }),
+      vm("db", { ownerSite: "b", ownerWorker: "worker-b", replicas: [protectedAtA] }),
       vm("batch", { state: VmState.STOPPED, desiredRunning: false }),
       vm("queue", { state: VmState.CRASHED, problem: "QEMU ended with signal 9" }),
     ],

@@ -84,6 +84,9 @@ test("sites, VMs, replicas and a running migration are shown", async () => {
   await web.getByText("migrating").waitFor();
   await web.getByText("seeded").waitFor();
   expect(await web.getByRole("progressbar", { name: "Seed of web at c" }).getAttribute("aria-valuenow")).toBe("25");
+  const db = page.getByRole("row", { name: /^db/ });
+  await db.getByText("target missed").waitFor();
+  await db.getByText("point 41, 1 min 35 s behind, target 30.0 s").waitFor();
   await page.getByRole("row", { name: /^queue/ }).getByText("QEMU ended with signal 9").waitFor();
 
   const card = page.getByRole("article", { name: "Migration of web" });

@@ -6,12 +6,17 @@ mod fence;
 mod fleet;
 mod follow;
 mod migration;
+mod protection;
 mod replica;
 mod vm;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::cli::{ClusterCommand, Command, SiteCommand, WorkerCommand};
+use pageport_proto::v1;
+
+use crate::cli::{
+    ClusterCommand, Command, LinkCommand, RecoveryPointCommand, ReplicationCommand, SiteCommand, WorkerCommand,
+};
 use crate::client::Controllers;
 use crate::error::CtlError;
 use crate::render::Output;
@@ -40,6 +45,24 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,
+        Command::Protect { vm, to, rpo, keep, quiesce, watch } => {
+            let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce };
+            protection::protect(&mut context, vm, to, terms, watch).await
+        }
+        Command::Unprotect { vm, site } => protection::unprotect(&mut context, vm, site).await,
+        Command::Replication(ReplicationCommand::Status { vm, watch: false }) => {
+            protection::status(&mut context, vm).await
+        }
+        Command::Replication(ReplicationCommand::Status { vm, watch: true }) => {
+            protection::watch_status(&mut context, vm).await
+        }
+        Command::RecoveryPoint(RecoveryPointCommand::List { vm, site }) => {
+            protection::points(&mut context, vm, site).await
+        }
+        Command::Link(LinkCommand::List) => protection::links(&mut context).await,
+        Command::Link(LinkCommand::Set { from, to, cap }) => {
+            protection::cap(&mut context, v1::Link { from_site: from, to_site: to, cap_bps: cap.0 }).await
+        }
         Command::Migrate { vm, to, watch } => migration::migrate(&mut context, vm, to, watch).await,
         Command::Migration(command) => migration::run(&mut context, command).await,
     }

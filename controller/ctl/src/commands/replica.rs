@@ -40,7 +40,9 @@ async fn seed(context: &mut Context, vm: String, site: String, watch: bool) -> R
             |replica: &v1::Replica| format!("the replica of {vm} at {site}: {}", words::replica_state(replica.state));
         return context.output.message(&replica, line);
     }
-    let replica = follow(context, &vm, &site, replica).await?;
+    let hint = format!("the copy goes on; `pageportctl replica list {vm}` shows it");
+    let told = Told { line: progress::seed, has_ended, hint };
+    let replica = follow(context, &vm, &site, replica, told).await?;
     if ReplicaState::try_from(replica.state) == Ok(ReplicaState::Failed) {
         return Err(CtlError::Seed { vm, site, reason: replica.problem });
     }
@@ -52,15 +54,32 @@ async fn seed(context: &mut Context, vm: String, site: String, watch: bool) -> R
     context.output.text(&format!("the replica of {vm} at {site} is seeded: {looked_at} looked at, {sent} sent"))
 }
 
-/// Follows a seed until it has ended, and returns the replica as it then is.
-async fn follow(context: &mut Context, vm: &str, site: &str, first: v1::Replica) -> Result<v1::Replica, CtlError> {
+/// How a replica that is followed is told of.
+pub struct Told {
+    /// The line that says how far it is.
+    pub line: fn(&v1::Replica) -> String,
+    /// Is there nothing more to wait for?
+    pub has_ended: fn(&v1::Replica) -> bool,
+    /// What an interrupted user is told.
+    pub hint: String,
+}
+
+/// Follows a replica until it is done with, and returns it as it then is.
+pub async fn follow(
+    context: &mut Context,
+    vm: &str,
+    site: &str,
+    first: v1::Replica,
+    told: Told,
+) -> Result<v1::Replica, CtlError> {
+    let Told { line, has_ended, hint } = told;
     let Context { controllers, output } = context;
     let output = *output;
     let mut screen = Screen::open();
     let mut shown = None;
     let mut show = |screen: &mut Screen, replica: &v1::Replica| {
         if !output.is_json() {
-            screen.show(words::replica_state(replica.state), &progress::seed(replica));
+            screen.show(words::replica_state(replica.state), &line(replica));
         } else if shown.as_ref() != Some(replica) {
             // The fleet changes for other reasons too.
             output.message(replica, |_| String::new())?;
@@ -80,7 +99,6 @@ async fn follow(context: &mut Context, vm: &str, site: &str, first: v1::Replica)
         show(screen, replica)?;
         Ok(has_ended(replica).then(|| replica.clone()))
     };
-    let hint = format!("the copy goes on; `pageportctl replica list {vm}` shows it");
     follow::follow(controllers, &mut screen, &hint, open, take).await
 }
 

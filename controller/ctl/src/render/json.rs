@@ -35,13 +35,17 @@ wire!(
     DeleteVmResponse,
     FenceWorkerResponse,
     GetClusterStatusResponse,
+    Link,
+    ListLinksResponse,
     ListMigrationsResponse,
+    ListRecoveryPointsResponse,
     ListReplicasResponse,
     ListSitesResponse,
     ListVmsResponse,
     ListWorkersResponse,
     Migration,
     Replica,
+    UnprotectVmResponse,
     Vm,
 );
 
@@ -183,6 +187,10 @@ mod tests {
         assert_eq!(line(&v1::ListVmsResponse::default()).unwrap(), r#"{"vms":[]}"#);
         assert_eq!(line(&v1::ListMigrationsResponse::default()).unwrap(), r#"{"migrations":[]}"#);
         assert_eq!(line(&v1::ListReplicasResponse::default()).unwrap(), r#"{"replicas":[]}"#);
+        assert_eq!(line(&v1::UnprotectVmResponse {}).unwrap(), "{}");
+        assert_eq!(line(&v1::ListRecoveryPointsResponse::default()).unwrap(), r#"{"points":[]}"#);
+        assert_eq!(line(&v1::ListLinksResponse::default()).unwrap(), r#"{"links":[]}"#);
+        assert_eq!(line(&v1::Link::default()).unwrap(), r#"{"from_site":"","to_site":"","cap_bps":0}"#);
         assert_eq!(parsed(&v1::Replica { state: 2, ..Default::default() })["state"], "seeded");
         assert_eq!(parsed(&v1::GetClusterStatusResponse { term: 7, ..Default::default() })["term"], 7);
     }

@@ -6,17 +6,21 @@
 //! | [`words`] | states as words |
 //! | [`table`] | aligned columns |
 //! | [`lists`] | what `list`, `get` and `status` show |
-//! | [`progress`] | the live line of a migration or a seed |
+//! | [`progress`] | the live line of a migration, a seed or a first copy |
+//! | [`protection`] | how protected VMs stand, recovery points, links |
 //! | [`record`] | what a finished migration was |
 //! | [`json`] | any message as JSON |
 //! | [`screen`] | draws progress: in place on a terminal, line by line elsewhere |
+//! | [`sheet`] | draws a table again and again |
 
 pub mod fence;
 pub mod json;
 pub mod lists;
 pub mod progress;
+pub mod protection;
 pub mod record;
 pub mod screen;
+pub mod sheet;
 pub mod table;
 pub mod units;
 pub mod words;

@@ -5,7 +5,9 @@
 //! ```
 //! What matters most stands left, since a narrow terminal cuts the line at its right end.
 
-use pageport_proto::v1::{Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState};
+use pageport_proto::v1::{
+    Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState, ReplicationStatus,
+};
 
 use super::units;
 use super::words;
@@ -76,6 +78,30 @@ pub fn seed(replica: &Replica) -> String {
         parts.push(replica.problem.clone());
     }
     parts.join("  ")
+}
+
+/// The line of a protected replica that waits for its first recovery point.
+pub fn first_copy(replica: &Replica) -> String {
+    let unknown = ReplicationStatus::default();
+    let status = replica.replication.as_ref().unwrap_or(&unknown);
+    let done = (status.total_bytes > 0).then(|| status.done_bytes as f64 / status.total_bytes as f64);
+    let mut parts = vec![head(words::replication_phase(status.phase), done)];
+    parts.extend(of(status.done_bytes, status.total_bytes));
+    parts.extend(time_left(status).map(|left| format!("ETA {left}")));
+    parts.extend(sent(replica.wan_bytes, status.rate_bps));
+    if !replica.problem.is_empty() {
+        parts.push(replica.problem.clone());
+    }
+    parts.join("  ")
+}
+
+/// How long a first copy still takes: a range, since nobody knows how much of it differs.
+pub fn time_left(status: &ReplicationStatus) -> Option<String> {
+    match (status.eta_low_ms, status.eta_high_ms) {
+        (0, 0) => None,
+        (low, high) if low == high => Some(units::duration(low)),
+        (low, high) => Some(format!("{} to {}", units::duration(low), units::duration(high))),
+    }
 }
 
 /// The line as far as `cells` characters show it.

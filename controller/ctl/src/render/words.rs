@@ -1,7 +1,7 @@
 //! States as words. Exhaustive, so that a new state of the API is given its word here.
 
 use pageport_proto::v1::takeover::Ground;
-use pageport_proto::v1::{IsolationPolicy, MigrationState, ReplicaState, StartPolicy, VmState};
+use pageport_proto::v1::{IsolationPolicy, MigrationState, ReplicaState, ReplicationPhase, StartPolicy, VmState};
 
 /// Of a newer API than ours.
 const UNKNOWN_TO_US: &str = "?";
@@ -43,6 +43,18 @@ pub fn replica_state(state: i32) -> &'static str {
         Ok(ReplicaState::Seeded) => "seeded",
         Ok(ReplicaState::Failed) => "failed",
         Ok(ReplicaState::Outdated) => "outdated",
+    }
+}
+
+/// What a standing replication does.
+pub fn replication_phase(phase: i32) -> &'static str {
+    match ReplicationPhase::try_from(phase) {
+        Ok(ReplicationPhase::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(ReplicationPhase::Waiting) => "waiting",
+        Ok(ReplicationPhase::FullCopy) => "full copy",
+        Ok(ReplicationPhase::Increment) => "increment",
+        Ok(ReplicationPhase::Idle) => "idle",
+        Ok(ReplicationPhase::Migrating) => "migrating",
     }
 }
 

@@ -99,6 +99,9 @@ pub struct Script {
     /// One list per order to fence; each order takes the next.
     pub fences: VecDeque<Vec<v1::FenceWorkerResponse>>,
     pub fenced: Vec<v1::FenceWorkerRequest>,
+    pub protected: Vec<v1::ProtectVmRequest>,
+    pub points: Vec<v1::RecoveryPoint>,
+    pub links: Vec<v1::Link>,
 }
 
 #[derive(Clone, Default)]
@@ -411,6 +414,45 @@ impl ReplicationService for Fake {
     async fn delete_replica(&self, request: Request<v1::DeleteReplicaRequest>) -> Reply<v1::DeleteReplicaResponse> {
         self.command(&request.into_inner().request_id)?;
         Ok(Response::new(v1::DeleteReplicaResponse {}))
+    }
+
+    async fn protect_vm(&self, request: Request<v1::ProtectVmRequest>) -> Reply<v1::ProtectVmResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        self.vm(&request.vm)?;
+        self.script().protected.push(request.clone());
+        let state = v1::ReplicaState::Seeding.into();
+        let replica =
+            v1::Replica { site: request.to_site, state, protection: request.protection, ..Default::default() };
+        Ok(Response::new(v1::ProtectVmResponse { replica: Some(replica) }))
+    }
+
+    async fn unprotect_vm(&self, request: Request<v1::UnprotectVmRequest>) -> Reply<v1::UnprotectVmResponse> {
+        let v1::UnprotectVmRequest { request_id, vm, site } = request.into_inner();
+        self.command(&request_id)?;
+        if self.vm(&vm)?.replicas.iter().any(|replica| replica.site == site && replica.protection.is_some()) {
+            return Ok(Response::new(v1::UnprotectVmResponse {}));
+        }
+        Err(Status::failed_precondition(format!("vm \"{vm}\" is not protected at site \"{site}\"")))
+    }
+
+    async fn list_recovery_points(
+        &self,
+        request: Request<v1::ListRecoveryPointsRequest>,
+    ) -> Reply<v1::ListRecoveryPointsResponse> {
+        self.vm(&request.into_inner().vm)?;
+        Ok(Response::new(v1::ListRecoveryPointsResponse { points: self.script().points.clone() }))
+    }
+
+    async fn set_link_cap(&self, request: Request<v1::SetLinkCapRequest>) -> Reply<v1::SetLinkCapResponse> {
+        let v1::SetLinkCapRequest { request_id, link } = request.into_inner();
+        self.command(&request_id)?;
+        self.script().links.extend(link.clone());
+        Ok(Response::new(v1::SetLinkCapResponse { link }))
+    }
+
+    async fn list_links(&self, _: Request<v1::ListLinksRequest>) -> Reply<v1::ListLinksResponse> {
+        Ok(Response::new(v1::ListLinksResponse { links: self.script().links.clone() }))
     }
 }
 

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEioAEKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJIkUKElNlZWRSZXBsaWNhUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEg8KB3RvX3NpdGUYAyABKAkiPAoTU2VlZFJlcGxpY2FSZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSIhChNMaXN0UmVwbGljYXNSZXF1ZXN0EgoKAnZtGAEgASgJIj4KFExpc3RSZXBsaWNhc1Jlc3BvbnNlEiYKCHJlcGxpY2FzGAEgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYSJEChREZWxldGVSZXBsaWNhUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFwoVRGVsZXRlUmVwbGljYVJlc3BvbnNlKpgBCgxSZXBsaWNhU3RhdGUSHQoZUkVQTElDQV9TVEFURV9VTlNQRUNJRklFRBAAEhkKFVJFUExJQ0FfU1RBVEVfU0VFRElORxABEhgKFFJFUExJQ0FfU1RBVEVfU0VFREVEEAISGAoUUkVQTElDQV9TVEFURV9GQUlMRUQQAxIaChZSRVBMSUNBX1NUQVRFX09VVERBVEVEEAQykwIKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlElYKDURlbGV0ZVJlcGxpY2ESIS5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVxdWVzdBoiLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXNwb25zZWIGcHJvdG8z");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEiqwIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbiJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIIsICChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCSJfCg1SZWNvdmVyeVBvaW50Eg4KBm51bWJlchgBIAEoBBIVCg10YWtlbl91bml4X21zGAIgASgDEhUKDWNoYW5nZWRfYnl0ZXMYAyABKAQSEAoIcXVpZXNjZWQYBCABKAgicAoQUHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSKwoKcHJvdGVjdGlvbhgEIAEoCzIXLnBhZ2Vwb3J0LnYxLlByb3RlY3Rpb24iOgoRUHJvdGVjdFZtUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiQgoSVW5wcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIVChNVbnByb3RlY3RWbVJlc3BvbnNlIjUKGUxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QSCgoCdm0YASABKAkSDAoEc2l0ZRgCIAEoCSJIChpMaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRIqCgZwb2ludHMYASADKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50IjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBTKzBQoSUmVwbGljYXRpb25TZXJ2aWNlElAKC1NlZWRSZXBsaWNhEh8ucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXF1ZXN0GiAucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXNwb25zZRJTCgxMaXN0UmVwbGljYXMSIC5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXF1ZXN0GiEucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVzcG9uc2USSgoJUHJvdGVjdFZtEh0ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlc3BvbnNlElAKC1VucHJvdGVjdFZtEh8ucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXF1ZXN0GiAucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXNwb25zZRJlChJMaXN0UmVjb3ZlcnlQb2ludHMSJi5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0GicucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USTQoKU2V0TGlua0NhcBIeLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlc3BvbnNlEkoKCUxpc3RMaW5rcxIdLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXNwb25zZRJWCg1EZWxldGVSZXBsaWNhEiEucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlcXVlc3QaIi5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVzcG9uc2ViBnByb3RvMw");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -56,6 +56,20 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: string problem = 7;
    */
   problem: string;
+
+  /**
+   * Set while the VM is protected there.
+   *
+   * @generated from field: optional pageport.v1.Protection protection = 8;
+   */
+  protection?: Protection | undefined;
+
+  /**
+   * How replication stands; set while the VM is protected there and its worker is connected.
+   *
+   * @generated from field: optional pageport.v1.ReplicationStatus replication = 9;
+   */
+  replication?: ReplicationStatus | undefined;
 };
 
 /**
@@ -64,6 +78,398 @@ export type Replica = Message<"pageport.v1.Replica"> & {
  */
 export const ReplicaSchema: GenMessage<Replica> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 0);
+
+/**
+ * What an operator asked for.
+ *
+ * @generated from message pageport.v1.Protection
+ */
+export type Protection = Message<"pageport.v1.Protection"> & {
+  /**
+   * Target: the newest recovery point is never to be older.
+   *
+   * @generated from field: uint64 rpo_ms = 1;
+   */
+  rpoMs: bigint;
+
+  /**
+   * Recovery points that are kept, the newest included.
+   *
+   * @generated from field: uint32 keep_points = 2;
+   */
+  keepPoints: number;
+
+  /**
+   * Asks the guest agent, where there is one, to bring file systems to rest for each point.
+   *
+   * @generated from field: bool quiesce = 3;
+   */
+  quiesce: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.Protection.
+ * Use `create(ProtectionSchema)` to create a new message.
+ */
+export const ProtectionSchema: GenMessage<Protection> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 1);
+
+/**
+ * @generated from message pageport.v1.ReplicationStatus
+ */
+export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
+  /**
+   * @generated from field: pageport.v1.ReplicationPhase phase = 1;
+   */
+  phase: ReplicationPhase;
+
+  /**
+   * @generated from field: pageport.v1.RecoveryPoint newest = 2;
+   */
+  newest?: RecoveryPoint | undefined;
+
+  /**
+   * Age of the newest recovery point when this was reported; 0 while there is none.
+   *
+   * @generated from field: uint64 lag_ms = 3;
+   */
+  lagMs: bigint;
+
+  /**
+   * What the guest has written since the newest recovery point and is not at the site yet.
+   *
+   * @generated from field: uint64 lag_bytes = 4;
+   */
+  lagBytes: bigint;
+
+  /**
+   * Of the copy or increment under way: looked at so far and in all.
+   *
+   * @generated from field: uint64 done_bytes = 5;
+   */
+  doneBytes: bigint;
+
+  /**
+   * @generated from field: uint64 total_bytes = 6;
+   */
+  totalBytes: bigint;
+
+  /**
+   * @generated from field: uint64 rate_bps = 7;
+   */
+  rateBps: bigint;
+
+  /**
+   * Greatest age that the newest recovery point reached, within the window that is known (a day at most).
+   *
+   * @generated from field: uint64 worst_rpo_ms = 8;
+   */
+  worstRpoMs: bigint;
+
+  /**
+   * @generated from field: uint64 window_ms = 9;
+   */
+  windowMs: bigint;
+
+  /**
+   * Time left of a first copy, as a range; both 0 when unknown.
+   *
+   * @generated from field: uint64 eta_low_ms = 10;
+   */
+  etaLowMs: bigint;
+
+  /**
+   * @generated from field: uint64 eta_high_ms = 11;
+   */
+  etaHighMs: bigint;
+
+  /**
+   * The target is missed now.
+   *
+   * @generated from field: bool rpo_missed = 12;
+   */
+  rpoMissed: boolean;
+
+  /**
+   * @generated from field: string problem = 13;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message pageport.v1.ReplicationStatus.
+ * Use `create(ReplicationStatusSchema)` to create a new message.
+ */
+export const ReplicationStatusSchema: GenMessage<ReplicationStatus> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 2);
+
+/**
+ * A crash-consistent state of all disks of a VM.
+ *
+ * @generated from message pageport.v1.RecoveryPoint
+ */
+export type RecoveryPoint = Message<"pageport.v1.RecoveryPoint"> & {
+  /**
+   * Grows by one with each.
+   *
+   * @generated from field: uint64 number = 1;
+   */
+  number: bigint;
+
+  /**
+   * When it was taken, by the clock of the VM's host.
+   *
+   * @generated from field: int64 taken_unix_ms = 2;
+   */
+  takenUnixMs: bigint;
+
+  /**
+   * Bytes of the disks that changed with it.
+   *
+   * @generated from field: uint64 changed_bytes = 3;
+   */
+  changedBytes: bigint;
+
+  /**
+   * The guest had brought its file systems to rest.
+   *
+   * @generated from field: bool quiesced = 4;
+   */
+  quiesced: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.RecoveryPoint.
+ * Use `create(RecoveryPointSchema)` to create a new message.
+ */
+export const RecoveryPointSchema: GenMessage<RecoveryPoint> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 3);
+
+/**
+ * @generated from message pageport.v1.ProtectVmRequest
+ */
+export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string to_site = 3;
+   */
+  toSite: string;
+
+  /**
+   * @generated from field: pageport.v1.Protection protection = 4;
+   */
+  protection?: Protection | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ProtectVmRequest.
+ * Use `create(ProtectVmRequestSchema)` to create a new message.
+ */
+export const ProtectVmRequestSchema: GenMessage<ProtectVmRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 4);
+
+/**
+ * @generated from message pageport.v1.ProtectVmResponse
+ */
+export type ProtectVmResponse = Message<"pageport.v1.ProtectVmResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Replica replica = 1;
+   */
+  replica?: Replica | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ProtectVmResponse.
+ * Use `create(ProtectVmResponseSchema)` to create a new message.
+ */
+export const ProtectVmResponseSchema: GenMessage<ProtectVmResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 5);
+
+/**
+ * @generated from message pageport.v1.UnprotectVmRequest
+ */
+export type UnprotectVmRequest = Message<"pageport.v1.UnprotectVmRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string site = 3;
+   */
+  site: string;
+};
+
+/**
+ * Describes the message pageport.v1.UnprotectVmRequest.
+ * Use `create(UnprotectVmRequestSchema)` to create a new message.
+ */
+export const UnprotectVmRequestSchema: GenMessage<UnprotectVmRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 6);
+
+/**
+ * @generated from message pageport.v1.UnprotectVmResponse
+ */
+export type UnprotectVmResponse = Message<"pageport.v1.UnprotectVmResponse"> & {
+};
+
+/**
+ * Describes the message pageport.v1.UnprotectVmResponse.
+ * Use `create(UnprotectVmResponseSchema)` to create a new message.
+ */
+export const UnprotectVmResponseSchema: GenMessage<UnprotectVmResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 7);
+
+/**
+ * @generated from message pageport.v1.ListRecoveryPointsRequest
+ */
+export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsRequest"> & {
+  /**
+   * @generated from field: string vm = 1;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string site = 2;
+   */
+  site: string;
+};
+
+/**
+ * Describes the message pageport.v1.ListRecoveryPointsRequest.
+ * Use `create(ListRecoveryPointsRequestSchema)` to create a new message.
+ */
+export const ListRecoveryPointsRequestSchema: GenMessage<ListRecoveryPointsRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 8);
+
+/**
+ * @generated from message pageport.v1.ListRecoveryPointsResponse
+ */
+export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPointsResponse"> & {
+  /**
+   * @generated from field: repeated pageport.v1.RecoveryPoint points = 1;
+   */
+  points: RecoveryPoint[];
+};
+
+/**
+ * Describes the message pageport.v1.ListRecoveryPointsResponse.
+ * Use `create(ListRecoveryPointsResponseSchema)` to create a new message.
+ */
+export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 9);
+
+/**
+ * @generated from message pageport.v1.Link
+ */
+export type Link = Message<"pageport.v1.Link"> & {
+  /**
+   * @generated from field: string from_site = 1;
+   */
+  fromSite: string;
+
+  /**
+   * @generated from field: string to_site = 2;
+   */
+  toSite: string;
+
+  /**
+   * Bits per second for replication and seeds; 0: no cap.
+   *
+   * @generated from field: uint64 cap_bps = 3;
+   */
+  capBps: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.Link.
+ * Use `create(LinkSchema)` to create a new message.
+ */
+export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 10);
+
+/**
+ * @generated from message pageport.v1.SetLinkCapRequest
+ */
+export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: pageport.v1.Link link = 2;
+   */
+  link?: Link | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.SetLinkCapRequest.
+ * Use `create(SetLinkCapRequestSchema)` to create a new message.
+ */
+export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 11);
+
+/**
+ * @generated from message pageport.v1.SetLinkCapResponse
+ */
+export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Link link = 1;
+   */
+  link?: Link | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.SetLinkCapResponse.
+ * Use `create(SetLinkCapResponseSchema)` to create a new message.
+ */
+export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 12);
+
+/**
+ * @generated from message pageport.v1.ListLinksRequest
+ */
+export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
+};
+
+/**
+ * Describes the message pageport.v1.ListLinksRequest.
+ * Use `create(ListLinksRequestSchema)` to create a new message.
+ */
+export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 13);
+
+/**
+ * @generated from message pageport.v1.ListLinksResponse
+ */
+export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
+  /**
+   * @generated from field: repeated pageport.v1.Link links = 1;
+   */
+  links: Link[];
+};
+
+/**
+ * Describes the message pageport.v1.ListLinksResponse.
+ * Use `create(ListLinksResponseSchema)` to create a new message.
+ */
+export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -90,7 +496,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 1);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -107,7 +513,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 2);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -124,7 +530,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 3);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -141,7 +547,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 4);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -168,7 +574,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 5);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -181,7 +587,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 6);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
@@ -224,6 +630,57 @@ export const ReplicaStateSchema: GenEnum<ReplicaState> = /*@__PURE__*/
   enumDesc(file_pageport_v1_replication, 0);
 
 /**
+ * @generated from enum pageport.v1.ReplicationPhase
+ */
+export enum ReplicationPhase {
+  /**
+   * @generated from enum value: REPLICATION_PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Not under way; `problem` says why.
+   *
+   * @generated from enum value: REPLICATION_PHASE_WAITING = 1;
+   */
+  WAITING = 1,
+
+  /**
+   * The whole disk is compared with what the replica holds, and what differs is sent.
+   *
+   * @generated from enum value: REPLICATION_PHASE_FULL_COPY = 2;
+   */
+  FULL_COPY = 2,
+
+  /**
+   * What changed since the newest recovery point is sent.
+   *
+   * @generated from enum value: REPLICATION_PHASE_INCREMENT = 3;
+   */
+  INCREMENT = 3,
+
+  /**
+   * The newest recovery point is recent enough.
+   *
+   * @generated from enum value: REPLICATION_PHASE_IDLE = 4;
+   */
+  IDLE = 4,
+
+  /**
+   * A migration has taken over.
+   *
+   * @generated from enum value: REPLICATION_PHASE_MIGRATING = 5;
+   */
+  MIGRATING = 5,
+}
+
+/**
+ * Describes the enum pageport.v1.ReplicationPhase.
+ */
+export const ReplicationPhaseSchema: GenEnum<ReplicationPhase> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_replication, 1);
+
+/**
  * @generated from service pageport.v1.ReplicationService
  */
 export const ReplicationService: GenService<{
@@ -244,6 +701,54 @@ export const ReplicationService: GenService<{
     methodKind: "unary";
     input: typeof ListReplicasRequestSchema;
     output: typeof ListReplicasResponseSchema;
+  },
+  /**
+   * Keeps a replica up to date all the time, with recovery points: the first copy begins at once. Ordered again it changes the policy.
+   *
+   * @generated from rpc pageport.v1.ReplicationService.ProtectVm
+   */
+  protectVm: {
+    methodKind: "unary";
+    input: typeof ProtectVmRequestSchema;
+    output: typeof ProtectVmResponseSchema;
+  },
+  /**
+   * Stops replicating; the replica stays as it is at its newest recovery point.
+   *
+   * @generated from rpc pageport.v1.ReplicationService.UnprotectVm
+   */
+  unprotectVm: {
+    methodKind: "unary";
+    input: typeof UnprotectVmRequestSchema;
+    output: typeof UnprotectVmResponseSchema;
+  },
+  /**
+   * The recovery points that a site can bring the VM back to, oldest first.
+   *
+   * @generated from rpc pageport.v1.ReplicationService.ListRecoveryPoints
+   */
+  listRecoveryPoints: {
+    methodKind: "unary";
+    input: typeof ListRecoveryPointsRequestSchema;
+    output: typeof ListRecoveryPointsResponseSchema;
+  },
+  /**
+   * Caps what replication and seeds may send from one site to another; takes effect while they run.
+   *
+   * @generated from rpc pageport.v1.ReplicationService.SetLinkCap
+   */
+  setLinkCap: {
+    methodKind: "unary";
+    input: typeof SetLinkCapRequestSchema;
+    output: typeof SetLinkCapResponseSchema;
+  },
+  /**
+   * @generated from rpc pageport.v1.ReplicationService.ListLinks
+   */
+  listLinks: {
+    methodKind: "unary";
+    input: typeof ListLinksRequestSchema;
+    output: typeof ListLinksResponseSchema;
   },
   /**
    * Forgets the replica and deletes its files at the site. Refused while a migration uses it.

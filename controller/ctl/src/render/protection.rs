@@ -1,0 +1,235 @@
+//! How protected VMs stand, recovery points and links. Pure: messages and the present time in, text out.
+
+use pageport_proto::v1::{
+    Link, ListLinksResponse, ListRecoveryPointsResponse, ListVmsResponse, Protection, Replica, ReplicationPhase,
+    ReplicationStatus, Vm,
+};
+
+use super::progress::time_left;
+use super::table::Align::{Left, Right};
+use super::table::Table;
+use super::units;
+use super::words::{replication_phase, yes_no};
+use crate::quantity::Span;
+
+/// VMs that are protected somewhere.
+pub fn protected(mut response: ListVmsResponse) -> ListVmsResponse {
+    response.vms.retain(|vm| vm.replicas.iter().any(|replica| replica.protection.is_some()));
+    response
+}
+
+/// `replication status`
+pub fn statuses(response: &ListVmsResponse) -> String {
+    let mut table = Table::new([
+        ("VM", Left),
+        ("SITE", Left),
+        ("PHASE", Left),
+        ("POINT", Right),
+        ("LAG", Right),
+        ("BEHIND", Right),
+        ("TARGET", Right),
+        ("WORST", Left),
+        ("RATE", Right),
+        ("LEFT", Left),
+        ("PROBLEM", Left),
+    ]);
+    for vm in &response.vms {
+        for replica in &vm.replicas {
+            if let Some(protection) = replica.protection {
+                table.row(status_cells(name(vm), replica, protection));
+            }
+        }
+    }
+    table.render("nothing is protected: `pageportctl protect VM --to SITE` keeps a replica up to date")
+}
+
+fn name(vm: &Vm) -> String {
+    vm.spec.as_ref().map(|spec| spec.name.clone()).unwrap_or_default()
+}
+
+fn status_cells(vm: String, replica: &Replica, protection: Protection) -> [String; 11] {
+    let unknown = ReplicationStatus::default();
+    let status = replica.replication.as_ref().unwrap_or(&unknown);
+    let dash = || "-".to_owned();
+    let newest = |figure: String| if status.newest.is_some() { figure } else { dash() };
+    let worst = if status.window_ms == 0 {
+        dash()
+    } else {
+        format!("{} in {}", units::duration(status.worst_rpo_ms), units::duration(status.window_ms))
+    };
+    [
+        vm,
+        replica.site.clone(),
+        phase(status),
+        status.newest.map_or_else(dash, |point| point.number.to_string()),
+        newest(units::duration(status.lag_ms)),
+        units::bytes(status.lag_bytes),
+        Span(protection.rpo_ms).to_string(),
+        worst,
+        units::rate(status.rate_bps),
+        time_left(status).unwrap_or_else(dash),
+        problem(status),
+    ]
+}
+
+/// The phase, with how far a copy is.
+fn phase(status: &ReplicationStatus) -> String {
+    let word = replication_phase(status.phase);
+    let copying = matches!(status.phase(), ReplicationPhase::FullCopy | ReplicationPhase::Increment);
+    if copying && status.total_bytes > 0 {
+        return format!("{word} {}", units::percent(status.done_bytes, status.total_bytes));
+    }
+    word.to_owned()
+}
+
+fn problem(status: &ReplicationStatus) -> String {
+    match (status.rpo_missed, status.problem.as_str()) {
+        (true, "") => "TARGET MISSED".to_owned(),
+        (true, problem) => format!("TARGET MISSED: {problem}"),
+        (false, problem) => problem.to_owned(),
+    }
+}
+
+/// One line after `protect`.
+pub fn protect_line(vm: &str, replica: &Replica) -> String {
+    let terms = replica.protection.unwrap_or_default();
+    let keep = units::count(terms.keep_points.into());
+    let quiesce = if terms.quiesce { ", file systems at rest" } else { "" };
+    let rpo = Span(terms.rpo_ms);
+    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesce}", replica.site)
+}
+
+/// `recovery-point list`
+pub fn points(response: &ListRecoveryPointsResponse, now_unix_ms: i64) -> String {
+    let mut table = Table::new([("POINT", Right), ("TAKEN", Left), ("CHANGED", Right), ("QUIESCED", Left)]);
+    for point in &response.points {
+        table.row([
+            point.number.to_string(),
+            units::ago(point.taken_unix_ms, now_unix_ms),
+            units::bytes(point.changed_bytes),
+            yes_no(point.quiesced).to_owned(),
+        ]);
+    }
+    table.render("no recovery points yet: `pageportctl replication status` shows how far the first copy is")
+}
+
+/// `link list`
+pub fn links(response: &ListLinksResponse) -> String {
+    let mut table = Table::new([("FROM", Left), ("TO", Left), ("CAP", Right)]);
+    for link in &response.links {
+        table.row([link.from_site.clone(), link.to_site.clone(), cap(link)]);
+    }
+    table.render("no links: they join the sites of workers that have connected")
+}
+
+/// One line after `link set`.
+pub fn link_line(link: &Link) -> String {
+    let Link { from_site, to_site, cap_bps } = link;
+    let limit = if *cap_bps == 0 { "no cap".to_owned() } else { format!("at most {}", cap(link)) };
+    format!("replication and seeds from {from_site} to {to_site}: {limit}")
+}
+
+fn cap(link: &Link) -> String {
+    if link.cap_bps == 0 { "none".to_owned() } else { units::rate(link.cap_bps) }
+}
+
+#[cfg(test)]
+mod tests {
+    use pageport_proto::v1::{RecoveryPoint, VmSpec};
+
+    use super::*;
+    use crate::render::progress;
+
+    fn web(status: ReplicationStatus) -> ListVmsResponse {
+        let replica = Replica {
+            site: "b".into(),
+            protection: Some(Protection { rpo_ms: 30_000, keep_points: 10, quiesce: false }),
+            replication: Some(status),
+            ..Default::default()
+        };
+        let seeded = Replica { site: "c".into(), ..Default::default() };
+        let spec = VmSpec { name: "web".into(), ..Default::default() };
+        let vm = Vm { spec: Some(spec), replicas: vec![replica, seeded], ..Default::default() };
+        ListVmsResponse { vms: vec![vm, Vm::default()] }
+    }
+
+    fn idle() -> ReplicationStatus {
+        ReplicationStatus {
+            phase: ReplicationPhase::Idle.into(),
+            newest: Some(RecoveryPoint { number: 41, ..Default::default() }),
+            lag_ms: 12_300,
+            lag_bytes: 3 << 20,
+            worst_rpo_ms: 34_000,
+            window_ms: 86_400_000,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_status_has_a_row_for_each_protected_site() {
+        assert_eq!(
+            statuses(&web(idle())),
+            "VM   SITE  PHASE  POINT     LAG    BEHIND  TARGET  WORST                    RATE  LEFT  PROBLEM\n\
+             web  b     idle      41  12.3 s  3.00 MiB     30s  34.0 s in 24 h 0 min  0 bit/s  -\n"
+        );
+        assert_eq!(protected(web(idle())).vms.len(), 1);
+        assert!(statuses(&ListVmsResponse::default()).contains("pageportctl protect VM --to SITE"));
+    }
+
+    #[test]
+    fn a_missed_target_cannot_be_overlooked() {
+        let late = ReplicationStatus { lag_ms: 95_000, rpo_missed: true, ..idle() };
+        assert!(statuses(&web(late.clone())).contains("1 min 35 s"));
+        assert!(statuses(&web(late.clone())).trim_end().ends_with("TARGET MISSED"));
+        let why = ReplicationStatus { problem: "scratch is full".into(), ..late };
+        assert!(statuses(&web(why)).trim_end().ends_with("TARGET MISSED: scratch is full"));
+    }
+
+    #[test]
+    fn a_first_copy_says_how_far_it_is_and_how_long_it_takes() {
+        let copying = ReplicationStatus {
+            phase: ReplicationPhase::FullCopy.into(),
+            done_bytes: 1 << 30,
+            total_bytes: 4 << 30,
+            rate_bps: 100_000_000,
+            eta_low_ms: 240_000,
+            eta_high_ms: 300_000,
+            ..Default::default()
+        };
+        let table = statuses(&web(copying.clone()));
+        assert!(table.contains("full copy 25.0 %"), "{table}");
+        assert!(table.contains("4 min 0 s to 5 min 0 s"), "{table}");
+        let replica = Replica { wan_bytes: 70 << 20, ..web(copying).vms.remove(0).replicas.remove(0) };
+        assert_eq!(
+            progress::first_copy(&replica),
+            "full copy   [#####---------------]  25 %  1.00 GiB of 4.00 GiB  ETA 4 min 0 s to 5 min 0 s  \
+             70.0 MiB sent at 100 Mbit/s"
+        );
+    }
+
+    #[test]
+    fn orders_are_confirmed_in_one_line() {
+        let vms = web(idle());
+        assert_eq!(
+            protect_line("web", &vms.vms[0].replicas[0]),
+            "web is protected at b: a recovery point at least every 30s, 10 are kept"
+        );
+        let link = |cap_bps| Link { from_site: "a".into(), to_site: "b".into(), cap_bps };
+        assert_eq!(link_line(&link(0)), "replication and seeds from a to b: no cap");
+        assert_eq!(link_line(&link(100_000_000)), "replication and seeds from a to b: at most 100 Mbit/s");
+        assert_eq!(
+            links(&ListLinksResponse { links: vec![link(100_000_000)] }),
+            "FROM  TO         CAP\na     b   100 Mbit/s\n"
+        );
+    }
+
+    #[test]
+    fn points_look_like_this() {
+        let point = RecoveryPoint { number: 41, taken_unix_ms: 1_000, changed_bytes: 5 << 20, quiesced: true };
+        assert_eq!(
+            points(&ListRecoveryPointsResponse { points: vec![point] }, 13_300),
+            "POINT  TAKEN        CHANGED  QUIESCED\n   41  12.3 s ago  5.00 MiB  yes\n"
+        );
+        assert!(points(&ListRecoveryPointsResponse::default(), 0).contains("replication status"));
+    }
+}

@@ -1,0 +1,217 @@
+//! Protection: a replica is kept up to date all the time, with recovery points, until it is ordered otherwise.
+//!
+//! ```text
+//!                 Protect                first point                    Unprotect
+//!  any, or none ──────────▶ Seeding ───────────────────▶ Seeded ──────────────────▶ Seeded, and left as it is
+//!                              │                           ▲
+//!                              └─ Unprotect: Failed        └── Outdated (after a takeover), with its first new point
+//! ```
+//! A protected replica that is `Seeded` can always be brought back to its newest recovery point, whatever writes into it: a move
+//! to it does not make it `Mixed`. When the VM changes its place the protection turns round with it, from the place it left.
+//!
+//! Guarantees: each order and each turn has a number of its own, so that a report about an earlier one counts for nothing.
+//! Does not know which points there are: that is what workers say ([`crate::link::observation`]).
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use pageport_proto::{SiteName, VmId, WorkerName, v1};
+use serde::{Deserialize, Serialize};
+
+use super::apply::{not_migrating, vm_mut};
+use super::command::{Answer, Outcome, Rejection};
+use super::state::{Replica, ReplicaPhase, State, Vm};
+
+/// Target of a protection that names none, in milliseconds.
+pub const DEFAULT_RPO_MS: u64 = 30_000;
+/// Targets that can be ordered, in milliseconds.
+pub const RPO_MS: RangeInclusive<u64> = 5_000..=24 * 3_600_000;
+/// Recovery points that a protection keeps which says nothing of them.
+pub const DEFAULT_KEEP_POINTS: u32 = 10;
+/// Numbers of recovery points that can be kept.
+pub const KEEP_POINTS: RangeInclusive<u32> = 1..=1000;
+/// The lowest cap of a link, in bits per second: below it nothing would ever arrive.
+pub const MIN_CAP_BPS: u64 = 100_000;
+
+/// What an operator asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Target: the newest recovery point is never to be older.
+    pub rpo_ms: u64,
+    /// Recovery points that are kept, the newest included.
+    pub keep_points: u32,
+    /// The guest is asked to bring its file systems to rest for each point.
+    pub quiesce: bool,
+}
+
+/// What was asked for, and the number of the order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protection {
+    /// What was asked for.
+    pub terms: Terms,
+    /// Number of the order, or of the turn that renewed it.
+    pub seq: u64,
+}
+
+/// A recovery point that a VM was booted from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Point {
+    /// Its number.
+    pub number: u64,
+    /// When it was taken, by the clock of the VM's host.
+    pub taken_unix_ms: i64,
+}
+
+/// What cannot be promised, or cannot be meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TermsError {
+    /// The target.
+    #[error("a target of {rpo_ms} ms cannot be kept: give 5 s to 24 h")]
+    Rpo {
+        /// What was asked for.
+        rpo_ms: u64,
+    },
+    /// The number of points.
+    #[error("{keep_points} recovery points cannot be kept: give 1 to 1000")]
+    KeepPoints {
+        /// What was asked for.
+        keep_points: u32,
+    },
+    /// The cap.
+    #[error("a link cannot be capped at {cap_bps} bit/s: give at least 100 kbit/s, or 0 for no cap")]
+    Cap {
+        /// What was asked for.
+        cap_bps: u64,
+    },
+}
+
+impl TryFrom<v1::Protection> for Terms {
+    type Error = TermsError;
+
+    /// What is zero gets its default.
+    fn try_from(asked: v1::Protection) -> Result<Self, TermsError> {
+        let v1::Protection { rpo_ms, keep_points, quiesce } = asked;
+        let rpo_ms = if rpo_ms == 0 { DEFAULT_RPO_MS } else { rpo_ms };
+        let keep_points = if keep_points == 0 { DEFAULT_KEEP_POINTS } else { keep_points };
+        if !RPO_MS.contains(&rpo_ms) {
+            return Err(TermsError::Rpo { rpo_ms });
+        }
+        if !KEEP_POINTS.contains(&keep_points) {
+            return Err(TermsError::KeepPoints { keep_points });
+        }
+        Ok(Self { rpo_ms, keep_points, quiesce })
+    }
+}
+
+impl From<Terms> for v1::Protection {
+    fn from(terms: Terms) -> Self {
+        let Terms { rpo_ms, keep_points, quiesce } = terms;
+        Self { rpo_ms, keep_points, quiesce }
+    }
+}
+
+/// A cap as an operator may order it; 0: none.
+///
+/// # Errors
+/// [`TermsError::Cap`].
+pub fn valid_cap(cap_bps: u64) -> Result<u64, TermsError> {
+    if cap_bps == 0 || cap_bps >= MIN_CAP_BPS { Ok(cap_bps) } else { Err(TermsError::Cap { cap_bps }) }
+}
+
+/// Caps of links, by source and destination. Nested, since keys of serialised maps are strings.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Links(BTreeMap<SiteName, BTreeMap<SiteName, u64>>);
+
+impl Links {
+    /// What replication and seeds may send from one site to another, in bits per second; 0: as much as they can.
+    pub fn cap_bps(&self, from: &SiteName, to: &SiteName) -> u64 {
+        self.0.get(from).and_then(|caps| caps.get(to)).copied().unwrap_or_default()
+    }
+
+    fn set(&mut self, from: SiteName, to: SiteName, cap_bps: u64) {
+        self.0.entry(from).or_default().insert(to, cap_bps);
+    }
+}
+
+/// Orders that a replica is kept up to date.
+pub(super) fn protect(state: &mut State, id: VmId, site: SiteName, worker: WorkerName, terms: Terms) -> Outcome {
+    if state.site_of(&worker) != Some(&site) {
+        return Err(Rejection::WorkerUnknown { worker });
+    }
+    let owner_site = state.vms.get(&id).and_then(|vm| state.site_of_vm(vm)).cloned();
+    let seq = state.protect_seq + 1;
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    let name = vm.spec.name.clone();
+    if owner_site.as_ref() == Some(&site) {
+        return Err(Rejection::AlreadyThere { name, site });
+    }
+    if vm.removals.contains_key(&site) {
+        return Err(Rejection::ReplicaLeaving { name, site });
+    }
+    let fresh = Replica { worker, seed_seq: 0, phase: ReplicaPhase::Seeding, protection: None };
+    // Files of an earlier copy lie at the worker that made it: replication goes on there.
+    let replica = vm.replicas.entry(site.clone()).or_insert(fresh);
+    if replica.protection.is_none() {
+        // The first copy may write into what lies there.
+        replica.phase = ReplicaPhase::Seeding;
+    }
+    replica.protection = Some(Protection { terms, seq });
+    state.protect_seq = seq;
+    Ok(Answer::Replica(id, site))
+}
+
+/// Orders that a replica is left as it is.
+pub(super) fn unprotect(state: &mut State, id: VmId, site: SiteName) -> Outcome {
+    let vm = vm_mut(state, id)?;
+    not_migrating(vm)?;
+    let protected = vm.replicas.get_mut(&site).filter(|replica| replica.protection.is_some());
+    let Some(replica) = protected else {
+        return Err(Rejection::NotProtected { name: vm.spec.name.clone(), site });
+    };
+    replica.protection = None;
+    match replica.phase {
+        ReplicaPhase::Seeding => {
+            let reason =
+                "the protection was ended before the first recovery point: seed or protect it again".to_owned();
+            replica.phase = ReplicaPhase::Failed { reason };
+        }
+        ReplicaPhase::Seeded | ReplicaPhase::Mixed | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {}
+    }
+    Ok(Answer::Done)
+}
+
+/// The replica has its first recovery point under this order.
+pub(super) fn reached_a_point(state: &mut State, id: VmId, site: &SiteName, protect_seq: u64) {
+    let replica = state.vms.get_mut(&id).and_then(|vm| vm.replicas.get_mut(site));
+    if let Some(replica) = replica.filter(|replica| replica.is_protected_by(protect_seq)) {
+        replica.phase = ReplicaPhase::Seeded;
+    }
+}
+
+/// Caps a link.
+pub(super) fn set_link_cap(state: &mut State, from: SiteName, to: SiteName, cap_bps: u64) -> Outcome {
+    if from == to {
+        return Err(Rejection::NoLink { site: from });
+    }
+    state.links.set(from, to, cap_bps);
+    Ok(Answer::Done)
+}
+
+/// The VM now lives on what was `arrived`: what protected it there protects what it left.
+pub(super) fn turn_round(protect_seq: &mut u64, arrived: Option<&Replica>) -> Option<Protection> {
+    let Protection { terms, .. } = arrived?.protection?;
+    *protect_seq += 1;
+    Some(Protection { terms, seq: *protect_seq })
+}
+
+/// Is the replica, if it is protected, one to boot from or move to?
+pub(super) fn has_point(vm: &Vm, site: &SiteName, replica: &Replica) -> Result<(), Rejection> {
+    match replica.phase {
+        _ if replica.protection.is_none() => Ok(()),
+        ReplicaPhase::Seeded => Ok(()),
+        ReplicaPhase::Seeding | ReplicaPhase::Mixed | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {
+            Err(Rejection::NoPointYet { name: vm.spec.name.clone(), site: site.clone() })
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! Protection in the pure model and in what workers are told: which orders are taken in which phase, what a report changes, and
+//! how protection turns round when the VM changes its place.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::sync::Arc;
+
+use pageport_controller::link::assignment::assignment;
+use pageport_controller::link::observation::{Observations, Observed};
+use pageport_controller::link::reconcile::{Now, reconcile};
+use pageport_controller::model::command::ClientOrder;
+use pageport_controller::model::protection::{Point, TermsError, valid_cap};
+use pageport_controller::model::state::{Power, Replica, ReplicaPhase, Worker};
+use pageport_controller::model::{Answer, Command, Order, Rejection, Spec, State, Terms, apply, takeover};
+use pageport_ownership::controller::Fact;
+use pageport_ownership::{Evidence, Proof};
+use pageport_proto::v1;
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
+use tokio::time::Instant;
+
+const TERMS: Terms = Terms { rpo_ms: 30_000, keep_points: 10, quiesce: false };
+
+fn site(name: &str) -> SiteName {
+    name.parse().unwrap()
+}
+
+fn worker(site: &str) -> WorkerName {
+    format!("worker-{site}").parse().unwrap()
+}
+
+/// A VM that runs at site a, which its worker has confirmed; workers at a, b and c.
+struct Story {
+    state: State,
+    id: VmId,
+}
+
+impl Story {
+    fn new() -> Self {
+        let mut state = State::default();
+        for name in ["a", "b", "c"] {
+            state.workers.insert(worker(name), Worker::at(site(name)));
+        }
+        let mut story = Self { state, id: VmId::generate() };
+        let spec = v1::VmSpec {
+            name: "web".into(),
+            memory_bytes: 64 << 20,
+            vcpus: 1,
+            disks: vec![v1::DiskSpec { name: "root".into(), path: "/x.raw".into(), format: String::new() }],
+            on_isolation: v1::IsolationPolicy::SelfFence.into(),
+            ..v1::VmSpec::default()
+        };
+        let spec = Box::new(Spec::try_from(spec).unwrap());
+        story.client(ClientOrder::DefineVm { id: story.id, spec, worker: worker("a") }).unwrap();
+        story.client(ClientOrder::SetPower { vm: story.id, power: Power::Run }).unwrap();
+        story.confirm();
+        story
+    }
+
+    /// Protected at site b, with a first point.
+    fn protected() -> Self {
+        let mut story = Self::new();
+        story.protect("b").unwrap();
+        story.reach("b");
+        story
+    }
+
+    fn apply(&mut self, order: Order) -> Result<Answer, Rejection> {
+        apply(&mut self.state, Command { now_unix_ms: 20_000, order })
+    }
+
+    fn client(&mut self, order: ClientOrder) -> Result<Answer, Rejection> {
+        self.apply(Order::Client { request: RequestId::generate(), order })
+    }
+
+    fn protect(&mut self, at: &str) -> Result<Answer, Rejection> {
+        let order = ClientOrder::Protect { vm: self.id, site: site(at), worker: worker(at), terms: TERMS };
+        self.client(order)
+    }
+
+    fn unprotect(&mut self, at: &str) -> Result<Answer, Rejection> {
+        self.client(ClientOrder::Unprotect { vm: self.id, site: site(at) })
+    }
+
+    fn seed(&mut self, at: &str) -> Result<Answer, Rejection> {
+        self.client(ClientOrder::SeedReplica { vm: self.id, site: site(at), worker: worker(at) })
+    }
+
+    fn seeded(&mut self, at: &str) {
+        let seed_seq = self.replica(at).seed_seq;
+        self.apply(Order::SeedEnded { vm: self.id, site: site(at), seed_seq, failure: None }).unwrap();
+    }
+
+    fn reach(&mut self, at: &str) {
+        let protect_seq = self.seq(at);
+        self.apply(Order::ReachedPoint { vm: self.id, site: site(at), protect_seq }).unwrap();
+    }
+
+    fn begin_move(&mut self, to: &str) -> Result<MigrationId, Rejection> {
+        let id = MigrationId::generate();
+        let order = ClientOrder::CreateMigration { id, vm: self.id, site: site(to), traceparent: String::new() };
+        self.client(order).map(|_| id)
+    }
+
+    fn evidence(&mut self, of: WorkerName, fact: Fact) {
+        self.apply(Order::Evidence { vm: self.id, evidence: Evidence { worker: of, fact } }).unwrap();
+    }
+
+    /// The owner has acted on its newest epoch.
+    fn confirm(&mut self) {
+        let (owner, own) = self.state.vms[&self.id].ownership.owner();
+        self.evidence(owner.clone(), Fact::Acquired(own));
+    }
+
+    fn arrive(&mut self, id: MigrationId) {
+        let (to, epoch) = (self.state.migrations[&id].to.worker.clone(), self.state.migrations[&id].epoch);
+        self.evidence(to, Fact::Acquired(epoch));
+    }
+
+    fn replica(&self, at: &str) -> &Replica {
+        &self.state.vms[&self.id].replicas[&site(at)]
+    }
+
+    fn seq(&self, at: &str) -> u64 {
+        self.replica(at).protection.unwrap().seq
+    }
+
+    fn replications(&self, of: &str) -> Vec<v1::ReplicationAssignment> {
+        assignment(&self.state, &worker(of)).replications
+    }
+
+    /// What reports of the owner's replication call for.
+    fn orders(&self, report: &v1::ReplicationReport) -> Vec<Order> {
+        let mut observations = Observations::default();
+        let (instant, reporter) = (Instant::now(), worker("a"));
+        let known = &self.state.workers[&reporter];
+        let report = v1::WorkerReport {
+            site: known.site.to_string(),
+            replications: vec![report.clone()],
+            ..v1::WorkerReport::default()
+        };
+        observations.put(reporter, Observed { report: Arc::new(report), at: instant, at_unix_ms: 0, assigned: None });
+        let orders = reconcile(&self.state, &observations, Now { instant, unix_ms: 0 });
+        orders.into_iter().filter(|order| matches!(order, Order::ReachedPoint { .. })).collect()
+    }
+
+    fn take_over(
+        &mut self,
+        proof: impl FnOnce(&Self) -> Proof<WorkerName>,
+        point: Option<Point>,
+    ) -> Result<Answer, Rejection> {
+        let last = self.state.vms[&self.id].ownership.last();
+        let proof = proof(self);
+        self.apply(Order::TakeOver(takeover::Order {
+            vm: self.id,
+            site: site("b"),
+            worker: worker("b"),
+            last,
+            proof,
+            seen: "silent".into(),
+            ordered_by: None,
+            point,
+        }))
+    }
+
+    fn leases_out(&self) -> Proof<WorkerName> {
+        let last = self.state.vms[&self.id].ownership.last();
+        Proof::LeasesOut { workers: vec![worker("a"), worker("b")], last }
+    }
+}
+
+fn refused(outcome: Result<Answer, Rejection>, part: &str) {
+    let rejection = outcome.unwrap_err().to_string();
+    assert!(rejection.contains(part), "{rejection}");
+}
+
+#[test]
+fn terms_are_validated_at_the_edge_and_what_is_left_out_gets_its_default() {
+    let terms = |rpo_ms, keep_points| Terms::try_from(v1::Protection { rpo_ms, keep_points, quiesce: false });
+    assert_eq!(terms(0, 0), Ok(TERMS));
+    assert_eq!(terms(5_000, 1).map(|terms| (terms.rpo_ms, terms.keep_points)), Ok((5_000, 1)));
+    assert!(terms(86_400_000, 1000).is_ok());
+    for rpo_ms in [4_999, 86_400_001] {
+        assert_eq!(terms(rpo_ms, 1), Err(TermsError::Rpo { rpo_ms }));
+    }
+    assert_eq!(terms(0, 1001), Err(TermsError::KeepPoints { keep_points: 1001 }));
+    assert_eq!((valid_cap(0), valid_cap(100_000)), (Ok(0), Ok(100_000)));
+    assert_eq!(valid_cap(99_999), Err(TermsError::Cap { cap_bps: 99_999 }));
+}
+
+#[test]
+fn protection_makes_a_replica_that_is_complete_from_its_first_point_on_and_no_seed() {
+    let mut story = Story::new();
+    assert_eq!(story.protect("b"), Ok(Answer::Replica(story.id, site("b"))));
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeding);
+    let told = assignment(&story.state, &worker("a"));
+    assert!(told.seeds.is_empty(), "replication makes the first copy");
+    assert_eq!(told.replications.len(), 1);
+    story.reach("b");
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeded);
+}
+
+#[test]
+fn only_a_point_under_the_newest_order_completes_a_replica() {
+    let mut story = Story::new();
+    story.protect("b").unwrap();
+    let newest = v1::RecoveryPoint { number: 1, ..v1::RecoveryPoint::default() };
+    let report = |protect_seq, newest| v1::ReplicationReport {
+        vm_id: story.id.to_string(),
+        to_site: "b".into(),
+        protect_seq,
+        status: Some(v1::ReplicationStatus { newest, ..v1::ReplicationStatus::default() }),
+        wan_bytes: 0,
+    };
+    let (old, pointless, good) = (report(7, Some(newest)), report(1, None), report(1, Some(newest)));
+    assert_eq!(story.orders(&old), []);
+    assert_eq!(story.orders(&pointless), []);
+    let orders = story.orders(&good);
+    assert_eq!(orders, [Order::ReachedPoint { vm: story.id, site: site("b"), protect_seq: 1 }]);
+    story.apply(orders[0].clone()).unwrap();
+    assert_eq!(story.orders(&good), [], "it is proposed once");
+    // Other terms are another order; the replica stays complete.
+    story.protect("b").unwrap();
+    assert_eq!((story.seq("b"), story.replica("b").phase.clone()), (2, ReplicaPhase::Seeded));
+    story.apply(Order::ReachedPoint { vm: story.id, site: site("b"), protect_seq: 1 }).unwrap();
+}
+
+#[test]
+fn what_cannot_be_protected_is_refused_with_the_reason() {
+    let mut story = Story::new();
+    refused(story.protect("a"), "already runs at site \"a\"");
+    let elsewhere = ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("c"), terms: TERMS };
+    refused(story.client(elsewhere), "worker \"worker-c\" is unknown");
+    let nobody = ClientOrder::Protect { vm: VmId::generate(), site: site("b"), worker: worker("b"), terms: TERMS };
+    refused(story.client(nobody), "is unknown");
+    refused(story.unprotect("b"), "is not protected at site \"b\"");
+
+    story.protect("b").unwrap();
+    refused(story.seed("b"), "is kept up to date already");
+    let delete = ClientOrder::DeleteReplica { vm: story.id, site: site("b") };
+    refused(story.client(delete.clone()), "run \"pageportctl unprotect web --site b\" first");
+    story.unprotect("b").unwrap();
+    story.client(delete).unwrap();
+    refused(story.protect("b"), "is still being removed");
+
+    story.client(ClientOrder::SetPower { vm: story.id, power: Power::Stop }).unwrap();
+    story.client(ClientOrder::DeleteVm { vm: story.id }).unwrap();
+    refused(story.protect("c"), "is unknown");
+}
+
+#[test]
+fn an_unprotected_replica_stays_as_it_is_at_its_newest_point_or_counts_as_failed_without_one() {
+    let mut story = Story::protected();
+    story.unprotect("b").unwrap();
+    assert_eq!((story.replica("b").phase.clone(), story.replica("b").protection), (ReplicaPhase::Seeded, None));
+    assert!(story.replications("a").is_empty());
+    story.protect("b").unwrap();
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeding);
+    story.unprotect("b").unwrap();
+    assert!(
+        matches!(&story.replica("b").phase, ReplicaPhase::Failed { reason } if reason.contains("first recovery point"))
+    );
+    // It can be seeded by hand then.
+    story.seed("b").unwrap();
+    story.seeded("b");
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeded);
+}
+
+#[test]
+fn the_end_of_a_seed_that_protection_took_over_from_completes_nothing() {
+    let mut story = Story::new();
+    story.seed("b").unwrap();
+    story.protect("b").unwrap();
+    story.seeded("b");
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeding);
+}
+
+#[test]
+fn a_move_to_a_protected_replica_needs_a_point_and_never_mixes_it() {
+    let mut story = Story::new();
+    story.protect("b").unwrap();
+    refused(story.begin_move("b").map(Answer::Migration), "has no recovery point yet");
+    story.reach("b");
+    let id = story.begin_move("b").unwrap();
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeded);
+    refused(story.unprotect("b"), "is already migrating");
+    refused(story.protect("c"), "is already migrating");
+    assert_eq!(story.replications("a").len(), 1, "the worker decides what it does of it during a move");
+    let epoch = story.state.migrations[&id].epoch;
+    story.evidence(worker("a"), Fact::Revoked(epoch));
+    assert_eq!(story.replica("b").phase, ReplicaPhase::Seeded, "it is brought back to its newest point");
+    story.take_over(Story::leases_out, None).unwrap();
+}
+
+#[test]
+fn protection_turns_round_with_the_vm_and_that_of_other_sites_stays() {
+    let mut story = Story::protected();
+    story.protect("c").unwrap();
+    story.reach("c");
+    let id = story.begin_move("b").unwrap();
+    story.arrive(id);
+    assert!(!story.state.vms[&story.id].replicas.contains_key(&site("b")));
+    let left = story.replica("a").clone();
+    assert_eq!((left.phase, left.protection.unwrap().terms, left.worker), (ReplicaPhase::Seeded, TERMS, worker("a")));
+    assert_eq!((story.seq("a"), story.seq("c")), (3, 2));
+    let told = story.replications("b");
+    assert_eq!(told.iter().map(|order| order.to_site.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+    assert!(story.replications("a").is_empty());
+    // And back.
+    let id = story.begin_move("a").unwrap();
+    story.arrive(id);
+    assert_eq!((story.seq("b"), story.replica("b").phase.clone()), (4, ReplicaPhase::Seeded));
+}
+
+#[test]
+fn a_move_to_an_unprotected_replica_protects_nothing() {
+    let mut story = Story::protected();
+    story.seed("c").unwrap();
+    story.seeded("c");
+    let id = story.begin_move("c").unwrap();
+    story.arrive(id);
+    assert_eq!(story.replica("a").protection, None);
+    assert_eq!(story.replications("c").len(), 1, "the one at b goes on from the new place");
+}
+
+#[test]
+fn a_takeover_boots_from_the_newest_point_and_says_so_and_the_old_disk_is_brought_up_to_date() {
+    let mut story = Story::protected();
+    story.take_over(Story::leases_out, Some(Point { number: 41, taken_unix_ms: 8_000 })).unwrap();
+    let vm = &story.state.vms[&story.id];
+    let expected = "taken over from worker \"worker-a\" at recovery point 41, which was 12 s old";
+    assert!(vm.problem.starts_with(expected), "{}", vm.problem);
+    assert_eq!(vm.takeovers[0].point.unwrap().number, 41);
+    assert_eq!((story.replica("a").phase.clone(), story.seq("a")), (ReplicaPhase::Outdated, 2));
+    assert_eq!(story.replications("b").len(), 1);
+    refused(story.begin_move("a").map(Answer::Migration), "has no recovery point yet");
+    story.reach("a");
+    assert_eq!(story.replica("a").phase, ReplicaPhase::Seeded);
+}
+
+#[test]
+fn a_disk_that_was_handed_over_goes_back_to_no_point() {
+    let mut story = Story::protected();
+    let id = story.begin_move("b").unwrap();
+    let epoch = story.state.migrations[&id].epoch;
+    story.evidence(worker("a"), Fact::Released(epoch));
+    story.take_over(Story::leases_out, Some(Point { number: 41, taken_unix_ms: 0 })).unwrap();
+    assert_eq!(story.state.vms[&story.id].takeovers[0].point, None);
+    assert_eq!(story.seq("a"), 2, "the protection turns round all the same");
+}
+
+#[test]
+fn a_first_copy_is_nothing_to_boot_from() {
+    let mut story = Story::new();
+    story.protect("b").unwrap();
+    refused(story.take_over(Story::leases_out, None), "has no recovery point yet");
+    let forced = |_: &Story| Proof::Override { who: "ann".into(), reason: "all that is left".into() };
+    refused(story.take_over(forced, None), "has no recovery point yet");
+}
+
+#[test]
+fn a_cap_reaches_the_replications_over_its_link_and_no_others() {
+    let mut story = Story::protected();
+    story.protect("c").unwrap();
+    let cap = |from, to, cap_bps| ClientOrder::SetLinkCap { from: site(from), to: site(to), cap_bps };
+    assert_eq!(story.client(cap("a", "b", 5_000_000)), Ok(Answer::Done));
+    story.client(cap("b", "a", 7_000_000)).unwrap();
+    let caps = |story: &Story| story.replications("a").iter().map(|order| order.cap_bps).collect::<Vec<_>>();
+    assert_eq!(caps(&story), [5_000_000, 0]);
+    story.client(cap("a", "b", 0)).unwrap();
+    assert_eq!(caps(&story), [0, 0]);
+    refused(story.client(cap("a", "a", 0)), "no link from site \"a\" to itself");
+    let copy: State = serde_json::from_slice(&serde_json::to_vec(&story.state).unwrap()).unwrap();
+    assert_eq!(copy, story.state);
+}
+
+#[test]
+fn a_state_from_before_there_was_protection_is_read() {
+    let mut story = Story::new();
+    story.seed("b").unwrap();
+    let mut old = serde_json::to_value(&story.state).unwrap();
+    let fields = old.as_object_mut().unwrap();
+    fields.remove("protect_seq").unwrap();
+    fields.remove("links").unwrap();
+    let vm = &mut fields["vms"][story.id.to_string()];
+    vm["replicas"]["b"].as_object_mut().unwrap().remove("protection").unwrap();
+    assert_eq!(serde_json::from_value::<State>(old).unwrap(), story.state);
+}

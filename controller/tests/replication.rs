@@ -1,0 +1,164 @@
+//! Protection through the API and the worker link: order, first point, lag, recovery points, caps, and the turn after a move.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod support;
+
+use pageport_controller::config::LogLimits;
+use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
+use support::{Cluster, define, eventually, request_id, worker};
+use tonic::Code;
+
+struct Lab {
+    cluster: Cluster,
+    board: worker::Shared,
+    node: u64,
+}
+
+impl Lab {
+    /// Two workers, and a VM that runs at `a`.
+    async fn start() -> Self {
+        let cluster = Cluster::start(LogLimits::default()).await;
+        let board = worker::Shared::default();
+        worker::start(&cluster, "worker-a", "a", &board);
+        worker::start(&cluster, "worker-b", "b", &board);
+        let node = cluster.a_follower().await;
+        let lab = Self { cluster, board, node };
+        eventually("both sites", async || {
+            let sites = lab.cluster.fleet(node).list_sites(v1::ListSitesRequest {}).await.ok()?.into_inner().sites;
+            (sites.iter().filter(|site| site.reachable).count() == 2).then_some(())
+        })
+        .await;
+        lab.cluster.fleet(node).define_vm(define("web", "a")).await.unwrap();
+        let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
+        lab.cluster.fleet(node).start_vm(start).await.unwrap();
+        lab.vm_until(|vm| vm.state() == VmState::Running).await;
+        lab
+    }
+
+    async fn vm_until(&self, wanted: impl Fn(&v1::Vm) -> bool) -> v1::Vm {
+        eventually("the VM to get there", async || {
+            let answer = self.cluster.fleet(self.node).get_vm(v1::GetVmRequest { vm: "web".into() }).await.ok()?;
+            answer.into_inner().vm.filter(|vm| wanted(vm))
+        })
+        .await
+    }
+
+    async fn protect(&self, to_site: &str, rpo_ms: u64) -> Result<v1::Replica, tonic::Status> {
+        let request = v1::ProtectVmRequest {
+            request_id: request_id(),
+            vm: "web".into(),
+            to_site: to_site.into(),
+            protection: Some(v1::Protection { rpo_ms, ..v1::Protection::default() }),
+        };
+        Ok(self.cluster.replication(self.node).protect_vm(request).await?.into_inner().replica.unwrap())
+    }
+
+    async fn points(&self, site: &str) -> Result<Vec<v1::RecoveryPoint>, tonic::Status> {
+        let request = v1::ListRecoveryPointsRequest { vm: "web".into(), site: site.into() };
+        Ok(self.cluster.replication(self.node).list_recovery_points(request).await?.into_inner().points)
+    }
+
+    async fn cap(&self, from: &str, to: &str, cap_bps: u64) -> Result<v1::Link, tonic::Status> {
+        let link = v1::Link { from_site: from.into(), to_site: to.into(), cap_bps };
+        let request = v1::SetLinkCapRequest { request_id: request_id(), link: Some(link) };
+        Ok(self.cluster.replication(self.node).set_link_cap(request).await?.into_inner().link.unwrap())
+    }
+}
+
+fn is_seeded_at(vm: &v1::Vm, site: &str) -> bool {
+    vm.replicas.iter().any(|replica| replica.site == site && replica.state() == ReplicaState::Seeded)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_protected_vm_has_points_at_its_site_and_at_the_one_it_left_after_a_move() {
+    let lab = Lab::start().await;
+    lab.board.lock().unwrap().no_points = Some("the first copy is slow".into());
+    let replica = lab.protect("b", 0).await.unwrap();
+    let terms = replica.protection.unwrap();
+    assert_eq!((replica.state(), terms.rpo_ms, terms.keep_points), (ReplicaState::Seeding, 30_000, 10));
+    let slow = lab.vm_until(|vm| vm.replicas.iter().any(|replica| replica.problem == "the first copy is slow")).await;
+    assert_eq!(slow.replicas[0].state(), ReplicaState::Seeding);
+    assert_eq!(lab.points("b").await.unwrap(), []);
+
+    lab.board.lock().unwrap().no_points = None;
+    let vm = lab.vm_until(|vm| is_seeded_at(vm, "b")).await;
+    let status = vm.replicas[0].replication.as_ref().unwrap();
+    assert!(status.newest.is_some() && !status.rpo_missed, "{status:?}");
+    assert_eq!(vm.replicas[0].wan_bytes, 4096);
+    eventually("the holder's points", async || (!lab.points("b").await.ok()?.is_empty()).then_some(())).await;
+
+    let order = v1::CreateMigrationRequest { request_id: request_id(), vm: "web".into(), to_site: "b".into() };
+    let migration = lab.cluster.migration(lab.node).create_migration(order).await.unwrap().into_inner().migration;
+    let id = migration.unwrap().id;
+    eventually("the end of the move", async || {
+        let request = v1::GetMigrationRequest { id: id.clone() };
+        let answer = lab.cluster.migration(lab.node).get_migration(request).await.ok()?.into_inner();
+        (answer.migration?.state() == MigrationState::Completed).then_some(())
+    })
+    .await;
+    let turned = lab
+        .vm_until(|vm| {
+            vm.replicas.iter().any(|replica| {
+                replica.replication.as_ref().is_some_and(|status| status.newest.is_some() && replica.site == "a")
+            })
+        })
+        .await;
+    assert_eq!(turned.replicas.iter().map(|replica| replica.site.as_str()).collect::<Vec<_>>(), ["a"]);
+    assert_eq!(turned.replicas[0].protection.unwrap().rpo_ms, 30_000);
+    eventually("points at the old place", async || (!lab.points("a").await.ok()?.is_empty()).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missed_target_is_the_vms_problem_until_it_is_met_or_ended() {
+    let lab = Lab::start().await;
+    lab.protect("b", 60_000).await.unwrap();
+    lab.vm_until(|vm| is_seeded_at(vm, "b")).await;
+    lab.board.lock().unwrap().lag_ms = 95_000;
+    let late = lab.vm_until(|vm| !vm.problem.is_empty()).await;
+    assert!(late.problem.starts_with("replication to site \"b\" is 9"), "{}", late.problem);
+    assert!(late.problem.ends_with("s behind (target 60 s)"), "{}", late.problem);
+    assert!(late.replicas[0].replication.as_ref().unwrap().rpo_missed);
+    lab.board.lock().unwrap().lag_ms = 0;
+    lab.vm_until(|vm| vm.problem.is_empty()).await;
+
+    let seed = v1::SeedReplicaRequest { request_id: request_id(), vm: "web".into(), to_site: "b".into() };
+    let refused = lab.cluster.replication(lab.node).seed_replica(seed).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("is kept up to date already"), "{refused}");
+    let end = v1::UnprotectVmRequest { request_id: request_id(), vm: "web".into(), site: "b".into() };
+    lab.cluster.replication(lab.node).unprotect_vm(end).await.unwrap();
+    let left = lab.vm_until(|vm| vm.replicas[0].protection.is_none()).await;
+    assert_eq!((left.replicas[0].state(), &left.replicas[0].replication), (ReplicaState::Seeded, &None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wrong_terms_and_sites_are_refused_with_the_fix_and_caps_reach_the_worker() {
+    let lab = Lab::start().await;
+    for (site, rpo_ms, code, part) in [
+        ("b", 1_000, Code::InvalidArgument, "give 5 s to 24 h"),
+        ("a", 0, Code::FailedPrecondition, "already runs at site \"a\""),
+        ("z", 0, Code::NotFound, "known sites: a, b"),
+    ] {
+        let refused = lab.protect(site, rpo_ms).await.unwrap_err();
+        assert_eq!(refused.code(), code, "{refused}");
+        assert!(refused.message().contains(part), "{refused}");
+    }
+    let none = lab.points("b").await.unwrap_err();
+    assert!(none.message().starts_with("no replica of vm \"web\" at site \"b\""), "{none}");
+    assert_eq!(lab.cap("a", "b", 5).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(lab.cap("a", "a", 0).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(lab.cap("a", "z", 0).await.unwrap_err().code(), Code::NotFound);
+
+    lab.protect("b", 0).await.unwrap();
+    assert_eq!(lab.cap("a", "b", 100_000_000).await.unwrap().cap_bps, 100_000_000);
+    eventually("the cap at the worker", async || {
+        let board = lab.board.lock().unwrap();
+        let told = board.replications.get("worker-a")?;
+        (told.first()?.cap_bps == 100_000_000).then_some(())
+    })
+    .await;
+    let links = lab.cluster.replication(lab.node).list_links(v1::ListLinksRequest {}).await.unwrap().into_inner().links;
+    let shown: Vec<_> = links.iter().map(|link| (&*link.from_site, &*link.to_site, link.cap_bps)).collect();
+    assert_eq!(shown, [("a", "b", 100_000_000), ("b", "a", 0)]);
+}

@@ -1,0 +1,37 @@
+// How a protected replica stands, as words and a tone. Pure.
+import { type Replica, ReplicationPhase } from "../gen/pageport/v1/replication_pb.ts";
+import { bytes, duration, percent } from "./format.ts";
+import type { Look } from "./states.ts";
+
+const PHASE = {
+  [ReplicationPhase.UNSPECIFIED]: { word: "?", tone: "warn" },
+  [ReplicationPhase.WAITING]: { word: "waiting", tone: "warn" },
+  [ReplicationPhase.FULL_COPY]: { word: "full copy", tone: "busy" },
+  [ReplicationPhase.INCREMENT]: { word: "up to date", tone: "good" },
+  [ReplicationPhase.IDLE]: { word: "up to date", tone: "good" },
+  [ReplicationPhase.MIGRATING]: { word: "migrating", tone: "busy" },
+} satisfies Record<ReplicationPhase, Look>;
+
+const MISSED: Look = { word: "target missed", tone: "bad" };
+
+/** The badge of a protected replica; undefined for one that is left as it is. */
+export function protectionLook(replica: Replica): Look | undefined {
+  if (replica.protection === undefined) return undefined;
+  if (replica.replication?.rpoMissed) return MISSED;
+  const phase = replica.replication?.phase ?? ReplicationPhase.UNSPECIFIED;
+  return PHASE[phase] ?? PHASE[ReplicationPhase.UNSPECIFIED];
+}
+
+/** Lag against the target, and the worst it has been; empty for a replica that is left as it is. */
+export function protectionFacts(replica: Replica): string {
+  const { protection, replication } = replica;
+  if (protection === undefined) return "";
+  const target = `target ${duration(protection.rpoMs)}`;
+  if (replication?.newest === undefined) {
+    const { doneBytes = 0n, totalBytes = 0n } = replication ?? {};
+    const copied = totalBytes === 0n ? "" : `${percent(Math.min(1, Number(doneBytes) / Number(totalBytes)))} of ${bytes(totalBytes)}, `;
+    return `no recovery point yet, ${copied}${target}`;
+  }
+  const worst = replication.windowMs === 0n ? "" : `, worst ${duration(replication.worstRpoMs)} in ${duration(replication.windowMs)}`;
+  return `point ${replication.newest.number}, ${duration(replication.lagMs)} behind, ${target}${worst}`;
+}
