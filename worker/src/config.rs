@@ -27,6 +27,8 @@ pub struct RawConfig {
     #[serde(default)]
     hypervisor: HypervisorConfig,
     #[serde(default)]
+    replication: ReplicationConfig,
+    #[serde(default)]
     telemetry: TelemetryConfig,
 }
 
@@ -75,6 +77,24 @@ impl Default for HypervisorConfig {
     }
 }
 
+/// `[replication]`: how much disk may be used for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReplicationConfig {
+    /// Old bytes kept while a point of a VM is copied away, in bytes; a point that needs more is given up and tried again.
+    pub scratch_bytes: u64,
+    /// Journals and older recovery points of one VM's replica, in bytes; the oldest points go first.
+    pub points_bytes: u64,
+    /// Left free on the file system of `data_dir`, in bytes.
+    pub reserve_bytes: u64,
+}
+
+impl Default for ReplicationConfig {
+    fn default() -> Self {
+        Self { scratch_bytes: 16 << 30, points_bytes: 64 << 30, reserve_bytes: 1 << 30 }
+    }
+}
+
 /// `hypervisor.accelerator`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -110,6 +130,8 @@ pub struct Config {
     pub tls: TlsPaths,
     /// The hypervisor.
     pub hypervisor: HypervisorConfig,
+    /// Disk for replication.
+    pub replication: ReplicationConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
 }
@@ -152,6 +174,7 @@ impl TryFrom<RawConfig> for Config {
             },
             tls: raw.tls,
             hypervisor: raw.hypervisor,
+            replication: raw.replication,
             telemetry: raw.telemetry,
         })
     }

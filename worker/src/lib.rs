@@ -4,7 +4,7 @@
 //!   controller ◀──gRPC── agent ──▶ vms ──▶ hypervisor (QEMU over QMP)
 //!                          │                    ▲ │ stream, NBD
 //!                          ▼                    │ ▼
-//!                 migration {source, destination} · replica {seed, session, store}
+//!                 migration {source, destination} · replication · replica {seed, session, store, points}
 //!                          ▲                    │
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
@@ -19,6 +19,7 @@ pub mod migration;
 pub mod nbd;
 pub mod node;
 pub mod replica;
+pub mod replication;
 pub mod store_identity;
 pub mod transport;
 pub mod vms;

@@ -1,7 +1,9 @@
 //! What the parts of one worker share: its identity, its stores, its ways to peers and controllers.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use pageport_proto::VmId;
 use tokio::sync::Notify;
 
 use crate::agent::controllers::Controllers;
@@ -9,8 +11,12 @@ use crate::config::Config;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::migration::registry::Registry;
+use crate::replica::cap::Caps;
+use crate::replica::groups::Groups;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
+use crate::replication::registry::Replications;
+use crate::replication::serve::Sessions;
 use crate::store_identity::StoreIdentity;
 use crate::transport::PeerEndpoint;
 use crate::vms::Vms;
@@ -28,8 +34,16 @@ pub struct Node {
     pub qemu_version: QemuVersion,
     /// Disks and replicas.
     pub replicas: Arc<ReplicaStore>,
+    /// Their recovery points.
+    pub groups: Arc<Groups>,
     /// What is known of replicas elsewhere.
     pub views: Views,
+    /// What replication and seeds may send.
+    pub caps: Caps,
+    /// Replications whose source is here.
+    pub replications: Replications,
+    /// Replication sessions whose replica is here.
+    pub sessions: Sessions,
     /// The way to other workers.
     pub endpoint: PeerEndpoint,
     /// The way to the controllers.
@@ -42,4 +56,11 @@ pub struct Node {
     pub changed: Arc<Notify>,
     /// Notified when a VM needs a lease now.
     pub lease_wanted: Notify,
+}
+
+impl Node {
+    /// Where old bytes of a disk are kept while a point of it is copied.
+    pub fn scratch(&self, vm: VmId, disk: &str) -> PathBuf {
+        self.config.data_dir.join("scratch").join(format!("{vm}-{disk}"))
+    }
 }

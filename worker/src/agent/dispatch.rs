@@ -1,4 +1,5 @@
-//! From an assignment to tasks: one per VM, one per migration of which this worker is the source, one per seed.
+//! From an assignment to tasks: one per VM, one per migration of which this worker is the source, one per seed, one per
+//! replication.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::migration::source;
 use crate::node::Node;
 use crate::replica::seed;
+use crate::replication::replicators::Replicators;
+use crate::vms::VmError;
 use crate::vms::converge::{Converged, converge};
 
 /// What did not work is tried again after this.
@@ -21,6 +24,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// Follows the assignments for ever.
 pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAssignment>>) {
     let mut keepers: HashMap<VmId, Keeper> = HashMap::new();
+    let mut replications = Replicators::default();
     loop {
         let assignment = assigned.borrow_and_update().clone();
         if let Some(assignment) = &assignment {
@@ -31,6 +35,7 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             let named = |id: MigrationId| assignment.migrations.iter().any(|it| it.migration_id == id.to_string());
             node.registry.retain_migrations(named);
             start_seeds(&node, assignment).await;
+            replications.follow(&node, assignment);
             for removal in &assignment.replica_removals {
                 remove_replica(&node, &removal.vm_id);
             }
@@ -199,7 +204,10 @@ fn remove_replica(node: &Arc<Node>, vm_id: &str) {
         tracing::error!(vm_id, "told to remove the replica of a vm that this worker may run; it stays");
         return;
     }
-    let removed = tokio::task::block_in_place(|| node.replicas.remove(id));
+    let removed = tokio::task::block_in_place(|| -> Result<(), VmError> {
+        node.groups.forget(id)?;
+        Ok(node.replicas.remove(id)?)
+    });
     if let Err(error) = removed {
         tracing::warn!(vm_id, error = %crate::error::with_causes(&error), "replica not removed");
     }

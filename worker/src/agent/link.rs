@@ -93,6 +93,7 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         vms: node.vms.list().iter().map(|vm| vm_report(node, vm)).collect(),
         migrations: node.registry.migration_reports(),
         seeds: node.registry.seed_reports(),
+        replications: node.replications.reports(),
         assignment_seq,
         store_id: node.store.id.to_string(),
         guarded: pageport_keeper::heartbeat::is_guarded(&config.runtime_dir),
@@ -116,6 +117,7 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         disk_bytes,
         disk_allocated_bytes,
         has_replica: !paths.is_empty() && status.record.owned().is_none(),
+        recovery_points: node.groups.points(vm.id()),
         halted_power_seq: status.halted_under.unwrap_or_default(),
     }
 }

@@ -34,8 +34,13 @@ use crate::config::{AcceleratorChoice, Config};
 use crate::hypervisor::{self, Accelerator, accel};
 use crate::migration::registry::Registry;
 use crate::node::Node;
+use crate::replica::cap::Caps;
+use crate::replica::groups::Groups;
+use crate::replica::points::Limits;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
+use crate::replication::registry::Replications;
+use crate::replication::serve::Sessions;
 use crate::store_identity::{StoreAge, StoreIdentity};
 use crate::transport::PeerEndpoint;
 use crate::vms::{Vms, managed};
@@ -72,7 +77,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 
 async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let identity = Identity::load(&config.tls)?;
-    for folder in [&config.data_dir, &config.runtime_dir] {
+    for folder in [&config.data_dir, &config.runtime_dir, &config.data_dir.join("scratch")] {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
     let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
@@ -91,10 +96,14 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
+    let limits =
+        Limits { points_bytes: config.replication.points_bytes, reserve_bytes: config.replication.reserve_bytes };
+    let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
         hypervisor: hypervisor.clone(),
         replicas: replicas.clone(),
+        groups: groups.clone(),
         changed: changed.clone(),
     });
     let node = Node {
@@ -102,7 +111,11 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
+        groups,
         views: Views::default(),
+        caps: Caps::default(),
+        replications: Replications::new(changed.clone()),
+        sessions: Sessions::default(),
         hypervisor,
         qemu_version,
         replicas,

@@ -11,7 +11,9 @@ use tracing::Instrument;
 
 use crate::migration::destination;
 use crate::node::Node;
-use crate::replica::serve::serve_disk;
+use crate::replica::serve::{InPlace, serve_disk};
+use crate::replication;
+use crate::replication::serve::SessionDisk;
 use crate::transport::{MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection};
 
 /// A stream that says nothing for this long after it was opened is closed.
@@ -28,6 +30,10 @@ enum RefusedDisk {
     Owned { vm: VmId },
     #[error(transparent)]
     Replica(#[from] crate::replica::store::ReplicaError),
+    #[error("the replication session of the disk stream is not known: it has ended")]
+    NoSession,
+    #[error(transparent)]
+    Points(#[from] crate::replica::groups::GroupsError),
     #[error(transparent)]
     Known(#[from] crate::vms::VmError),
 }
@@ -70,6 +76,11 @@ async fn serve(node: Arc<Node>, connection: PeerConnection) {
                     pageport_common::telemetry::adopt_traceparent(&span, &hello.traceparent);
                     keep_replica(node, disk, reader, writer).instrument(span).await;
                 }
+                Some(stream_hello::Kind::Replication(replication)) => {
+                    let span = tracing::info_span!("replication", vm_id = %replication.vm_id, role = "destination");
+                    pageport_common::telemetry::adopt_traceparent(&span, &hello.traceparent);
+                    replication::serve::serve(node, replication, reader, writer).instrument(span).await;
+                }
                 _ => connection.close("unexpected stream"),
             }
         });
@@ -77,8 +88,10 @@ async fn serve(node: Arc<Node>, connection: PeerConnection) {
 }
 
 async fn keep_replica(node: Arc<Node>, hello: DiskHello, mut reader: MessageReader, mut writer: MessageWriter) {
-    let served = match open(&node, &hello) {
-        Ok(replica) => serve_disk(&hello, replica, &mut reader, &mut writer).await,
+    let target = if hello.session == 0 { open(&node, &hello).map(Target::InPlace) } else { in_session(&node, &hello) };
+    let served = match target {
+        Ok(Target::InPlace(replica)) => serve_disk(&hello, Arc::new(replica), &mut reader, &mut writer).await,
+        Ok(Target::Session(disk)) => serve_disk(&hello, Arc::new(disk), &mut reader, &mut writer).await,
         Err(refused) => {
             let reason = crate::error::with_causes(&refused);
             tracing::warn!(reason, "disk stream refused");
@@ -92,7 +105,18 @@ async fn keep_replica(node: Arc<Node>, hello: DiskHello, mut reader: MessageRead
     node.changed.notify_one();
 }
 
-fn open(node: &Node, hello: &DiskHello) -> Result<Arc<crate::replica::store::ReplicaDisk>, RefusedDisk> {
+/// Where a disk's stream goes.
+enum Target {
+    InPlace(InPlace),
+    Session(SessionDisk),
+}
+
+fn in_session(node: &Node, hello: &DiskHello) -> Result<Target, RefusedDisk> {
+    let vm: VmId = hello.vm_id.parse().map_err(|_| RefusedDisk::Vm)?;
+    node.sessions.disk(vm, hello).map(Target::Session).ok_or(RefusedDisk::NoSession)
+}
+
+fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
     let vm: VmId = hello.vm_id.parse().map_err(|_| RefusedDisk::Vm)?;
     if !is_name(&hello.disk) {
         return Err(RefusedDisk::Name { name: hello.disk.clone() });
@@ -103,6 +127,9 @@ fn open(node: &Node, hello: &DiskHello) -> Result<Arc<crate::replica::store::Rep
         return Err(RefusedDisk::Owned { vm });
     }
     tokio::task::block_in_place(|| {
-        Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
+        // Written in place it is at none of its recovery points any more.
+        node.groups.forget(vm)?;
+        let disk = node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?;
+        Ok(InPlace(disk))
     })
 }

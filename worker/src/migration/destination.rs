@@ -32,6 +32,7 @@ use crate::hypervisor::accel::refuse_live_move;
 use crate::hypervisor::{HypervisorError, MigrationStatus, Vm};
 use crate::node::Node;
 use crate::replica::store::{ReplicaDisk, ReplicaError};
+use crate::replication::mark::{Mark, lineage_of};
 use crate::transport::{MessageError, MessageReader, MessageWriter, PeerConnection, TransportError};
 use crate::vms::{ManagedVm, VmError};
 
@@ -239,7 +240,21 @@ struct Admitted {
     vm: Arc<ManagedVm>,
     epoch: Epoch,
     qemu: Vm,
+    names: Vec<String>,
     disks: Vec<Arc<ReplicaDisk>>,
+}
+
+impl Admitted {
+    /// From its first instruction here on it is noted what the guest writes: the source keeps the disks as they are now, and
+    /// replication back to it begins with that.
+    async fn mark_the_way_back(&self, hello: &MigrationHello) {
+        let Ok(migration) = hello.migration_id.parse() else { return };
+        let mark = Mark { worker: hello.source_worker.clone(), lineage: lineage_of(migration), point: 1 };
+        if let Err(error) = self.qemu.add_bitmap(&self.names, &mark.to_string()).await {
+            // Replication compares the disks then.
+            tracing::warn!(error = %crate::error::with_causes(&error), "the way back is not marked");
+        }
+    }
 }
 
 impl Arrival {
@@ -248,7 +263,7 @@ impl Arrival {
         self.say(to_source::Kind::Accepted(Accepted {}));
         let loaded = async {
             let end = self.phase("receive", async |this| this.receive(&admitted).await).await?;
-            self.phase("load", async |this| this.load(&admitted, &end).await).await
+            self.phase("load", async |this| this.load(&admitted, hello, &end).await).await
         };
         if let Err(error) = loaded.await {
             admitted.vm.drop_image(&admitted.qemu).await?;
@@ -303,7 +318,10 @@ impl Arrival {
             Ok(disks)
         };
         match prepared.await {
-            Ok(disks) => Ok(Admitted { vm, epoch, qemu, disks }),
+            Ok(disks) => {
+                let names = spec.disks.iter().map(|disk| disk.name.clone()).collect();
+                Ok(Admitted { vm, epoch, qemu, names, disks })
+            }
             Err(error) => {
                 vm.drop_image(&qemu).await?;
                 Err(error)
@@ -395,8 +413,13 @@ impl Arrival {
         memory.zip(fallback).ok_or(DestinationError::Lost)
     }
 
-    async fn load(&mut self, admitted: &Admitted, end: &StreamEnd) -> Result<(), DestinationError> {
-        let Admitted { vm, epoch, qemu, disks } = admitted;
+    async fn load(
+        &mut self,
+        admitted: &Admitted,
+        hello: &MigrationHello,
+        end: &StreamEnd,
+    ) -> Result<(), DestinationError> {
+        let Admitted { vm, epoch, qemu, disks, .. } = admitted;
         qemu.wait_migration(MigrationStatus::Completed, LOAD_LIMIT).await?;
         for disk in disks {
             let disk = disk.clone();
@@ -404,6 +427,7 @@ impl Arrival {
             let flushed = tokio::task::spawn_blocking(move || disk.flush()).await.map_err(std::io::Error::other);
             flushed.and_then(|flushed| flushed).map_err(|source| DestinationError::Sync { disk: name, source })?;
         }
+        admitted.mark_the_way_back(hello).await;
         self.wait_for_lease(vm, *epoch).await?;
         let record = vm.loaded(qemu, *epoch).await?;
         if vm.status().volatile.guest != Guest::Loaded(*epoch) {

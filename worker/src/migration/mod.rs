@@ -21,10 +21,12 @@
 
 pub mod control;
 pub mod destination;
+pub mod disks;
 pub mod incoming;
 pub mod outgoing;
 pub mod registry;
 pub mod source;
+pub mod stream;
 pub mod window;
 
 use pageport_proto::v1;

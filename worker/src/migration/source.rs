@@ -10,9 +10,8 @@
 //!
 //! The phases run through one wrapper ([`Move::phase`]) that gives the span, the timing and the seam for cancelling.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Record};
@@ -23,14 +22,16 @@ use pageport_proto::v1::{
 use tracing::Instrument;
 
 use super::control::{Control, ControlError};
+use super::disks::{Disks, DisksError};
 use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
+use super::stream::{self, StreamError};
 use crate::clock::{self, Offset};
 use crate::failpoint;
-use crate::hypervisor::migrate::SourceSettings;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
-use crate::replica::copy::{CopyError, DiskCopies};
+use crate::replication::mark::lineage_of;
+use crate::replication::registry::MigrationTurn;
 use crate::transport::{PeerConnection, TransportError};
 use crate::vms::{ManagedVm, VmError};
 
@@ -39,8 +40,6 @@ const ADMIT_LIMIT: Duration = Duration::from_secs(90);
 const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 /// A full comparison of large disks takes its time; a stalled one is noticed by the disk stream.
 const DISK_SYNC_LIMIT: Duration = Duration::from_secs(24 * 3600);
-/// The hypervisor has this long to connect to our socket.
-const STREAM_CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Longest move of memory; one that does not converge is ended by its operator.
 const MEMORY_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// The guest stands still: what is not done by then goes back.
@@ -48,8 +47,6 @@ const SWITCHOVER_LIMIT: Duration = Duration::from_secs(30);
 /// After the controllers have said that the guest runs elsewhere, the destination's word about it has this long; they wait
 /// 10 s for the figures.
 const FIGURES_LIMIT: Duration = Duration::from_secs(5);
-/// The pause that QEMU plans for.
-const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 /// Between two looks at the hypervisor's figures.
 const OBSERVE_INTERVAL: Duration = Duration::from_millis(200);
 /// What a link is taken to carry until it has shown more, in bytes per second.
@@ -67,7 +64,7 @@ pub enum SourceError {
     Control(#[from] ControlError),
     /// The disks.
     #[error("bring the replica up to date")]
-    Disks(#[from] CopyError),
+    Disks(#[from] DisksError),
     /// The memory.
     #[error("move the memory")]
     Memory(#[from] OutgoingError),
@@ -77,9 +74,9 @@ pub enum SourceError {
     /// The VM at this host.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// The socket towards the hypervisor.
-    #[error("listen for the hypervisor's migration stream")]
-    Socket(#[source] std::io::Error),
+    /// The hypervisor's stream.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     /// Asked to.
     #[error("cancelled")]
     Cancelled,
@@ -144,7 +141,9 @@ struct Move {
     connection: Option<PeerConnection>,
     control: Option<Control>,
     offset: Offset,
-    disks: Option<DiskCopies>,
+    disks: Option<Disks>,
+    /// Dropped last: replication goes on from what the disks have left.
+    turn: Option<MigrationTurn>,
     outgoing: Option<Outgoing>,
     memory_started: Option<Instant>,
     downtime_marks: Vec<(&'static str, Instant)>,
@@ -159,9 +158,8 @@ struct Switched {
 impl Move {
     fn new(order: Order) -> Self {
         let ordered_ms = u64::try_from(order.assignment.ordered_unix_ms).unwrap_or(0);
-        let since_order = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH + Duration::from_millis(ordered_ms))
-            .unwrap_or_default();
+        let since_order =
+            SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_millis(ordered_ms)).unwrap_or_default();
         Self {
             epoch: Epoch::from_raw(order.assignment.epoch),
             order,
@@ -172,6 +170,7 @@ impl Move {
             control: None,
             offset: Offset::default(),
             disks: None,
+            turn: None,
             outgoing: None,
             memory_started: None,
             downtime_marks: Vec::new(),
@@ -248,16 +247,11 @@ impl Move {
     }
 
     async fn sync_disks(&mut self, qemu: &Vm) -> Result<(), SourceError> {
-        let assignment = &self.order.assignment;
-        let copies = DiskCopies::start(
-            &self.order.node,
-            qemu,
-            &self.order.spec,
-            &assignment.peer_worker,
-            &assignment.peer_address,
-            &assignment.migration_id,
-        )
-        .await?;
+        let order = &self.order;
+        let turn = order.node.replications.turn(order.vm.id());
+        // A round of replication that is under way makes room; none begins until the migration is over.
+        self.turn = Some(turn.take_for_migration().await);
+        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment).await?;
         let disks = self.disks.insert(copies);
         let entry = &self.order.entry;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
@@ -299,7 +293,7 @@ impl Move {
             return Err(SourceError::NotPermitted { record });
         }
         let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
-        let socket = begin_stream(qemu).await?;
+        let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S).await?;
         let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker);
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         let migration_id = self.order.assignment.migration_id.clone();
@@ -435,6 +429,8 @@ impl Move {
         let record = self.record(&switched, resumed.resumed_ns);
         if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
             tracing::error!(%error, "the guest that was handed over could not be ended");
+        } else {
+            self.keep_as_replica();
         }
         self.close("migration complete");
         tracing::info!(
@@ -446,6 +442,23 @@ impl Move {
             "migration complete"
         );
         Some(record)
+    }
+
+    /// The disks here are those that the guest went on with there: replication back begins with them.
+    fn keep_as_replica(&self) {
+        let Ok(migration) = self.order.assignment.migration_id.parse() else { return };
+        let node = &self.order.node;
+        let names: Vec<&str> = self.order.spec.disks.iter().map(|disk| disk.name.as_str()).collect();
+        let stopped = self.downtime_marks.first().map_or_else(Instant::now, |(_, at)| *at);
+        let taken = SystemTime::now().checked_sub(stopped.elapsed()).unwrap_or(UNIX_EPOCH);
+        let taken_unix_ms = taken.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
+        let kept = tokio::task::block_in_place(|| {
+            node.groups.adopt(&node.replicas, self.order.vm.id(), &names, lineage_of(migration), taken_unix_ms)
+        });
+        if let Err(error) = kept {
+            // Replication compares the disks then.
+            tracing::warn!(error = %crate::error::with_causes(&error), "the disks are no recovery point");
+        }
     }
 
     fn record(&self, switched: &Switched, resumed_ns: u64) -> MigrationRecord {
@@ -467,7 +480,7 @@ impl Move {
             memory_time_ms: self.memory_started.map_or(0, |began| ms(since(began))),
             downtime_ms: self.downtime_marks.first().map_or(0, |(_, stopped)| ms(since(*stopped))),
             wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
-            disk_wan_bytes: self.disks.as_ref().map_or(0, DiskCopies::wan_bytes),
+            disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
             memory_bytes: switched.totals.raw_bytes,
             pages: Some(super::page_counts(sent.pages)),
             stream_digest_match: switched.digest_match,
@@ -484,9 +497,9 @@ impl Move {
         self.outgoing = None;
         let undone = tokio::time::timeout(UNDO_LIMIT, async {
             if let Ok(qemu) = self.order.vm.qemu().await {
-                cancel_stream(&qemu).await;
+                stream::cancel(&qemu).await;
                 // It is still there if the hypervisor did not come in time.
-                if let Err(error) = remove_socket(&qemu.paths().outgoing()) {
+                if let Err(error) = stream::remove_socket(&qemu.paths().outgoing()) {
                     tracing::warn!(%error, "the migration's socket is left behind");
                 }
                 // Stopped by the hypervisor for the switchover, perhaps without our having taken note.
@@ -531,52 +544,9 @@ impl Move {
             pages: Some(super::page_counts(sent.pages)),
             memory_bytes: sent.raw_bytes,
             wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
-            disk_wan_bytes: self.disks.as_ref().map_or(0, DiskCopies::wan_bytes),
+            disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
             elapsed_ms: (self.started.elapsed() + self.waited_before).as_millis() as u64,
             ..live.unwrap_or_default()
         });
-    }
-}
-
-/// Has the hypervisor connect to a socket of ours.
-async fn begin_stream(qemu: &Vm) -> Result<UnixStream, SourceError> {
-    let path = qemu.paths().outgoing();
-    remove_socket(&path)?;
-    let listener = tokio::net::UnixListener::bind(&path).map_err(SourceError::Socket)?;
-    let settings = SourceSettings { downtime_limit: DOWNTIME_LIMIT, switchover_bandwidth: RATE_FLOOR_BYTES_PER_S };
-    let accepted = tokio::time::timeout(STREAM_CONNECT_LIMIT, async {
-        let (ordered, accepted) = tokio::join!(qemu.migrate_to(&path, settings), listener.accept());
-        ordered?;
-        let (stream, _) = accepted.map_err(SourceError::Socket)?;
-        let stream = stream.into_std().map_err(SourceError::Socket)?;
-        stream.set_nonblocking(false).map_err(SourceError::Socket)?;
-        Ok(stream)
-    });
-    let limit = STREAM_CONNECT_LIMIT;
-    let outcome = accepted.await.map_err(|_| SourceError::TooLong { what: "the hypervisor's connection", limit })?;
-    remove_socket(&path)?;
-    outcome
-}
-
-fn remove_socket(path: &std::path::Path) -> Result<(), SourceError> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(SourceError::Socket(error)),
-        _ => Ok(()),
-    }
-}
-
-/// Gives the hypervisor's migration up, wherever it is.
-async fn cancel_stream(qemu: &Vm) {
-    let under_way = qemu.marks().borrow().migration.is_some_and(|status| !status.is_final());
-    if !under_way {
-        return;
-    }
-    if let Err(error) = qemu.cancel_migration().await {
-        tracing::warn!(%error, "the hypervisor's migration could not be cancelled");
-        return;
-    }
-    let ended = async { qemu.marks().wait_for(|marks| marks.migration.is_none_or(|s| s.is_final())).await.is_ok() };
-    if tokio::time::timeout(UNDO_LIMIT, ended).await.is_err() {
-        tracing::warn!("the hypervisor's migration has not ended after it was cancelled");
     }
 }

@@ -12,10 +12,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pageport_common::telemetry;
+use pageport_proto::VmId;
 use pageport_proto::v1::{DiskHello, VmSpec};
 
+use super::cap::Cap;
 use super::session::{DiskSession, SessionError};
 use super::store::{ReplicaError, image_bytes};
+use super::view::ReplicaView;
+use crate::hypervisor::mirror::MirrorSync;
 use crate::hypervisor::{HypervisorError, MirrorHandle, Vm};
 use crate::nbd::{BlockTarget, ExportError, NbdServer};
 use crate::node::Node;
@@ -91,7 +95,7 @@ pub struct DiskCopies {
 }
 
 impl DiskCopies {
-    /// Connects, opens a session per disk and starts the mirrors.
+    /// Connects, opens a session per disk and starts the mirrors, which look at the whole disks.
     ///
     /// # Errors
     /// Nothing is left running.
@@ -102,11 +106,18 @@ impl DiskCopies {
         peer: &str,
         address: &str,
         migration_id: &str,
+        cap: Arc<Cap>,
     ) -> Result<Self, CopyError> {
-        let connection = node.endpoint.connect(peer, address).await?;
-        let mut copies = Self { connection, disks: Vec::new() };
+        let mut copies = Self::over(node.endpoint.connect(peer, address).await?);
         for number in 0..spec.disks.len() {
-            if let Err(error) = copies.start_disk(node, qemu, spec, peer, number, migration_id).await {
+            let started = async {
+                let name = &spec.disks[number].name;
+                let hello = DiskHello { migration_id: migration_id.to_owned(), ..hello(node, qemu.id(), name)? };
+                let view = node.views.of(qemu.id(), peer);
+                let session = copies.open(number as u16, hello, view, cap.clone()).await?;
+                copies.mirror(qemu, name, session.clone(), session, MirrorSync::Full).await
+            };
+            if let Err(error) = started.await {
                 copies.cancel().await;
                 return Err(error);
             }
@@ -114,39 +125,56 @@ impl DiskCopies {
         Ok(copies)
     }
 
-    async fn start_disk(
-        &mut self,
-        node: &Node,
-        qemu: &Vm,
-        spec: &VmSpec,
-        peer: &str,
-        number: usize,
-        migration_id: &str,
-    ) -> Result<(), CopyError> {
-        let (vm, name) = (qemu.id(), &spec.disks[number].name);
-        let missing = || ReplicaError::Missing { vm, disk: name.clone() };
-        let path = node.replicas.locate(vm, name)?.ok_or_else(missing)?.path;
-        let (size_bytes, allocated_bytes) =
-            image_bytes(&path).map_err(|source| CopyError::Image { disk: name.clone(), source })?;
-        let hello = DiskHello {
-            vm_id: vm.to_string(),
-            disk: name.clone(),
-            size_bytes,
-            allocated_bytes,
-            migration_id: migration_id.to_owned(),
-            ..DiskHello::default()
-        };
+    /// None yet, over this connection.
+    pub fn over(connection: PeerConnection) -> Self {
+        Self { connection, disks: Vec::new() }
+    }
+
+    /// Opens a disk's session.
+    ///
+    /// # Errors
+    /// The peer refuses it.
+    pub async fn open(
+        &self,
+        number: u16,
+        hello: DiskHello,
+        view: Arc<ReplicaView>,
+        cap: Arc<Cap>,
+    ) -> Result<Arc<DiskSession>, CopyError> {
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
-        let view = node.views.of(vm, peer);
-        let session = Arc::new(DiskSession::open(&self.connection, number as u16, hello, traceparent, view).await?);
-        let server = NbdServer::bind(&qemu.paths().nbd(name), name, session.clone())?;
+        Ok(Arc::new(DiskSession::open(&self.connection, number, hello, traceparent, view, cap).await?))
+    }
+
+    /// Starts the mirror of a disk to `target`, which passes on to `session`.
+    ///
+    /// # Errors
+    /// The mirror did not start; what was started stays for [`Self::cancel`].
+    pub async fn mirror(
+        &mut self,
+        qemu: &Vm,
+        name: &str,
+        session: Arc<DiskSession>,
+        target: Arc<impl BlockTarget>,
+        sync: MirrorSync,
+    ) -> Result<(), CopyError> {
+        let server = NbdServer::bind(&qemu.paths().nbd(name), name, target)?;
         let socket = server.socket().to_owned();
-        self.disks.push(DiskCopy { name: name.clone(), session, server: Some(server), mirror: None });
-        let mirror = qemu.start_mirror(name, &socket, name).await?;
+        self.disks.push(DiskCopy { name: name.to_owned(), session, server: Some(server), mirror: None });
+        let mirror = qemu.start_mirror_of(sync, name, &socket, name).await?;
         if let Some(copy) = self.disks.last_mut() {
             copy.mirror = Some(mirror);
         }
         Ok(())
+    }
+
+    /// The connection.
+    pub fn connection(&self) -> &PeerConnection {
+        &self.connection
+    }
+
+    /// The sessions, in the order of the disks.
+    pub fn sessions(&self) -> impl Iterator<Item = (&str, &Arc<DiskSession>)> {
+        self.disks.iter().map(|copy| (copy.name.as_str(), &copy.session))
     }
 
     /// Waits until every mirror has caught up with its disk.
@@ -227,6 +255,19 @@ impl DiskCopies {
     pub fn wan_bytes(&self) -> u64 {
         self.connection.sent_bytes()
     }
+}
+
+/// What a disk's stream begins with: which image it is.
+///
+/// # Errors
+/// The image is not where it should be.
+pub fn hello(node: &Node, vm: VmId, name: &str) -> Result<DiskHello, CopyError> {
+    let missing = || ReplicaError::Missing { vm, disk: name.to_owned() };
+    let path = node.replicas.locate(vm, name)?.ok_or_else(missing)?.path;
+    let (size_bytes, allocated_bytes) =
+        image_bytes(&path).map_err(|source| CopyError::Image { disk: name.to_owned(), source })?;
+    let disk = name.to_owned();
+    Ok(DiskHello { vm_id: vm.to_string(), disk, size_bytes, allocated_bytes, ..DiskHello::default() })
 }
 
 impl DiskCopy {

@@ -7,17 +7,25 @@
 //!                           ▲ view (digest of every block) ◀── done ┘
 //! ```
 //! - [`store`]: which file holds a VM's disk on this host, and reads and writes of replicas.
+//! - [`points`], [`groups`]: their recovery points.
 //! - [`serve`]: the destination's end of a disk stream.
-//! - [`view`]: what the source knows of a replica: the block index that both the mirror and the codec ask.
-//! - [`session`]: the source's end of a disk stream; an NBD target for QEMU's mirror.
+//! - [`view`]: what the source knows of a replica: the block index that both the copies and the codec ask.
+//! - [`session`]: the source's end of a disk stream; an NBD target for QEMU's jobs.
+//! - [`merge`]: a mirror and a frozen point into one session.
+//! - [`change`]: a digest of what a session has sent. [`cap`]: how fast it may.
 //! - [`copy`]: all disks of a running VM at once, through the hypervisor's mirrors.
-//! - [`seed`]: a full copy while the guest runs.
+//! - [`seed`]: a full copy while the guest runs, without recovery points.
 //!
 //! Guarantees: a block enters the index only after the destination has acknowledged it, and leaves it before it is
-//! overwritten. A replica is never written while this host may run the VM. Crash consistency of a replica (recovery
-//! points) is not here yet: a seed that broke off leaves a mixture, and is said to be unfinished.
+//! overwritten. A replica is never written while this host may run the VM. A replica with recovery points can be brought to
+//! any of them at all times; one that was only seeded is a mixture while a seed is under way.
 
+pub mod cap;
+pub mod change;
 pub mod copy;
+pub mod groups;
+pub mod merge;
+pub mod points;
 pub mod seed;
 pub mod serve;
 pub mod session;

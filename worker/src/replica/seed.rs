@@ -56,7 +56,8 @@ async fn copy(
     entry: &SeedEntry,
 ) -> Result<(), SeedError> {
     let qemu = vm.qemu().await.map_err(SeedError::NotRunning)?;
-    let mut copies = DiskCopies::start(node, &qemu, spec, &order.peer_worker, &order.peer_address, "").await?;
+    let cap = node.caps.towards(&order.to_site);
+    let mut copies = DiskCopies::start(node, &qemu, spec, &order.peer_worker, &order.peer_address, "", cap).await?;
     let ready = copies.wait_ready(SEED_LIMIT, |progress| {
         entry.update(|report| {
             report.done_bytes = progress.done_bytes;

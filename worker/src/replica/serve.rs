@@ -19,7 +19,9 @@ use pageport_proto::v1::{
 use pageport_teleport::{BlockDigest, PAGE_SIZE, Page, is_zero};
 use tokio::sync::mpsc;
 
+use super::points::PointError;
 use super::store::{BLOCK_BYTES, ReplicaDisk};
+use super::view::ReplicaState;
 use crate::transport::{MessageError, MessageReader, MessageWriter};
 
 /// Largest write, in bytes of the disk.
@@ -52,9 +54,72 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// Its recovery points failed.
+    #[error(transparent)]
+    Points(#[from] PointError),
     /// Someone else writes it.
     #[error("another copy of the same disk is under way; it has not ended within {} s", TAKE_OVER_LIMIT.as_secs())]
     Busy,
+}
+
+/// Where the changes of a disk stream go: into the replica in place, or wherever a replication session says.
+pub trait DiskTarget: Send + Sync + 'static {
+    /// The replica as it is to be compared with.
+    fn replica(&self) -> &Arc<ReplicaDisk>;
+
+    /// Names its content.
+    fn state(&self) -> ReplicaState;
+
+    /// Takes `raw_length` bytes as one zstd frame.
+    ///
+    /// # Errors
+    /// It is not that, or cannot be taken.
+    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError>;
+
+    /// Takes a change to zeros.
+    ///
+    /// # Errors
+    /// It cannot be taken.
+    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError>;
+
+    /// Brings to stable storage what is not kept elsewhere.
+    ///
+    /// # Errors
+    /// The system's.
+    fn flush(&self) -> Result<(), ServeError>;
+}
+
+/// A replica written in place.
+#[derive(Debug)]
+pub struct InPlace(pub Arc<ReplicaDisk>);
+
+impl InPlace {
+    fn failed(&self, source: io::Error) -> ServeError {
+        ServeError::Disk { disk: self.0.to_string(), source }
+    }
+}
+
+impl DiskTarget for InPlace {
+    fn replica(&self) -> &Arc<ReplicaDisk> {
+        &self.0
+    }
+
+    fn state(&self) -> ReplicaState {
+        ReplicaState { instance: self.0.instance(), version: self.0.version() }
+    }
+
+    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
+        let data = decompress(raw_length, zstd)?;
+        self.0.write(offset, &data).map(drop).map_err(|source| self.failed(source))
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
+        self.0.zero(offset, length).map(drop).map_err(|source| self.failed(source))
+    }
+
+    fn flush(&self) -> Result<(), ServeError> {
+        self.0.flush().map(drop).map_err(|source| self.failed(source))
+    }
 }
 
 /// Serves one disk until the peer closes the stream.
@@ -63,11 +128,11 @@ pub enum ServeError {
 /// [`ServeError`]; the peer has been told, where it can be.
 pub async fn serve_disk(
     hello: &DiskHello,
-    replica: Arc<ReplicaDisk>,
+    target: Arc<impl DiskTarget>,
     reader: &mut MessageReader,
     writer: &mut MessageWriter,
 ) -> Result<(), ServeError> {
-    let outcome = serve(hello, &replica, reader, writer).await;
+    let outcome = serve(hello, &target, reader, writer).await;
     if let Err(error) = &outcome {
         let reason = crate::error::with_causes(error);
         // The peer may be the reason why the stream ended; then there is nobody to tell.
@@ -78,17 +143,19 @@ pub async fn serve_disk(
 
 async fn serve(
     hello: &DiskHello,
-    replica: &Arc<ReplicaDisk>,
+    target: &Arc<impl DiskTarget>,
     reader: &mut MessageReader,
     writer: &mut MessageWriter,
 ) -> Result<(), ServeError> {
+    let replica = target.replica();
     let turn = tokio::time::timeout(TAKE_OVER_LIMIT, replica.session_turn()).await;
     let _turn = turn.map_err(|_| ServeError::Busy)?;
-    let same = hello.known_instance == replica.instance() && hello.known_version == replica.version();
+    let state = target.state();
+    let same = state == ReplicaState { instance: hello.known_instance, version: hello.known_version };
     if !same {
         send_digests(replica, writer).await?;
     }
-    let opened = DiskOpened { instance: replica.instance(), version: replica.version(), digests_sent: !same };
+    let opened = DiskOpened { instance: state.instance, version: state.version, digests_sent: !same };
     send(writer, disk_reply::Kind::Opened(opened)).await?;
     loop {
         let request: DiskRequest = match reader.receive().await {
@@ -96,31 +163,35 @@ async fn serve(
             other => other?,
         };
         let kind = request.kind.ok_or(MessageError::Empty)?;
-        let target = replica.clone();
-        let version = tokio::task::spawn_blocking(move || carry_out(&target, kind))
+        let target = target.clone();
+        let version = tokio::task::spawn_blocking(move || carry_out(&*target, kind))
             .await
             .map_err(|_| ServeError::Hostile { what: "a request that ended the thread that served it" })??;
         send(writer, disk_reply::Kind::Done(DiskDone { version })).await?;
     }
 }
 
-fn carry_out(replica: &ReplicaDisk, kind: disk_request::Kind) -> Result<u64, ServeError> {
-    let failed = |source| ServeError::Disk { disk: replica.to_string(), source };
-    match kind {
-        disk_request::Kind::Write(write) => {
-            let length = write.raw_length as usize;
-            if length > MAX_WRITE_BYTES {
-                return Err(ServeError::Hostile { what: "a write above the limit" });
-            }
-            let data = zstd::bulk::decompress(&write.zstd, length)
-                .ok()
-                .filter(|data| data.len() == length)
-                .ok_or(ServeError::Hostile { what: "a write that does not decompress to its length" })?;
-            replica.write(write.offset, &data).map_err(failed)
-        }
-        disk_request::Kind::Zero(zero) => replica.zero(zero.offset, zero.length).map_err(failed),
-        disk_request::Kind::Flush(_) => replica.flush().map_err(failed),
+/// The bytes of a write.
+///
+/// # Errors
+/// [`ServeError::Hostile`].
+pub fn decompress(raw_length: u32, zstd: &[u8]) -> Result<Vec<u8>, ServeError> {
+    let length = raw_length as usize;
+    if length > MAX_WRITE_BYTES {
+        return Err(ServeError::Hostile { what: "a write above the limit" });
     }
+    let data = zstd::bulk::decompress(zstd, length).ok().filter(|data| data.len() == length);
+    data.ok_or(ServeError::Hostile { what: "a write that does not decompress to its length" })
+}
+
+/// Returns the version of the replica after the request.
+fn carry_out(target: &impl DiskTarget, kind: disk_request::Kind) -> Result<u64, ServeError> {
+    match kind {
+        disk_request::Kind::Write(write) => target.write(write.offset, write.raw_length, &write.zstd)?,
+        disk_request::Kind::Zero(zero) => target.zero(zero.offset, zero.length)?,
+        disk_request::Kind::Flush(_) => target.flush()?,
+    }
+    Ok(target.state().version)
 }
 
 async fn send(writer: &mut MessageWriter, kind: disk_reply::Kind) -> Result<(), MessageError> {

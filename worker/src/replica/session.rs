@@ -5,7 +5,8 @@
 //!                                       └─▶ differs: forget in the view ─▶ send ─▶ done ─▶ confirm in the view
 //! ```
 //! A write has taken effect when it returns: the peer has acknowledged it. `flush` returns when everything acknowledged
-//! is on stable storage there. When the stream ends, all that waits fails, and the view is distrusted.
+//! is on stable storage there. When the stream ends, all that waits fails. What the view knows is then distrusted, or, within an
+//! attempt ([`super::view`]), left to who began the attempt.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,12 +19,16 @@ use pageport_proto::v1::{
     stream_hello,
 };
 use pageport_teleport::{BlockDigest, PAGE_SIZE, is_zero};
+use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::cap::Cap;
+use super::change::{Change, Changes};
+use super::points::ChangeDigest;
 use super::serve::MAX_WRITE_BYTES;
 use super::store::BLOCK_BYTES;
-use super::view::{Change, ReplicaState, ReplicaView};
+use super::view::{Confirmed, ReplicaState, ReplicaView};
 use crate::transport::{
     MessageError, MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority,
 };
@@ -72,9 +77,16 @@ pub enum SessionError {
 /// What is sent, and what the view learns when it is acknowledged.
 #[derive(Debug)]
 struct Order {
+    step: Step,
+    done: oneshot::Sender<io::Result<()>>,
+}
+
+/// One request, and what comes of it.
+#[derive(Debug)]
+pub(super) struct Step {
     request: disk_request::Kind,
     learned: Learned,
-    done: oneshot::Sender<io::Result<()>>,
+    change: Option<Change>,
 }
 
 #[derive(Debug)]
@@ -100,7 +112,8 @@ pub struct DiskSession {
     failure: Arc<Mutex<Option<String>>>,
     /// Changes that no flush has covered yet; a flush of nothing costs no round trip.
     unflushed: AtomicU64,
-    _tasks: [AbortOnDropHandle<()>; 2],
+    sent: Arc<Mutex<Changes>>,
+    tasks: Mutex<Option<[AbortOnDropHandle<()>; 2]>>,
 }
 
 impl DiskSession {
@@ -114,8 +127,9 @@ impl DiskSession {
         mut hello: DiskHello,
         traceparent: String,
         view: Arc<ReplicaView>,
+        cap: Arc<Cap>,
     ) -> Result<Self, SessionError> {
-        let known = view.state(disk);
+        let known = view.state_of(disk, hello.size_bytes);
         (hello.known_instance, hello.known_version) = (known.instance, known.version);
         let (name, size_bytes) = (hello.disk.clone(), hello.size_bytes);
         let (send, recv) = connection.open_bi(priority::MEMORY).await?;
@@ -129,12 +143,34 @@ impl DiskSession {
         let (orders, queue) = mpsc::channel(QUEUE);
         let (pending, acknowledged) = mpsc::channel(QUEUE);
         let failure = Arc::new(Mutex::new(None));
-        let sending = tokio::spawn(send_orders(queue, pending, writer));
+        let sent = Arc::new(Mutex::new(Changes::new(&name, size_bytes)));
+        let sending = tokio::spawn(send_orders(queue, pending, writer, sent.clone(), cap));
         let receiving = tokio::spawn(receive_replies(acknowledged, reader, disk, view.clone(), failure.clone()));
         let tasks = [AbortOnDropHandle::new(sending), AbortOnDropHandle::new(receiving)];
         // An earlier session may have left changes unflushed.
         let unflushed = AtomicU64::new(1);
-        Ok(Self { disk, size_bytes, view, orders, failure, unflushed, _tasks: tasks })
+        let tasks = Mutex::new(Some(tasks));
+        Ok(Self { disk, size_bytes, view, orders, failure, unflushed, sent, tasks })
+    }
+
+    /// Digest of all changes sent so far, in their order.
+    pub fn change_digest(&self) -> ChangeDigest {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner).digest()
+    }
+
+    /// Bytes of the disk that were sent so far, before compression, zeros included.
+    pub fn changed_bytes(&self) -> u64 {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner).bytes()
+    }
+
+    /// Ends the stream; when this returns the view learns nothing from it any more.
+    pub async fn end(&self) {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for task in tasks.into_iter().flatten() {
+            task.abort();
+            // Aborted: that is how it is to end.
+            let _ = task.await;
+        }
     }
 
     /// Size of the disk, in bytes.
@@ -152,9 +188,14 @@ impl DiskSession {
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        let sent = self.send_all(self.planned_write(offset, data).await?).await?;
+        acknowledged(sent).await
+    }
+
+    pub(super) async fn planned_write(&self, offset: u64, data: Bytes) -> io::Result<Planned> {
         let (view, disk) = (self.view.clone(), self.disk);
         let planned = tokio::task::spawn_blocking(move || plan_write(&view, disk, offset, &data)).await;
-        self.send_all(planned.map_err(io::Error::other)??).await
+        planned.map_err(io::Error::other)?
     }
 
     /// Brings the replica to hold zeros.
@@ -162,8 +203,12 @@ impl DiskSession {
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        let planned = plan_zero(&self.view, self.disk, offset, length)?;
-        self.send_all(planned).await
+        let sent = self.send_all(self.planned_zero(offset, length)?).await?;
+        acknowledged(sent).await
+    }
+
+    pub(super) fn planned_zero(&self, offset: u64, length: u64) -> io::Result<Planned> {
+        plan_zero(&self.view, self.disk, offset, length)
     }
 
     /// Brings everything acknowledged so far to stable storage at the peer.
@@ -175,27 +220,38 @@ impl DiskSession {
         if unflushed == 0 {
             return Ok(());
         }
-        self.send_all(vec![(disk_request::Kind::Flush(DiskFlush {}), Learned::Nothing)]).await?;
+        let flush = disk_request::Kind::Flush(DiskFlush {});
+        let sent = self.send_all(vec![Step { request: flush, learned: Learned::Nothing, change: None }]).await?;
+        acknowledged(sent).await?;
         // What came meanwhile is left for the next flush.
         self.unflushed.fetch_sub(unflushed, Ordering::AcqRel);
         Ok(())
     }
 
-    async fn send_all(&self, planned: Vec<(disk_request::Kind, Learned)>) -> io::Result<()> {
+    /// Sends in this order; what comes back ends when all is acknowledged.
+    pub(super) async fn send_all(&self, planned: Planned) -> io::Result<Sent> {
         let mut waiting = Vec::with_capacity(planned.len());
-        for (request, learned) in planned {
-            if !matches!(request, disk_request::Kind::Flush(_)) {
+        for step in planned {
+            if step.change.is_some() {
                 self.unflushed.fetch_add(1, Ordering::AcqRel);
             }
             let (done, acknowledged) = oneshot::channel();
-            self.orders.send(Order { request, learned, done }).await.map_err(|_| ended())?;
+            self.orders.send(Order { step, done }).await.map_err(|_| ended())?;
             waiting.push(acknowledged);
         }
-        for acknowledged in waiting {
-            acknowledged.await.map_err(|_| ended())??;
-        }
-        Ok(())
+        Ok(waiting)
     }
+}
+
+/// What was sent and is not acknowledged yet.
+pub(super) type Sent = Vec<oneshot::Receiver<io::Result<()>>>;
+
+/// Waits until all of it is acknowledged.
+pub(super) async fn acknowledged(sent: Sent) -> io::Result<()> {
+    for one in sent {
+        one.await.map_err(|_| ended())??;
+    }
+    Ok(())
 }
 
 fn ended() -> io::Error {
@@ -225,7 +281,7 @@ async fn synchronise(
                     return Err(SessionError::CutDigests { disk: name.to_owned() });
                 }
                 let digests: Vec<_> = digests.iter().map(|digest| BlockDigest(*digest)).collect();
-                let change = Change::Digests { first_block: run.first_block, digests: &digests };
+                let change = Confirmed::Digests { first_block: run.first_block, digests: &digests };
                 view.confirm(disk, ReplicaState::default(), change).map_err(nonsense)?;
             }
             disk_reply::Kind::Opened(opened) => {
@@ -236,7 +292,7 @@ async fn synchronise(
                 if !opened.digests_sent && state != known {
                     return Err(SessionError::CutDigests { disk: name.to_owned() });
                 }
-                return view.confirm(disk, state, Change::None).map_err(nonsense);
+                return view.confirm(disk, state, Confirmed::Nothing).map_err(nonsense);
             }
             disk_reply::Kind::Failure(failure) => {
                 return Err(SessionError::Refused { disk: name.to_owned(), reason: failure.reason });
@@ -246,12 +302,23 @@ async fn synchronise(
     }
 }
 
-async fn send_orders(mut queue: mpsc::Receiver<Order>, pending: mpsc::Sender<Pending>, mut writer: MessageWriter) {
-    while let Some(Order { request, learned, done }) = queue.recv().await {
+async fn send_orders(
+    mut queue: mpsc::Receiver<Order>,
+    pending: mpsc::Sender<Pending>,
+    mut writer: MessageWriter,
+    sent: Arc<Mutex<Changes>>,
+    cap: Arc<Cap>,
+) {
+    while let Some(Order { step: Step { request, learned, change }, done }) = queue.recv().await {
+        if let Some(change) = &change {
+            sent.lock().unwrap_or_else(PoisonError::into_inner).add(change);
+        }
         if pending.send(Pending { learned, done }).await.is_err() {
             return;
         }
-        if let Err(error) = writer.send(&DiskRequest { kind: Some(request) }).await {
+        let request = DiskRequest { kind: Some(request) };
+        cap.take(request.encoded_len() as u64).await;
+        if let Err(error) = writer.send(&request).await {
             tracing::debug!(%error, "disk stream ended while sending");
             return;
         }
@@ -300,14 +367,14 @@ fn learn(
 ) -> Result<(), pageport_teleport::index::IndexError> {
     let state = ReplicaState { version, ..view.state(disk) };
     let change = match learned {
-        Learned::Nothing => Change::None,
-        Learned::Zero { first_block, blocks } => Change::Zero { first_block: *first_block, blocks: *blocks },
-        Learned::Digests { first_block, digests } => Change::Digests { first_block: *first_block, digests },
+        Learned::Nothing => Confirmed::Nothing,
+        Learned::Zero { first_block, blocks } => Confirmed::Zero { first_block: *first_block, blocks: *blocks },
+        Learned::Digests { first_block, digests } => Confirmed::Digests { first_block: *first_block, digests },
     };
     view.confirm(disk, state, change)
 }
 
-type Planned = Vec<(disk_request::Kind, Learned)>;
+pub(super) type Planned = Vec<Step>;
 
 /// What must be sent so that the replica holds `data` at `offset`. Blocks that are to change are forgotten in the view.
 fn plan_write(view: &ReplicaView, disk: u16, offset: u64, data: &[u8]) -> io::Result<Planned> {
@@ -341,8 +408,7 @@ fn plan_write(view: &ReplicaView, disk: u16, offset: u64, data: &[u8]) -> io::Re
             let run = blocks[at..at + digests.len()].as_flattened();
             at += digests.len();
             view.forget_blocks(disk, block, digests.len() as u64).map_err(io::Error::other)?;
-            let learned = Learned::Digests { first_block: block, digests };
-            planned.push((write_request(block * BLOCK_BYTES, run)?, learned));
+            planned.push(write_step(block * BLOCK_BYTES, run, Learned::Digests { first_block: block, digests })?);
         }
     }
     plan_part_of_block(view, disk, (first_block + blocks.len() as u64) * BLOCK_BYTES, tail_data, &mut planned)?;
@@ -359,14 +425,15 @@ fn plan_part_of_block(
 ) -> io::Result<()> {
     if !data.is_empty() {
         view.forget_blocks(disk, offset / BLOCK_BYTES, 1).map_err(io::Error::other)?;
-        planned.push((write_request(offset, data)?, Learned::Nothing));
+        planned.push(write_step(offset, data, Learned::Nothing)?);
     }
     Ok(())
 }
 
-fn write_request(offset: u64, data: &[u8]) -> io::Result<disk_request::Kind> {
+fn write_step(offset: u64, data: &[u8], learned: Learned) -> io::Result<Step> {
     let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL)?.into();
-    Ok(disk_request::Kind::Write(DiskWrite { offset, raw_length: data.len() as u32, zstd }))
+    let request = disk_request::Kind::Write(DiskWrite { offset, raw_length: data.len() as u32, zstd });
+    Ok(Step { request, learned, change: Some(Change::data(offset, data)) })
 }
 
 fn plan_zero(view: &ReplicaView, disk: u16, offset: u64, length: u64) -> io::Result<Planned> {
@@ -385,8 +452,12 @@ fn plan_zero(view: &ReplicaView, disk: u16, offset: u64, length: u64) -> io::Res
         }
         let run = (block..end_whole).take_while(|block| !view.holds_zeros(disk, *block, 1)).count() as u64;
         view.forget_blocks(disk, block, run).map_err(io::Error::other)?;
-        let request = DiskZero { offset: block * BLOCK_BYTES, length: run * BLOCK_BYTES };
-        planned.push((disk_request::Kind::Zero(request), Learned::Zero { first_block: block, blocks: run }));
+        let (offset, length) = (block * BLOCK_BYTES, run * BLOCK_BYTES);
+        planned.push(Step {
+            request: disk_request::Kind::Zero(DiskZero { offset, length }),
+            learned: Learned::Zero { first_block: block, blocks: run },
+            change: Some(Change::zeros(offset, length)),
+        });
         block += run;
     }
     let tail_start = end_whole * BLOCK_BYTES;
@@ -409,15 +480,15 @@ mod tests {
     }
 
     fn acknowledge(view: &ReplicaView, planned: &Planned) {
-        for (_, learned) in planned {
-            learn(view, DISK, 1, learned).unwrap();
+        for step in planned {
+            learn(view, DISK, 1, &step.learned).unwrap();
         }
     }
 
     /// Carries requests out on a plain buffer, as the destination would.
     fn apply(planned: &Planned, replica: &mut [u8]) {
-        for (request, _) in planned {
-            match request {
+        for step in planned {
+            match &step.request {
                 disk_request::Kind::Write(write) => {
                     let data = zstd::bulk::decompress(&write.zstd, write.raw_length as usize).unwrap();
                     replica[write.offset as usize..][..data.len()].copy_from_slice(&data);

@@ -2,6 +2,9 @@
 //!
 //! It lives as long as the worker. A session that finds the replica still at the [`ReplicaState`] that the view
 //! remembers needs no digests from the peer; any other session starts from the digests that the peer sends.
+//!
+//! An *attempt* is a set of changes that the peer keeps or drops as a whole: an increment until it is committed, a move until the VM has
+//! changed hands. What the view knew before is kept as long, and comes back if the peer drops them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -26,6 +29,35 @@ struct Inner {
     index: BlockIndex,
     /// By number of the disk.
     states: Vec<ReplicaState>,
+    /// What the attempt under way has replaced, oldest first.
+    attempt: Option<Attempt>,
+}
+
+#[derive(Debug)]
+struct Attempt {
+    states: Vec<ReplicaState>,
+    replaced: Vec<Run>,
+}
+
+/// Neighbours of which the same was known.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    first: BlockRef,
+    blocks: u64,
+    known: Option<BlockDigest>,
+}
+
+impl Attempt {
+    fn remember(&mut self, at: BlockRef, known: Option<BlockDigest>) {
+        match self.replaced.last_mut() {
+            Some(run)
+                if run.first.disk == at.disk && run.first.block + run.blocks == at.block && run.known == known =>
+            {
+                run.blocks += 1;
+            }
+            _ => self.replaced.push(Run { first: at, blocks: 1, known }),
+        }
+    }
 }
 
 /// The views of all replicas that this worker's VMs have elsewhere.
@@ -59,15 +91,23 @@ impl ReplicaView {
         self.read().states.get(usize::from(disk)).copied().unwrap_or_default()
     }
 
+    /// The same, for a disk of this size: of one that has grown nothing is known any more.
+    pub fn state_of(&self, disk: u16, size_bytes: u64) -> ReplicaState {
+        let inner = self.read();
+        let same = inner.index.blocks(disk) == Some(size_bytes.div_ceil(BLOCK_BYTES));
+        let state = inner.states.get(usize::from(disk)).copied().unwrap_or_default();
+        if same { state } else { ReplicaState::default() }
+    }
+
     /// The peer has confirmed a change, after which the replica is at `state`.
-    pub fn confirm(&self, disk: u16, state: ReplicaState, change: Change<'_>) -> Result<(), IndexError> {
+    pub fn confirm(&self, disk: u16, state: ReplicaState, change: Confirmed<'_>) -> Result<(), IndexError> {
         let mut inner = self.write();
         match change {
-            Change::None => {}
-            Change::Zero { first_block, blocks } => {
+            Confirmed::Nothing => {}
+            Confirmed::Zero { first_block, blocks } => {
                 inner.index.zero(BlockRef { disk, block: first_block }, blocks)?;
             }
-            Change::Digests { first_block, digests } => {
+            Confirmed::Digests { first_block, digests } => {
                 for (block, digest) in (first_block..).zip(digests) {
                     inner.index.set(BlockRef { disk, block }, *digest)?;
                 }
@@ -88,7 +128,47 @@ impl ReplicaView {
 
     /// These blocks are about to change at the peer: until it confirms, nothing is known of them.
     pub fn forget_blocks(&self, disk: u16, first_block: u64, blocks: u64) -> Result<(), IndexError> {
-        self.write().index.clear(BlockRef { disk, block: first_block }, blocks)
+        let mut inner = self.write();
+        let Inner { index, attempt, .. } = &mut *inner;
+        if let Some(attempt) = attempt {
+            for block in first_block..first_block.saturating_add(blocks) {
+                let at = BlockRef { disk, block };
+                attempt.remember(at, index.get(at));
+            }
+        }
+        index.clear(BlockRef { disk, block: first_block }, blocks)
+    }
+
+    /// From now on what is replaced is remembered, until [`Self::keep`] or [`Self::roll_back`].
+    pub fn begin_attempt(&self) {
+        let mut inner = self.write();
+        inner.attempt = Some(Attempt { states: inner.states.clone(), replaced: vec![] });
+    }
+
+    /// The peer has kept the attempt, and all its replicas are at `state`.
+    pub fn keep(&self, state: ReplicaState) {
+        let mut inner = self.write();
+        inner.attempt = None;
+        inner.states.fill(state);
+    }
+
+    /// The peer has dropped the attempt: the view knows again what it knew before. No session may be open.
+    pub fn roll_back(&self) -> Result<(), IndexError> {
+        let mut inner = self.write();
+        let Some(attempt) = inner.attempt.take() else { return Ok(()) };
+        for run in attempt.replaced.iter().rev() {
+            match run.known {
+                None => inner.index.clear(run.first, run.blocks)?,
+                Some(BlockDigest::ZERO) => inner.index.zero(run.first, run.blocks)?,
+                Some(digest) => {
+                    for block in run.first.block..run.first.block + run.blocks {
+                        inner.index.set(BlockRef { block, ..run.first }, digest)?;
+                    }
+                }
+            }
+        }
+        inner.states = attempt.states;
+        Ok(())
     }
 
     /// What a change left half-known makes of the view: the next session asks the peer for everything.
@@ -144,9 +224,9 @@ impl std::ops::Deref for IndexGuard<'_> {
 
 /// What a confirmed request changed.
 #[derive(Debug, Clone, Copy)]
-pub enum Change<'a> {
+pub enum Confirmed<'a> {
     /// Nothing that the view follows.
-    None,
+    Nothing,
     /// Whole blocks became zeros.
     Zero {
         /// The first of them.
@@ -175,11 +255,47 @@ mod tests {
         assert!(view.holds_zeros(0, 0, 16));
         let digest = BlockDigest([7; 16]);
         let state = ReplicaState { instance: 1, version: 1 };
-        view.confirm(0, state, Change::Digests { first_block: 3, digests: &[digest] }).unwrap();
+        view.confirm(0, state, Confirmed::Digests { first_block: 3, digests: &[digest] }).unwrap();
         assert!(view.holds(0, 3, &digest) && view.index().find(&digest).is_some());
         view.forget_blocks(0, 3, 1).unwrap();
         assert!(!view.holds(0, 3, &digest) && view.index().find(&digest).is_none());
         assert!(!view.holds_zeros(0, 0, 16));
         assert_eq!(view.state(0), state);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_attempt_that_is_dropped_leaves_no_trace(
+            before in proptest::collection::vec((0u64..32, 1u64..6, 0u8..4), 0..20),
+            attempt in proptest::collection::vec((0u64..32, 1u64..6, 0u8..4), 0..20),
+        ) {
+            const BLOCKS: u64 = 40;
+            let view = ReplicaView::default();
+            view.start_over(0, BLOCKS * BLOCK_BYTES).unwrap();
+            let known = |view: &ReplicaView| -> Vec<_> {
+                (0..BLOCKS).map(|block| view.index().get(BlockRef { disk: 0, block })).collect()
+            };
+            let change = |(first_block, blocks, content): (u64, u64, u8), version| {
+                view.forget_blocks(0, first_block, blocks).unwrap();
+                let state = ReplicaState { instance: 7, version };
+                let digests = vec![BlockDigest([content; 16]); blocks as usize];
+                match content {
+                    0 => {}
+                    1 => view.confirm(0, state, Confirmed::Zero { first_block, blocks }).unwrap(),
+                    _ => view.confirm(0, state, Confirmed::Digests { first_block, digests: &digests }).unwrap(),
+                }
+            };
+            for (version, step) in (1..).zip(before) {
+                change(step, version);
+            }
+            let (held, state) = (known(&view), view.state(0));
+            view.begin_attempt();
+            for (version, step) in (100..).zip(attempt) {
+                change(step, version);
+            }
+            view.roll_back().unwrap();
+            proptest::prop_assert_eq!(known(&view), held);
+            proptest::prop_assert_eq!(view.state(0), state);
+        }
     }
 }

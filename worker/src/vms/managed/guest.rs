@@ -10,8 +10,9 @@ use pageport_keeper::BootTime;
 use pageport_ownership::{Effect, Epoch, Event, MayRun, Record};
 use pageport_proto::v1::{VmSpec, VmState};
 
-use super::{ManagedVm, State, VmError};
+use super::{ManagedVm, Shared, State, VmError};
 use crate::hypervisor::{self, ExitCause, HypervisorError, Launch, StartMode, Vm};
+use crate::replica::groups::Surrender;
 use crate::replica::store::ReplicaError;
 use crate::vms::fence;
 
@@ -53,7 +54,7 @@ impl ManagedVm {
     pub(super) async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
         // From now on the hypervisor changes the disks.
-        self.shared.replicas.close(self.id);
+        self.surrender_disks(Surrender::AsTheyAre)?;
         if let Some(until_ms) = permission.deadline_ms() {
             qemu.arm(fence::deadline(until_ms))?;
         }
@@ -64,7 +65,7 @@ impl ManagedVm {
 
     pub(super) async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         self.modify(|status| status.state = VmState::Starting);
-        self.shared.replicas.close(self.id);
+        self.surrender_disks(Surrender::NewestPoint)?;
         let Some(until_ms) = permission.deadline_ms() else {
             self.launch(state, StartMode::Running, None).await?;
             tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
@@ -151,6 +152,7 @@ impl ManagedVm {
         if let Err(error) = self.commit(&mut state, Event::QemuGone) {
             tracing::error!(vm_id = %self.id, %error, "the end of the hypervisor could not be recorded");
         }
+        self.settle_disks(&state);
         self.publish(&state);
         if fenced {
             self.set_problem("its lease ran out, so it was ended; it boots again under the next lease".to_owned());
@@ -172,8 +174,28 @@ impl ManagedVm {
             qemu.kill().await?;
             state.console = None;
             self.commit(state, Event::QemuGone)?;
+            self.settle_disks(state);
         }
         Ok(())
+    }
+
+    /// A hypervisor is about to change the disks.
+    fn surrender_disks(&self, surrender: Surrender) -> Result<(), VmError> {
+        let Shared { groups, replicas, .. } = &*self.shared;
+        tokio::task::block_in_place(|| groups.surrender(replicas, self.id, surrender))?;
+        replicas.close(self.id);
+        Ok(())
+    }
+
+    /// Without a hypervisor, what a move has written into a replica that is none's disk is undone.
+    pub(super) fn settle_disks(&self, state: &State) {
+        if state.qemu.is_some() || state.durable.record().owned().is_some() {
+            return;
+        }
+        let Shared { groups, replicas, .. } = &*self.shared;
+        if let Err(error) = tokio::task::block_in_place(|| groups.settle(replicas, self.id)) {
+            tracing::error!(vm_id = %self.id, error = %crate::error::with_causes(&error), "the replica is not at its newest point");
+        }
     }
 }
 

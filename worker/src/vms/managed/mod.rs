@@ -32,6 +32,7 @@ use super::fence::Fence;
 use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, StartMode, Vm};
+use crate::replica::groups::{Groups, GroupsError};
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
 /// How long a guest has to shut down when asked; then it is asked again.
@@ -49,6 +50,9 @@ pub enum VmError {
     /// The disks.
     #[error(transparent)]
     Disk(#[from] ReplicaError),
+    /// Their recovery points.
+    #[error(transparent)]
+    Points(#[from] GroupsError),
     /// The serial console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -109,6 +113,8 @@ pub struct Shared {
     pub hypervisor: hypervisor::Host,
     /// Disks and replicas.
     pub replicas: Arc<ReplicaStore>,
+    /// Recovery points of replicas.
+    pub groups: Arc<Groups>,
     /// Notified when a report would differ from the one before.
     pub changed: Arc<Notify>,
 }
@@ -349,10 +355,12 @@ impl ManagedVm {
         let mut state = self.state.lock().await;
         self.end_qemu(&mut state).await?;
         hypervisor::remove(&self.shared.hypervisor.runtime_dir, self.id).await?;
-        let (store, replicas, id) = (self.shared.store.clone(), self.shared.replicas.clone(), self.id);
+        let Shared { store, replicas, groups, .. } = &*self.shared;
+        let id = self.id;
         tokio::task::block_in_place(|| {
+            groups.forget(id)?;
             replicas.remove(id)?;
-            records::remove(&store, id)?;
+            records::remove(store, id)?;
             Ok(())
         })
     }
@@ -398,6 +406,17 @@ impl ManagedVm {
         if changed {
             self.shared.changed.notify_one();
         }
+    }
+
+    /// A replication session has ended: what it left of a move is undone, unless a hypervisor waits here for that move.
+    pub async fn settle_replica(&self) {
+        self.settle_disks(&*self.state.lock().await);
+    }
+
+    /// It is this worker's, and its guest runs.
+    pub fn owns_and_runs(&self) -> bool {
+        let status = self.status.borrow();
+        matches!(status.record, Record::Own { .. }) && status.volatile.guest == Guest::Running
     }
 
     /// The record allows a move of this epoch to begin here as its source.

@@ -1,0 +1,86 @@
+//! How the disks of a migration come to the destination: from its standing replica, or by comparing them whole.
+
+use std::time::Duration;
+
+use crate::hypervisor::Vm;
+use crate::node::Node;
+use crate::replica::cap::Cap;
+use crate::replica::copy::{CopyError, CopyProgress, DiskCopies};
+use crate::replication::moving::{MovingDisks, MovingError};
+
+use pageport_proto::v1::{MigrationAssignment, VmSpec};
+
+/// Why the disks did not follow.
+#[derive(Debug, thiserror::Error)]
+pub enum DisksError {
+    /// They were compared.
+    #[error(transparent)]
+    Compared(#[from] CopyError),
+    /// They were to go on from the standing replica.
+    #[error(transparent)]
+    Standing(#[from] MovingError),
+}
+
+/// The disks of a migration under way.
+#[derive(Debug)]
+pub enum Disks {
+    /// The replica has no recovery point: mirrored whole, and compared.
+    Compared(DiskCopies),
+    /// Only what is newer than the replica's newest recovery point.
+    Standing(Box<MovingDisks>),
+}
+
+impl Disks {
+    /// Begins, from the standing replica where there is one.
+    ///
+    /// # Errors
+    /// Nothing is left running.
+    pub async fn start(node: &Node, qemu: &Vm, spec: &VmSpec, order: &MigrationAssignment) -> Result<Self, DisksError> {
+        let (peer, address, id) = (&order.peer_worker, &order.peer_address, &order.migration_id);
+        if !spec.disks.is_empty()
+            && let Some(moving) = MovingDisks::start(node, qemu, spec, peer, address, id).await?
+        {
+            return Ok(Self::Standing(Box::new(moving)));
+        }
+        let uncapped = Cap::none().into();
+        Ok(Self::Compared(DiskCopies::start(node, qemu, spec, peer, address, id, uncapped).await?))
+    }
+
+    /// Waits until the replicas keep up with the disks.
+    ///
+    /// # Errors
+    /// A copy ended, or it took too long.
+    pub async fn wait_ready(&mut self, limit: Duration, progress: impl FnMut(CopyProgress)) -> Result<(), DisksError> {
+        match self {
+            Self::Compared(copies) => Ok(copies.wait_ready(limit, progress).await?),
+            Self::Standing(moving) => Ok(moving.wait_ready(limit, progress).await?),
+        }
+    }
+
+    /// Once ready and with the guest stopped: the last writes, on stable storage.
+    ///
+    /// # Errors
+    /// A copy failed.
+    pub async fn finish(&mut self) -> Result<(), DisksError> {
+        match self {
+            Self::Compared(copies) => Ok(copies.finish().await?),
+            Self::Standing(moving) => Ok(moving.finish().await?),
+        }
+    }
+
+    /// Ends everything at once.
+    pub async fn cancel(&mut self) {
+        match self {
+            Self::Compared(copies) => copies.cancel().await,
+            Self::Standing(moving) => moving.cancel().await,
+        }
+    }
+
+    /// Bytes that the transport sent for disks.
+    pub fn wan_bytes(&self) -> u64 {
+        match self {
+            Self::Compared(copies) => copies.wan_bytes(),
+            Self::Standing(moving) => moving.wan_bytes(),
+        }
+    }
+}

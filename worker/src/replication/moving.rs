@@ -1,0 +1,229 @@
+//! The disks of a migration that starts from a standing replica: only what is newer than its newest recovery point crosses the link.
+//!
+//! ```text
+//!   begin layer ─▶ mirrors (sync none): what is written from now on ──┐
+//!                  freeze ─▶ what was written since the newest point ─┴─▶ merged ─▶ the replica, in place, behind its undo
+//!   … memory moves … drain ─▶ pause ─▶ last writes ─▶ flush
+//! ```
+//! Guarantees: the mirrors run before the moment is frozen, so no write is missed between; the mirror's bytes win; after an abort the
+//! destination is at its newest point again, the bitmap of that point has missed nothing, and the view knows what it knew.
+//! Without a bitmap that goes on from the newest point the mirrors look at the whole disks, which are compared.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageport_proto::v1::{DiskHello, VmSpec};
+use pageport_teleport::index::IndexError;
+
+use super::control::{Control, ControlError};
+use super::frozen_copy::{FrozenCopy, FrozenCopyError};
+use super::mark::Mark;
+use super::plan::Plan;
+use crate::hypervisor::freeze::Outcome;
+use crate::hypervisor::mirror::MirrorSync;
+use crate::hypervisor::{HypervisorError, Vm};
+use crate::node::Node;
+use crate::replica::cap::Cap;
+use crate::replica::copy::{CopyError, CopyProgress, DiskCopies, hello};
+use crate::replica::merge::{PointTarget, merge};
+use crate::replica::view::ReplicaView;
+use crate::transport::{PeerConnection, TransportError};
+
+/// Why the disks could not follow.
+#[derive(Debug, thiserror::Error)]
+pub enum MovingError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] TransportError),
+    /// The control stream.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A mirror or its stream.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// The hypervisor.
+    #[error("copy what was written since the newest recovery point")]
+    Hypervisor(#[from] HypervisorError),
+    /// The last increment.
+    #[error(transparent)]
+    Last(#[from] FrozenCopyError),
+    /// The view cannot follow.
+    #[error("keep account of what the replica holds")]
+    View(#[from] IndexError),
+}
+
+/// The copies under way. [`Self::cancel`] ends them, in whatever state they are.
+pub struct MovingDisks {
+    copies: DiskCopies,
+    view: Arc<ReplicaView>,
+    /// What was written since the newest point, frozen.
+    last: Option<FrozenCopy>,
+    /// Closed, it tells the destination that the session is over.
+    _control: Control,
+}
+
+impl MovingDisks {
+    /// Begins, if the replica has a recovery point; [`None`]: it has none, and the disks are compared without it.
+    ///
+    /// # Errors
+    /// Nothing is left running.
+    pub async fn start(
+        node: &Node,
+        qemu: &Vm,
+        spec: &VmSpec,
+        peer: &str,
+        address: &str,
+        migration_id: &str,
+    ) -> Result<Option<Self>, MovingError> {
+        let connection = node.endpoint.connect(peer, address).await?;
+        let session = rand::random::<u64>().max(1);
+        let names: Vec<String> = spec.disks.iter().map(|disk| disk.name.clone()).collect();
+        let of = |name: &String| {
+            let migration_id = migration_id.to_owned();
+            Ok::<_, CopyError>(DiskHello { session, migration_id, ..hello(node, qemu.id(), name)? })
+        };
+        let hellos = tokio::task::block_in_place(|| names.iter().map(of).collect::<Result<Vec<_>, _>>())?;
+        let (mut control, points) = Control::open(&connection, session, &hellos).await?;
+        let plan = Plan::make(qemu, &names, &points, peer).await?;
+        if plan.in_place {
+            connection.close("the replica has no recovery point");
+            return Ok(None);
+        }
+        control.begin_layer().await?;
+        let view = node.views.of(qemu.id(), peer);
+        let mut moving = Self { copies: DiskCopies::over(connection), view, last: None, _control: control };
+        match moving.begin(node, qemu, peer, hellos, &plan).await {
+            Ok(()) => Ok(Some(moving)),
+            Err(error) => {
+                moving.cancel().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn begin(
+        &mut self,
+        node: &Node,
+        qemu: &Vm,
+        peer: &str,
+        hellos: Vec<DiskHello>,
+        plan: &Plan,
+    ) -> Result<(), MovingError> {
+        let mut sessions = vec![];
+        for (number, hello) in (0u16..).zip(hellos) {
+            let name = hello.disk.clone();
+            let session = self.copies.open(number, hello, self.view.clone(), Arc::new(Cap::none())).await?;
+            sessions.push((name, session));
+        }
+        // Only now: what the sessions learned while they opened is true whatever becomes of the migration.
+        self.view.begin_attempt();
+        let sync = if plan.since.is_some() { MirrorSync::None } else { MirrorSync::Full };
+        let mut targets = vec![];
+        for (name, session) in sessions {
+            let (newer, older) = merge(session.clone());
+            self.copies.mirror(qemu, &name, session, Arc::new(newer), sync).await?;
+            targets.push((name, older));
+        }
+        if let Some(since) = &plan.since {
+            self.wait_for_mirrors().await?;
+            // Not a point: it only ends the increment, and is removed with it.
+            let end = Mark { worker: peer.to_owned(), lineage: plan.lineage, point: u64::MAX }.to_string();
+            self.freeze(node, qemu, since, &end, targets).await?;
+        }
+        Ok(())
+    }
+
+    /// A mirror that copies nothing is ready at once, and must be before the moment is frozen.
+    async fn wait_for_mirrors(&mut self) -> Result<(), MovingError> {
+        Ok(self.copies.wait_ready(Duration::from_secs(30), |_| {}).await?)
+    }
+
+    async fn freeze(
+        &mut self,
+        node: &Node,
+        qemu: &Vm,
+        since: &str,
+        end: &str,
+        targets: Vec<(String, PointTarget)>,
+    ) -> Result<(), MovingError> {
+        let names: Vec<String> = targets.iter().map(|(name, _)| name.clone()).collect();
+        let last = self.last.insert(FrozenCopy::freeze(node, qemu, &names, Some(since), end).await?);
+        for (name, target) in targets {
+            last.start(&name, Arc::new(target), None).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the mirrors keep up and the last increment is copied.
+    ///
+    /// # Errors
+    /// A copy or a session ended, or it took too long.
+    pub async fn wait_ready(
+        &mut self,
+        limit: Duration,
+        mut progress: impl FnMut(CopyProgress),
+    ) -> Result<(), MovingError> {
+        if let Some(last) = &mut self.last {
+            let copies = &self.copies;
+            last.wait(None, |copied| {
+                progress(CopyProgress {
+                    done_bytes: copied.done_bytes,
+                    total_bytes: copied.total_bytes,
+                    wan_bytes: copies.wan_bytes(),
+                    rate_bps: 0,
+                });
+            })
+            .await?;
+        }
+        self.release_last().await?;
+        Ok(self.copies.wait_ready(limit, progress).await?)
+    }
+
+    /// Once ready and with the guest stopped: the last writes, on stable storage.
+    ///
+    /// # Errors
+    /// A mirror or a session failed.
+    pub async fn finish(&mut self) -> Result<(), CopyError> {
+        self.copies.finish().await
+    }
+
+    /// Ends everything at once: the destination undoes what it has written.
+    pub async fn cancel(&mut self) {
+        if let Err(error) = self.release_last().await {
+            tracing::warn!(error = %crate::error::with_causes(&error), "the last increment is left behind");
+        }
+        let sessions: Vec<_> = self.copies.sessions().map(|(_, session)| session.clone()).collect();
+        self.copies.cancel().await;
+        for session in sessions {
+            session.end().await;
+        }
+        if let Err(error) = self.view.roll_back() {
+            tracing::warn!(%error, "what the replica holds is not known any more");
+        }
+    }
+
+    /// Removes the frozen moment. The bitmap goes on from the newest point: until the VM has changed hands that is where the replica can
+    /// be brought back to.
+    async fn release_last(&mut self) -> Result<(), HypervisorError> {
+        match self.last.take() {
+            Some(last) => last.release(Outcome::Failed).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes that the transport sent for disks.
+    pub fn wan_bytes(&self) -> u64 {
+        self.copies.wan_bytes()
+    }
+
+    /// The connection.
+    pub fn connection(&self) -> &PeerConnection {
+        self.copies.connection()
+    }
+}
+
+impl std::fmt::Debug for MovingDisks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MovingDisks").field("copies", &self.copies).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,306 @@
+//! One round: one recovery point of one VM, from the frozen moment to its commit at the replica.
+//!
+//! ```text
+//!   connect ─▶ points? ─▶ begin n+1 ─▶ disk streams ─▶ freeze ─▶ copy what changed ─▶ commit ─▶ release
+//!                │                                        │           └─ failed ─▶ view rolled back, bitmaps merged back
+//!                └─ which bitmap goes on from the newest point?       └─ answer lost ─▶ both bitmaps stay complete
+//! ```
+//! Guarantees: no guest write waits for anything but local scratch; a round that fails leaves bitmaps from which the next one goes on, and
+//! a view that says what the replica's newest point holds; scratch stays within its bound.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+
+use pageport_common::telemetry;
+use pageport_proto::v1::{BeginPoint, CommitPoint, DiskHello, RecoveryPoint, ReplicationAssignment, VmSpec};
+use pageport_teleport::index::IndexError;
+
+use super::control::{Control, ControlError};
+use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
+use super::mark::Mark;
+use super::plan::Plan;
+use super::throttle::Throttle;
+use crate::hypervisor::freeze::Outcome;
+use crate::hypervisor::{HypervisorError, Vm};
+use crate::nbd::BlockTarget;
+use crate::node::Node;
+use crate::replica::copy::{CopyError, hello};
+use crate::replica::points::ChangeDigest;
+use crate::replica::session::{DiskSession, SessionError};
+use crate::replica::view::{ReplicaState, ReplicaView};
+use crate::transport::{PeerConnection, TransportError};
+
+/// Between two counts of the guest's writes before a full copy.
+const COUNT_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Why a round did not bring a point.
+#[derive(Debug, thiserror::Error)]
+pub enum RoundError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] TransportError),
+    /// The control stream.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A disk's stream did not begin.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A disk is not as it should be.
+    #[error(transparent)]
+    Disk(#[from] CopyError),
+    /// The hypervisor.
+    #[error("take a frozen point")]
+    Hypervisor(#[from] HypervisorError),
+    /// The copy.
+    #[error(transparent)]
+    Copy(#[from] FrozenCopyError),
+    /// A disk's stream ended.
+    #[error("the copy of disk {disk:?} ended: {reason}")]
+    Ended {
+        /// The disk.
+        disk: String,
+        /// Why.
+        reason: String,
+    },
+    /// The view cannot follow.
+    #[error("keep account of what the replica holds")]
+    View(#[from] IndexError),
+    /// A migration needs its place, or the order was withdrawn.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// A point that is committed.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// Its number.
+    pub number: u64,
+    /// When, by this host's clock.
+    pub taken_unix_ms: i64,
+    /// The same moment on its monotonic clock.
+    pub at: Instant,
+    /// Bytes of the disks that changed with it.
+    pub changed_bytes: u64,
+    /// The bitmap of what the guest has written since.
+    pub mark: String,
+}
+
+/// How far a round is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Progress {
+    /// The whole disks are looked at.
+    pub full: bool,
+    /// Bytes of the disks looked at so far.
+    pub done_bytes: u64,
+    /// In all.
+    pub total_bytes: u64,
+    /// Sent by the transport in this round.
+    pub wan_bytes: u64,
+}
+
+/// What a round needs.
+pub struct Round<'a> {
+    /// This worker.
+    pub node: &'a Node,
+    /// The VM's hypervisor.
+    pub qemu: &'a Vm,
+    /// Its definition.
+    pub spec: &'a VmSpec,
+    /// The order.
+    pub order: &'a ReplicationAssignment,
+}
+
+/// A disk's stream.
+#[derive(Debug)]
+struct DiskStream {
+    name: String,
+    session: Arc<DiskSession>,
+}
+
+impl Round<'_> {
+    /// Takes one point. `interrupt` ends it early; `progress` is told how it goes.
+    ///
+    /// # Errors
+    /// [`RoundError`]; the next round goes on from what was there before.
+    pub async fn take(
+        &self,
+        interrupt: impl Future<Output = ()>,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<Taken, RoundError> {
+        let connection = self.node.endpoint.connect(&self.order.peer_worker, &self.order.peer_address).await?;
+        let taken = self.over(&connection, interrupt, &mut progress).await;
+        connection.close("replication round ended");
+        taken
+    }
+
+    async fn over(
+        &self,
+        connection: &PeerConnection,
+        interrupt: impl Future<Output = ()>,
+        progress: &mut impl FnMut(Progress),
+    ) -> Result<Taken, RoundError> {
+        let session = rand::random::<u64>().max(1);
+        let hellos = self.hellos(session)?;
+        let (mut control, points) = Control::open(connection, session, &hellos).await?;
+        let plan = Plan::make(self.qemu, &self.names(), &points, &self.order.peer_worker).await?;
+        let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
+        let lineage = control.begin(begin).await?;
+        let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker);
+        let streams = self.open_streams(connection, hellos, &view).await?;
+        if !plan.in_place {
+            view.begin_attempt();
+        }
+        let next = Mark { worker: self.order.peer_worker.clone(), lineage, point: plan.number }.to_string();
+        let copied = self.copy(connection, &plan, &next, &streams, interrupt, progress).await;
+        let (outcome, committed, frozen) = match copied {
+            Err((error, frozen)) => (Outcome::Failed, Err(error), frozen),
+            Ok((taken, frozen)) => match control.commit(self.commit_of(&streams, &taken, plan.in_place)).await {
+                Ok(_) => (Outcome::Committed, Ok(taken), Some(frozen)),
+                // Only the destination knows.
+                Err(error) => (Outcome::Unknown, Err(error.into()), Some(frozen)),
+            },
+        };
+        for stream in &streams {
+            stream.session.end().await;
+        }
+        match &committed {
+            Ok(_) => view.keep(ReplicaState { instance: lineage, version: plan.number }),
+            Err(_) => view.roll_back()?,
+        }
+        if let Some(frozen) = frozen {
+            frozen.release(outcome).await?;
+        }
+        committed
+    }
+
+    /// From the frozen moment until everything is at the destination; the frozen point is left for who knows how it ended.
+    async fn copy(
+        &self,
+        connection: &PeerConnection,
+        plan: &Plan,
+        next: &str,
+        streams: &[DiskStream],
+        interrupt: impl Future<Output = ()>,
+        progress: &mut impl FnMut(Progress),
+    ) -> Result<(Taken, FrozenCopy), (RoundError, Option<FrozenCopy>)> {
+        let full = plan.since.is_none();
+        let throttle = if full { Some(self.throttle().await.map_err(|error| (error, None))?) } else { None };
+        let at = Instant::now();
+        let frozen = FrozenCopy::freeze(self.node, self.qemu, &self.names(), plan.since.as_deref(), next).await;
+        let mut frozen = frozen.map_err(|error| (error.into(), None))?;
+        let copied = async {
+            for stream in streams {
+                frozen.start(&stream.name, Arc::new(PointSink(stream.session.clone())), throttle.as_ref()).await?;
+            }
+            let tell = |Copied { done_bytes, total_bytes }| {
+                progress(Progress { full, done_bytes, total_bytes, wan_bytes: connection.sent_bytes() });
+            };
+            frozen.wait(throttle.clone(), tell).await
+        };
+        let copied = tokio::select! {
+            biased;
+            () = interrupt => Err(RoundError::Interrupted),
+            copied = copied => copied.map_err(|error| explain(streams, error)),
+        };
+        frozen.close().await;
+        match copied {
+            Err(error) => Err((error, Some(frozen))),
+            Ok(()) => {
+                let changed_bytes = streams.iter().map(|stream| stream.session.changed_bytes()).sum();
+                let taken_unix_ms = unix_ms(frozen.moment());
+                let taken = Taken { number: plan.number, taken_unix_ms, at, changed_bytes, mark: next.to_owned() };
+                Ok((taken, frozen))
+            }
+        }
+    }
+
+    /// What the disks' streams begin with.
+    fn hellos(&self, session: u64) -> Result<Vec<DiskHello>, RoundError> {
+        let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
+        tokio::task::block_in_place(|| self.names().iter().map(hello).collect())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.spec.disks.iter().map(|disk| disk.name.clone()).collect()
+    }
+
+    async fn open_streams(
+        &self,
+        connection: &PeerConnection,
+        hellos: Vec<DiskHello>,
+        view: &Arc<ReplicaView>,
+    ) -> Result<Vec<DiskStream>, RoundError> {
+        let mut streams = vec![];
+        for (number, hello) in (0u16..).zip(hellos) {
+            let name = hello.disk.clone();
+            let traceparent = telemetry::traceparent_of(&tracing::Span::current());
+            let cap = self.node.caps.towards(&self.order.to_site);
+            let opened = DiskSession::open(connection, number, hello, traceparent, view.clone(), cap).await?;
+            streams.push(DiskStream { name, session: Arc::new(opened) });
+        }
+        Ok(streams)
+    }
+
+    /// Looks at the guest's writes for a while, before a full copy makes them slower.
+    async fn throttle(&self) -> Result<Throttle, RoundError> {
+        let before = self.qemu.write_count().await?;
+        tokio::time::sleep(COUNT_INTERVAL).await;
+        Ok(Throttle::new(before, self.qemu.write_count().await?))
+    }
+
+    fn commit_of(&self, streams: &[DiskStream], taken: &Taken, in_place: bool) -> CommitPoint {
+        let Taken { number, taken_unix_ms, changed_bytes, .. } = *taken;
+        let mut digest = ChangeDigest::default();
+        for stream in streams {
+            digest.join(stream.session.change_digest());
+        }
+        CommitPoint {
+            point: Some(RecoveryPoint { number, taken_unix_ms, changed_bytes, quiesced: false }),
+            digest: if in_place { Bytes::new() } else { digest.finish().to_vec().into() },
+            keep_points: self.order.protection.as_ref().map_or(1, |it| it.keep_points),
+        }
+    }
+}
+
+/// A session that ended says more than the job that it ended.
+fn explain(streams: &[DiskStream], error: FrozenCopyError) -> RoundError {
+    let failed = streams.iter().find_map(|stream| Some((stream, stream.session.failure()?)));
+    match failed {
+        Some((stream, reason)) => RoundError::Ended { disk: stream.name.clone(), reason },
+        None => error.into(),
+    }
+}
+
+fn unix_ms(at: SystemTime) -> i64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+/// Takes a frozen point into a session.
+#[derive(Debug)]
+struct PointSink(Arc<DiskSession>);
+
+impl BlockTarget for PointSink {
+    fn size(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    async fn read(&self, _offset: u64, _length: u32) -> io::Result<Bytes> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a replica is not read back over the link"))
+    }
+
+    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        self.0.write(offset, data).await
+    }
+
+    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
+        self.0.zero(offset, length.into()).await
+    }
+
+    /// The guest waits for the flush that the hypervisor sends when it removes the target; what counts is the commit.
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}

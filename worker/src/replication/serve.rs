@@ -1,0 +1,348 @@
+//! The destination's end of a replication session: says which points there are, and where the changes of the disks' streams go.
+//!
+//! ```text
+//!   hello ─▶ open (recovers) ─▶ points
+//!   begin  ─▶ journal, or in place     ┐
+//!   layer  ─▶ in place, behind an undo ┴─ changes come on the disks' streams
+//!   commit ─▶ digests agree? ─▶ sealed, recorded ─▶ committed ─▶ applied
+//!   end    ─▶ a journal is dropped; a layer is undone, unless a hypervisor here waits for the VM
+//! ```
+//! Guarantees: one session of a VM at a time; `committed` is said only once the point is on stable storage; what a session leaves
+//! unfinished is gone before the next begins.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use pageport_ownership::Guest;
+use pageport_proto::VmId;
+use pageport_proto::ids::is_name;
+use pageport_proto::v1::{
+    BeginPoint, Begun, CommitPoint, Committed, DiskFailure, DiskHello, RecoveryPoint, ReplicaPoints, ReplicationHello,
+    ReplicationReply, ReplicationRequest, replication_reply, replication_request,
+};
+use tokio::sync::OwnedMutexGuard;
+
+use crate::node::Node;
+use crate::replica::groups::Points;
+use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
+use crate::replica::serve::{DiskTarget, ServeError, decompress};
+use crate::replica::store::{ReplicaDisk, ReplicaError};
+use crate::replica::view::ReplicaState;
+use crate::transport::{MessageError, MessageReader, MessageWriter};
+use crate::vms::VmError;
+
+/// How long a new session waits for the one before it to be noticed as dead.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why a session is refused, or ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The hello makes no sense.
+    #[error("the request makes no sense: {what}")]
+    Request {
+        /// What does not.
+        what: &'static str,
+    },
+    /// This host may run the VM.
+    #[error("this site runs vm {vm} itself: its disks are no replicas")]
+    Owned {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Another session has not ended.
+    #[error("another replication of the same vm is under way; it has not ended within {} s", TAKE_OVER_LIMIT.as_secs())]
+    Busy,
+    /// The stream broke.
+    #[error("serve a replication stream")]
+    Stream(#[from] MessageError),
+    /// The replica.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// Its points.
+    #[error(transparent)]
+    Points(#[from] PointError),
+    /// The VM at this host.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A thread ended.
+    #[error("the thread that served the request ended")]
+    Thread(#[from] tokio::task::JoinError),
+}
+
+/// The sessions under way, by the number that their source has drawn.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    all: Mutex<HashMap<u64, Arc<Session>>>,
+}
+
+impl Sessions {
+    /// Where the changes of a disk's stream go.
+    pub fn disk(&self, vm: VmId, hello: &DiskHello) -> Option<SessionDisk> {
+        let session = self.lock().get(&hello.session).filter(|session| session.vm == vm)?.clone();
+        let number = session.disks.iter().position(|(name, _)| *name == hello.disk)?;
+        Some(SessionDisk { session, number })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Session>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Session {
+    vm: VmId,
+    disks: Vec<(String, Arc<ReplicaDisk>)>,
+    points: Arc<Points>,
+    target: RwLock<Target>,
+}
+
+/// Where changes go.
+#[derive(Debug)]
+enum Target {
+    Nowhere,
+    InPlace { lineage: Lineage },
+    Journal(JournalWriter),
+    Layer,
+}
+
+/// One disk's stream within a session.
+#[derive(Debug)]
+pub struct SessionDisk {
+    session: Arc<Session>,
+    number: usize,
+}
+
+impl DiskTarget for SessionDisk {
+    fn replica(&self) -> &Arc<ReplicaDisk> {
+        &self.session.disks[self.number].1
+    }
+
+    fn state(&self) -> ReplicaState {
+        match &*self.session.target() {
+            Target::InPlace { .. } | Target::Nowhere => {
+                let replica = self.replica();
+                ReplicaState { instance: replica.instance(), version: replica.version() }
+            }
+            // Until it is committed, or the VM has changed hands, the replica counts as what it was.
+            Target::Journal(_) | Target::Layer => self.session.state(),
+        }
+    }
+
+    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
+        match &*self.session.target() {
+            Target::Nowhere => Err(NOWHERE),
+            Target::InPlace { .. } => {
+                let data = decompress(raw_length, zstd)?;
+                self.in_place(|replica| replica.write(offset, &data))
+            }
+            Target::Journal(journal) => Ok(journal.write(self.name(), offset, raw_length, zstd)?),
+            Target::Layer => {
+                let data = decompress(raw_length, zstd)?;
+                Ok(self.session.points.change(&[LayerChange::Write { disk: self.name(), offset, data: &data }])?)
+            }
+        }
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
+        match &*self.session.target() {
+            Target::Nowhere => Err(NOWHERE),
+            Target::InPlace { .. } => self.in_place(|replica| replica.zero(offset, length)),
+            Target::Journal(journal) => Ok(journal.zero(self.name(), offset, length)?),
+            Target::Layer => {
+                Ok(self.session.points.change(&[LayerChange::Zero { disk: self.name(), offset, length }])?)
+            }
+        }
+    }
+
+    fn flush(&self) -> Result<(), ServeError> {
+        match &*self.session.target() {
+            // What is journalled is on stable storage once it is committed.
+            Target::Nowhere | Target::Journal(_) => Ok(()),
+            Target::InPlace { .. } | Target::Layer => self.in_place(ReplicaDisk::flush),
+        }
+    }
+}
+
+const NOWHERE: ServeError = ServeError::Hostile { what: "a change that belongs to nothing" };
+
+impl SessionDisk {
+    fn name(&self) -> &str {
+        &self.session.disks[self.number].0
+    }
+
+    fn in_place(&self, change: impl FnOnce(&ReplicaDisk) -> io::Result<u64>) -> Result<(), ServeError> {
+        let replica = self.replica();
+        change(replica).map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+    }
+}
+
+impl Session {
+    fn target(&self) -> RwLockReadGuard<'_, Target> {
+        self.target.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn replace(&self, target: Target) -> Target {
+        std::mem::replace(&mut *self.target.write().unwrap_or_else(PoisonError::into_inner), target)
+    }
+
+    /// Names the content of the replica at its newest point.
+    fn state(&self) -> ReplicaState {
+        let state = self.points.group().state();
+        let version = state.points.last().map_or(0, |point| point.number);
+        ReplicaState { instance: state.lineage.map_or(0, Lineage::get), version }
+    }
+
+    fn points(&self) -> ReplicaPoints {
+        let state = self.points.group().state();
+        ReplicaPoints {
+            lineage: state.lineage.map_or(0, Lineage::get),
+            newest: state.points.last().map(RecoveryPoint::from),
+            damage: state.damaged.unwrap_or_default(),
+        }
+    }
+
+    fn begin(&self, begin: &BeginPoint) -> Result<u64, SessionError> {
+        let group = self.points.group();
+        if begin.in_place {
+            // What there was is a mixture from now on.
+            group.forget()?;
+            let lineage = Lineage::generate();
+            self.replace(Target::InPlace { lineage });
+            return Ok(lineage.get());
+        }
+        let lineage = group.state().lineage.ok_or(SessionError::Request { what: "a point after none" })?;
+        let journal = group.begin(lineage, begin.number)?;
+        for (name, disk) in &self.disks {
+            journal.resize(name, disk.size_bytes())?;
+        }
+        self.replace(Target::Journal(journal));
+        Ok(lineage.get())
+    }
+
+    fn begin_layer(&self) -> Result<u64, SessionError> {
+        self.points.open_layer()?;
+        self.replace(Target::Layer);
+        Ok(self.state().instance)
+    }
+
+    fn commit(&self, commit: &CommitPoint) -> Result<Committed, SessionError> {
+        let point = commit.point.as_ref().ok_or(SessionError::Request { what: "a commit of no point" })?;
+        let info = PointInfo {
+            number: point.number,
+            taken_unix_ms: point.taken_unix_ms,
+            changed_bytes: point.changed_bytes,
+            quiesced: point.quiesced,
+        };
+        let group = self.points.group();
+        match self.replace(Target::Nowhere) {
+            Target::InPlace { lineage } => group.adopt(lineage, info)?,
+            Target::Journal(journal) => {
+                let digest = commit.digest[..].try_into();
+                let digest = digest.map_err(|_| SessionError::Request { what: "a commit without a digest" })?;
+                group.commit(&journal, info, digest, commit.keep_points as usize)?;
+            }
+            Target::Nowhere | Target::Layer => {
+                return Err(SessionError::Request { what: "a commit of what was not begun" });
+            }
+        }
+        let state = self.state();
+        Ok(Committed { lineage: state.instance, number: state.version })
+    }
+}
+
+/// Serves one session, from its hello to the end of its control stream.
+pub async fn serve(node: Arc<Node>, hello: ReplicationHello, mut reader: MessageReader, mut writer: MessageWriter) {
+    let outcome = match open(&node, &hello).await {
+        Ok((session, turn)) => {
+            node.sessions.lock().insert(hello.session, session.clone());
+            let outcome = control(&session, &mut reader, &mut writer).await;
+            node.sessions.lock().remove(&hello.session);
+            // Disk streams that are still open write nothing any more.
+            drop(session.replace(Target::Nowhere));
+            drop(turn);
+            if let Some(vm) = node.vms.get(session.vm) {
+                vm.settle_replica().await;
+            }
+            outcome
+        }
+        Err(refused) => Err(refused),
+    };
+    if let Err(error) = outcome {
+        let reason = crate::error::with_causes(&error);
+        tracing::warn!(reason, "replication session ended early");
+        // The peer may be the reason why the stream ended; then there is nobody to tell.
+        let _ = say(&mut writer, replication_reply::Kind::Failure(DiskFailure { reason })).await;
+    }
+    node.changed.notify_one();
+}
+
+async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, OwnedMutexGuard<()>), SessionError> {
+    let request = |what| SessionError::Request { what };
+    let vm: VmId = hello.vm_id.parse().map_err(|_| request("it names no vm"))?;
+    if hello.session == 0 || hello.disks.is_empty() || hello.disks.iter().any(|disk| !is_name(&disk.name)) {
+        return Err(request("it names no session, no disks, or a disk without a name"));
+    }
+    let status = node.vms.get_or_create(vm)?.status();
+    if status.record.owned().is_some() || status.volatile.guest != Guest::Absent {
+        return Err(SessionError::Owned { vm });
+    }
+    let turn = tokio::time::timeout(TAKE_OVER_LIMIT, node.groups.turn(vm).lock_owned()).await;
+    let turn = turn.map_err(|_| SessionError::Busy)?;
+    let (replicas, groups, asked) = (node.replicas.clone(), node.groups.clone(), hello.disks.clone());
+    let opened = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
+        let open = |disk: &pageport_proto::v1::ReplicationDisk| {
+            Ok((disk.name.clone(), replicas.open_for_writing(vm, &disk.name, disk.size_bytes, disk.allocated_bytes)?))
+        };
+        let disks: Vec<_> = asked.iter().map(open).collect::<Result<_, ReplicaError>>()?;
+        let points = groups.open(vm, disks.clone())?;
+        // What an earlier session left of a move is of no use.
+        points.undo_layer()?;
+        Ok((disks, points))
+    });
+    let (disks, points) = opened.await??;
+    let session = Session { vm, disks, points, target: RwLock::new(Target::Nowhere) };
+    Ok((Arc::new(session), turn))
+}
+
+async fn control(
+    session: &Arc<Session>,
+    reader: &mut MessageReader,
+    writer: &mut MessageWriter,
+) -> Result<(), SessionError> {
+    say(writer, replication_reply::Kind::Points(session.points())).await?;
+    loop {
+        let request: ReplicationRequest = match reader.receive().await {
+            Err(MessageError::Closed) => return Ok(()),
+            other => other?,
+        };
+        let kind = request.kind.ok_or(MessageError::Empty)?;
+        let committed = matches!(kind, replication_request::Kind::Commit(_));
+        let serving = session.clone();
+        let reply = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
+            Ok(match kind {
+                replication_request::Kind::Begin(begin) => {
+                    replication_reply::Kind::Begun(Begun { lineage: serving.begin(&begin)? })
+                }
+                replication_request::Kind::Layer(_) => {
+                    replication_reply::Kind::Begun(Begun { lineage: serving.begin_layer()? })
+                }
+                replication_request::Kind::Commit(commit) => {
+                    replication_reply::Kind::Committed(serving.commit(&commit)?)
+                }
+            })
+        });
+        say(writer, reply.await??).await?;
+        if committed {
+            // The peer need not wait for that.
+            let applying = session.clone();
+            tokio::task::spawn_blocking(move || applying.points.group().apply()).await??;
+        }
+    }
+}
+
+async fn say(writer: &mut MessageWriter, kind: replication_reply::Kind) -> Result<(), MessageError> {
+    writer.send(&ReplicationReply { kind: Some(kind) }).await
+}
