@@ -25,7 +25,7 @@ use pageport_worker::hypervisor::{
 use pageport_worker::migration::incoming::Incoming;
 use pageport_worker::migration::outgoing::Outgoing;
 use pageport_worker::replica::store::{ReplicaDisk, ReplicaStore};
-use pageport_worker::replica::view::{Change, ReplicaState, ReplicaView};
+use pageport_worker::replica::view::{Confirmed, ReplicaState, ReplicaView};
 use pageport_worker::transport::{MessageReader, PeerConnection, PeerEndpoint};
 use tokio::sync::mpsc;
 
@@ -151,7 +151,7 @@ fn view_of(replica: &ReplicaDisk) -> ReplicaView {
         for offset in (start - start % PAGE_SIZE as u64..end).step_by(PAGE_SIZE) {
             replica.read(offset, &mut page).unwrap();
             let (first_block, digests) = (offset / PAGE_SIZE as u64, &[BlockDigest::of(&page)]);
-            view.confirm(0, ReplicaState::default(), Change::Digests { first_block, digests }).unwrap();
+            view.confirm(0, ReplicaState::default(), Confirmed::Digests { first_block, digests }).unwrap();
         }
         at = end;
     }
