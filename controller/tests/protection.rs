@@ -18,7 +18,7 @@ use pageport_proto::v1;
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
-const TERMS: Terms = Terms { rpo_ms: 30_000, keep_points: 10, quiesce: false };
+const TERMS: Terms = Terms { rpo_ms: 30_000, keep_points: 10 };
 
 fn site(name: &str) -> SiteName {
     name.parse().unwrap()
@@ -178,11 +178,15 @@ fn terms_are_validated_at_the_edge_and_what_is_left_out_gets_its_default() {
     let terms = |rpo_ms, keep_points| Terms::try_from(v1::Protection { rpo_ms, keep_points, quiesce: false });
     assert_eq!(terms(0, 0), Ok(TERMS));
     assert_eq!(terms(5_000, 1).map(|terms| (terms.rpo_ms, terms.keep_points)), Ok((5_000, 1)));
-    assert!(terms(86_400_000, 1000).is_ok());
+    assert!(terms(86_400_000, 256).is_ok());
+    assert_eq!(
+        Terms::try_from(v1::Protection { quiesce: true, ..v1::Protection::default() }),
+        Err(TermsError::Quiesce)
+    );
     for rpo_ms in [4_999, 86_400_001] {
         assert_eq!(terms(rpo_ms, 1), Err(TermsError::Rpo { rpo_ms }));
     }
-    assert_eq!(terms(0, 1001), Err(TermsError::KeepPoints { keep_points: 1001 }));
+    assert_eq!(terms(0, 257), Err(TermsError::KeepPoints { keep_points: 257 }));
     assert_eq!((valid_cap(0), valid_cap(100_000)), (Ok(0), Ok(100_000)));
     assert_eq!(valid_cap(99_999), Err(TermsError::Cap { cap_bps: 99_999 }));
 }

@@ -75,12 +75,9 @@ pub enum Command {
         /// Target: the newest recovery point is never to be older (5s to 24h).
         #[arg(long, value_name = "DURATION", default_value = "30s")]
         rpo: Span,
-        /// Recovery points that are kept, the newest included (1 to 1000).
-        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        /// Recovery points that are kept, the newest included (1 to 256).
+        #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=256))]
         keep: u32,
-        /// Ask the guest agent, where there is one, to bring the file systems to rest for each point.
-        #[arg(long)]
-        quiesce: bool,
         /// Follow the first copy until there is a recovery point.
         #[arg(long)]
         watch: bool,
@@ -398,11 +395,11 @@ mod tests {
     fn a_protection_has_defaults_and_its_values_are_parsed_at_once() {
         let parse =
             |more: &[&str]| Cli::try_parse_from([&["pageportctl", "protect", "web", "--to", "b"], more].concat());
-        let Command::Protect { rpo, keep, quiesce, watch, .. } = parse(&[]).unwrap().command else { panic!() };
-        assert_eq!((rpo, keep, quiesce, watch), (Span(30_000), 10, false, false));
-        let given = parse(&["--rpo", "5m", "--keep", "24", "--quiesce"]).unwrap().command;
-        let Command::Protect { rpo, keep, quiesce, .. } = given else { panic!() };
-        assert_eq!((rpo, keep, quiesce), (Span(300_000), 24, true));
+        let Command::Protect { rpo, keep, watch, .. } = parse(&[]).unwrap().command else { panic!() };
+        assert_eq!((rpo, keep, watch), (Span(30_000), 10, false));
+        let given = parse(&["--rpo", "5m", "--keep", "24"]).unwrap().command;
+        let Command::Protect { rpo, keep, .. } = given else { panic!() };
+        assert_eq!((rpo, keep), (Span(300_000), 24));
         assert!(parse(&["--rpo", "30"]).unwrap_err().to_string().contains("like 30s or 5m"));
         assert!(parse(&["--keep", "0"]).is_err());
         assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());

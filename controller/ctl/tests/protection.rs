@@ -44,14 +44,14 @@ async fn orders_carry_their_terms_and_are_confirmed_in_words() {
     fake.script().vms = vec![protected(idle(7, 0), ReplicaState::Seeded)];
     let server = fake.serve(&authority, "controller.pageport").await;
     let at = server.address.to_string();
-    let done = run(&authority, &at, &["protect", "web", "--to", "b", "--rpo", "1m", "--keep", "24", "--quiesce"]).await;
+    let done = run(&authority, &at, &["protect", "web", "--to", "b", "--rpo", "1m", "--keep", "24"]).await;
     assert_eq!(
         done.succeeded().stdout,
-        "web is protected at b: a recovery point at least every 1m, 24 are kept, file systems at rest\n\
+        "web is protected at b: a recovery point at least every 1m, 24 are kept\n\
          how it stands: pageportctl replication status web\n"
     );
     let asked = fake.script().protected[0].clone();
-    let terms = v1::Protection { rpo_ms: 60_000, keep_points: 24, quiesce: true };
+    let terms = v1::Protection { rpo_ms: 60_000, keep_points: 24, quiesce: false };
     assert_eq!((asked.protection, asked.to_site.as_str()), (Some(terms), "b"));
     let done = run(&authority, &at, &["unprotect", "web", "--site", "b"]).await.succeeded();
     assert_eq!(done.stdout, "web is no longer protected at b; its replica there stays as it is\n");

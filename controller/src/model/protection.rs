@@ -29,7 +29,7 @@ pub const RPO_MS: RangeInclusive<u64> = 5_000..=24 * 3_600_000;
 /// Recovery points that a protection keeps which says nothing of them.
 pub const DEFAULT_KEEP_POINTS: u32 = 10;
 /// Numbers of recovery points that can be kept.
-pub const KEEP_POINTS: RangeInclusive<u32> = 1..=1000;
+pub const KEEP_POINTS: RangeInclusive<u32> = 1..=256;
 /// The lowest cap of a link, in bits per second: below it nothing would ever arrive.
 pub const MIN_CAP_BPS: u64 = 100_000;
 
@@ -40,8 +40,6 @@ pub struct Terms {
     pub rpo_ms: u64,
     /// Recovery points that are kept, the newest included.
     pub keep_points: u32,
-    /// The guest is asked to bring its file systems to rest for each point.
-    pub quiesce: bool,
 }
 
 /// What was asked for, and the number of the order.
@@ -72,11 +70,14 @@ pub enum TermsError {
         rpo_ms: u64,
     },
     /// The number of points.
-    #[error("{keep_points} recovery points cannot be kept: give 1 to 1000")]
+    #[error("{keep_points} recovery points cannot be kept: give 1 to 256")]
     KeepPoints {
         /// What was asked for.
         keep_points: u32,
     },
+    /// Points of file systems at rest.
+    #[error("no worker of this version can bring a guest's file systems to rest: ask for points without that")]
+    Quiesce,
     /// The cap.
     #[error("a link cannot be capped at {cap_bps} bit/s: give at least 100 kbit/s, or 0 for no cap")]
     Cap {
@@ -91,6 +92,9 @@ impl TryFrom<v1::Protection> for Terms {
     /// What is zero gets its default.
     fn try_from(asked: v1::Protection) -> Result<Self, TermsError> {
         let v1::Protection { rpo_ms, keep_points, quiesce } = asked;
+        if quiesce {
+            return Err(TermsError::Quiesce);
+        }
         let rpo_ms = if rpo_ms == 0 { DEFAULT_RPO_MS } else { rpo_ms };
         let keep_points = if keep_points == 0 { DEFAULT_KEEP_POINTS } else { keep_points };
         if !RPO_MS.contains(&rpo_ms) {
@@ -99,14 +103,14 @@ impl TryFrom<v1::Protection> for Terms {
         if !KEEP_POINTS.contains(&keep_points) {
             return Err(TermsError::KeepPoints { keep_points });
         }
-        Ok(Self { rpo_ms, keep_points, quiesce })
+        Ok(Self { rpo_ms, keep_points })
     }
 }
 
 impl From<Terms> for v1::Protection {
     fn from(terms: Terms) -> Self {
-        let Terms { rpo_ms, keep_points, quiesce } = terms;
-        Self { rpo_ms, keep_points, quiesce }
+        let Terms { rpo_ms, keep_points } = terms;
+        Self { rpo_ms, keep_points, quiesce: false }
     }
 }
 

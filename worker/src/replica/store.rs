@@ -105,6 +105,19 @@ pub enum ReplicaError {
         #[source]
         source: io::Error,
     },
+    /// A disk that has become smaller.
+    #[error(
+        "the disk has {size_bytes} bytes and its replica {} has {held_bytes}: a replica is never cut; delete it and begin anew",
+        path.display()
+    )]
+    Shrinks {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        held_bytes: u64,
+        /// What was asked for.
+        size_bytes: u64,
+    },
     /// There is no replica of this disk here.
     #[error("this site holds no replica of disk {disk:?} of vm {vm}: seed it first")]
     Missing {
@@ -270,9 +283,12 @@ impl ReplicaStore {
         allocated_bytes: u64,
     ) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = open.get(&(vm, disk.to_owned()))
-            && found.size_bytes() == size_bytes
-        {
+        if let Some(found) = open.get(&(vm, disk.to_owned())) {
+            let path = || found.path.clone();
+            if size_bytes < found.size_bytes() {
+                return Err(ReplicaError::Shrinks { path: path(), held_bytes: found.size_bytes(), size_bytes });
+            }
+            found.grow(size_bytes).map_err(|source| ReplicaError::Open { path: path(), source })?;
             return Ok(found.clone());
         }
         let location = match self.locate(vm, disk)? {
@@ -388,6 +404,10 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
         }
     }
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+    let held_bytes = file.metadata().map_err(failed)?.len();
+    if size_bytes < held_bytes {
+        return Err(ReplicaError::Shrinks { path: path.to_owned(), held_bytes, size_bytes });
+    }
     file.set_len(size_bytes).map_err(failed)?;
     file.sync_all().map_err(failed)?;
     let instance = rand::random::<u64>() | 1;
@@ -444,6 +464,22 @@ mod tests {
         assert_eq!(disk.write((1 << 20) - 1, &[1, 2]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(disk.zero(u64::MAX, 2).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(disk.version(), 2);
+    }
+
+    #[test]
+    fn a_replica_grows_with_its_disk_and_is_never_cut() {
+        let (_folder, replicas) = setup();
+        let vm = VmId::generate();
+        let disk = replicas.open_for_writing(vm, "root", 8192, 0).unwrap();
+        disk.write(4096, &[7; 4096]).unwrap();
+        let grown = replicas.open_for_writing(vm, "root", 16384, 0).unwrap();
+        assert!(Arc::ptr_eq(&disk, &grown));
+        assert_eq!(disk.size_bytes(), 16384);
+        for _ in ["open", "closed"] {
+            let cut = replicas.open_for_writing(vm, "root", 4096, 0);
+            assert!(matches!(cut, Err(ReplicaError::Shrinks { held_bytes: 16384, .. })), "{cut:?}");
+            replicas.close(vm);
+        }
     }
 
     #[test]

@@ -94,9 +94,8 @@ fn problem(status: &ReplicationStatus) -> String {
 pub fn protect_line(vm: &str, replica: &Replica) -> String {
     let terms = replica.protection.unwrap_or_default();
     let keep = units::count(terms.keep_points.into());
-    let quiesce = if terms.quiesce { ", file systems at rest" } else { "" };
     let rpo = Span(terms.rpo_ms);
-    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesce}", replica.site)
+    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept", replica.site)
 }
 
 /// `recovery-point list`

@@ -100,7 +100,7 @@ export type Protection = Message<"pageport.v1.Protection"> & {
   keepPoints: number;
 
   /**
-   * Asks the guest agent, where there is one, to bring file systems to rest for each point.
+   * Points of file systems at rest, by the guest agent. Refused: not built yet.
    *
    * @generated from field: bool quiesce = 3;
    */

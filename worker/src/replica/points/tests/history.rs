@@ -241,7 +241,12 @@ impl Driver {
 }
 
 pub(super) fn info(number: u64) -> PointInfo {
-    PointInfo { number, taken_unix_ms: 1000 + number as i64, changed_bytes: number * 10, quiesced: number.is_multiple_of(2) }
+    PointInfo {
+        number,
+        taken_unix_ms: 1000 + number as i64,
+        changed_bytes: number * 10,
+        quiesced: number.is_multiple_of(2),
+    }
 }
 
 pub(super) fn read_point(group: &Group, point: u64, disk: &str) -> Result<Vec<u8>, PointError> {
