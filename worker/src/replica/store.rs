@@ -421,7 +421,8 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
     })
 }
 
-pub(super) fn free_bytes(folder: &Path) -> io::Result<u64> {
+/// What the file system of a folder has left, in bytes.
+pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }

@@ -5,6 +5,7 @@
 //! ```
 //! Guarantees: scratch stays within its bound; a copy that does not get on is given up; [`FrozenCopy::release`] leaves nothing behind.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use crate::hypervisor::freeze::{CopyHandle, FreezeDisk, Frozen, Outcome};
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{BlockTarget, ExportError, NbdServer};
 use crate::node::Node;
+use crate::replica::store::free_bytes;
 
 use super::throttle::Throttle;
 
@@ -46,6 +48,17 @@ pub enum FrozenCopyError {
         /// The bound.
         limit_bytes: u64,
     },
+    /// Too little is left on the file system of scratch.
+    #[error(
+        "{free_bytes} bytes are free where scratch lies, and {reserve_bytes} are to be left free: \
+         free some space, or lower replication.reserve_bytes in worker.toml"
+    )]
+    NoSpace {
+        /// What the file system has.
+        free_bytes: u64,
+        /// What is to be left.
+        reserve_bytes: u64,
+    },
     /// Nothing moved.
     #[error("the copy did not get on for {} s", limit.as_secs())]
     Stalled {
@@ -69,7 +82,26 @@ pub struct FrozenCopy {
     qemu: Vm,
     frozen: Frozen,
     disks: Vec<Disk>,
-    scratch_limit_bytes: u64,
+    bounds: Bounds,
+}
+
+/// How much scratch there may be.
+#[derive(Debug)]
+struct Bounds {
+    folder: PathBuf,
+    scratch_bytes: u64,
+    reserve_bytes: u64,
+}
+
+impl Bounds {
+    fn check(&self, used_bytes: u64) -> Result<(), FrozenCopyError> {
+        if used_bytes > self.scratch_bytes {
+            return Err(FrozenCopyError::ScratchFull { limit_bytes: self.scratch_bytes });
+        }
+        let free_bytes = free_bytes(&self.folder).map_err(FrozenCopyError::LookAtScratch)?;
+        let reserve_bytes = self.reserve_bytes;
+        if free_bytes < reserve_bytes { Err(FrozenCopyError::NoSpace { free_bytes, reserve_bytes }) } else { Ok(()) }
+    }
 }
 
 #[derive(Debug)]
@@ -91,12 +123,18 @@ impl FrozenCopy {
         names: &[String],
         since: Option<&str>,
         next: &str,
-    ) -> Result<Self, HypervisorError> {
+    ) -> Result<Self, FrozenCopyError> {
+        let limits = &node.config.replication;
+        let bounds = Bounds {
+            folder: node.config.data_dir.clone(),
+            scratch_bytes: limits.scratch_bytes,
+            reserve_bytes: limits.reserve_bytes,
+        };
+        bounds.check(0)?;
         let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: node.scratch(qemu.id(), name) };
         let disks: Vec<_> = names.iter().map(disk).collect();
         let frozen = qemu.freeze(&disks, since, next).await?;
-        let scratch_limit_bytes = node.config.replication.scratch_bytes;
-        Ok(Self { qemu: qemu.clone(), frozen, disks: vec![], scratch_limit_bytes })
+        Ok(Self { qemu: qemu.clone(), frozen, disks: vec![], bounds })
     }
 
     /// A time at or just before the frozen moment.
@@ -144,9 +182,7 @@ impl FrozenCopy {
                 return Ok(());
             }
             let used = self.frozen.scratch_bytes().await.map_err(FrozenCopyError::LookAtScratch)?;
-            if used > self.scratch_limit_bytes {
-                return Err(FrozenCopyError::ScratchFull { limit_bytes: self.scratch_limit_bytes });
-            }
+            self.bounds.check(used)?;
             if sum.done_bytes > advanced.1 {
                 advanced = (Instant::now(), sum.done_bytes);
             } else if advanced.0.elapsed() > STALL_LIMIT {
