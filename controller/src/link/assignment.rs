@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use pageport_ownership::Ownership;
 use pageport_proto::v1::{self, vm_assignment};
-use pageport_proto::{VmId, WorkerName};
+use pageport_proto::{SiteName, VmId, WorkerName};
 
 use crate::model::migration::{Cancel, Phase};
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
@@ -100,6 +100,7 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
 }
 
 fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
+    let from = state.site_of_vm(vm);
     // A replica that is kept up to date gets its first copy that way, too.
     let wanted = |replica: &Replica| replica.phase == ReplicaPhase::Seeding && replica.protection.is_none();
     let seeding = vm.replicas.iter().filter(|(_, replica)| wanted(replica));
@@ -112,6 +113,7 @@ fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
                 peer_worker: replica.worker.to_string(),
                 peer_address: peer.peer_address.clone(),
                 seed_seq: replica.seed_seq,
+                cap_bps: cap_bps(state, from, site),
             })
         })
         .collect()
@@ -130,10 +132,14 @@ fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssi
             peer_address: peer.peer_address.clone(),
             protect_seq: protection.seq,
             protection: Some(protection.terms.into()),
-            cap_bps: from.map(|from| state.links.cap_bps(from, site)).unwrap_or_default(),
+            cap_bps: cap_bps(state, from, site),
         })
     });
     replications.collect()
+}
+
+fn cap_bps(state: &State, from: Option<&SiteName>, to: &SiteName) -> u64 {
+    from.map(|from| state.links.cap_bps(from, to)).unwrap_or_default()
 }
 
 /// Is there something to say?

@@ -192,6 +192,7 @@ async fn start_seeds(node: &Arc<Node>, assignment: &WorkerAssignment) {
         ) else {
             continue;
         };
+        node.caps.towards(&order.to_site).set(order.cap_bps);
         let Some(entry) = node.registry.begin_seed(vm_id, &order.to_site, order.seed_seq) else { continue };
         tokio::spawn(seed::run(node.clone(), vm, spec, order.clone(), entry));
     }

@@ -38,6 +38,8 @@ impl Replicators {
             keep
         });
         for (key, wanted) in named {
+            // At once, also for a round that is under way.
+            node.caps.towards(&wanted.order.to_site).set(wanted.order.cap_bps);
             match self.running.get(&key) {
                 Some(replicator) => replicator.change(wanted),
                 None => drop(start(node, &key, wanted).map(|replicator| self.running.insert(key, replicator))),

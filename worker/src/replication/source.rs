@@ -37,7 +37,7 @@ pub struct Wanted {
 /// Replicates until `wanted` is closed.
 pub async fn run(node: Arc<Node>, vm: Arc<ManagedVm>, mut wanted: watch::Receiver<Wanted>, entry: Arc<Entry>) {
     let first = wanted.borrow().clone();
-    let mut loop_ = Replication {
+    let mut replication = Replication {
         schedule: Schedule::new(target(&first.order)),
         ages: Ages::new(Instant::now()),
         newest: None,
@@ -48,12 +48,11 @@ pub async fn run(node: Arc<Node>, vm: Arc<ManagedVm>, mut wanted: watch::Receive
     };
     loop {
         let now = wanted.borrow_and_update().clone();
-        loop_.schedule.set_target(target(&now.order));
-        loop_.node.caps.towards(&now.order.to_site).set(now.order.cap_bps);
+        replication.schedule.set_target(target(&now.order));
         tokio::select! {
             biased;
             news = wanted.changed() => if news.is_err() { break },
-            () = loop_.wait() => loop_.round(&now, &mut wanted).await,
+            () = replication.wait() => replication.round(&now, &mut wanted).await,
         }
         if wanted.has_changed().is_err() {
             break;
