@@ -114,6 +114,8 @@ impl Story {
     fn arrive(&mut self, id: MigrationId) {
         let (to, epoch) = (self.state.migrations[&id].to.worker.clone(), self.state.migrations[&id].epoch);
         self.evidence(to, Fact::Acquired(epoch));
+        // The figures are not waited for.
+        self.apply(Order::MigrationComplete { id }).unwrap();
     }
 
     fn replica(&self, at: &str) -> &Replica {
