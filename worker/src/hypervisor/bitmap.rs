@@ -4,8 +4,8 @@
 //! one moment, on all disks that were named when it began. They end with QEMU.
 //!
 //! Guarantees: each command may be repeated. A bitmap that was added records before the call returns. Several disks are done one
-//! after the other, which loses nothing: a bitmap may only say too much. (QEMU's `transaction` is no way: it waits for every job in
-//! flight, and so for their NBD servers, while the guest's requests are held back.)
+//! after the other, which loses nothing: a bitmap may only say too much. (QEMU's `transaction` is no way: it waits for what every job has in
+//! flight, and so for their NBD servers, while the guest's requests are held back. These commands wait for nothing.)
 
 use serde::Serialize;
 

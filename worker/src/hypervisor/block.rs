@@ -2,17 +2,17 @@
 //!
 //! Guarantees: removing a node that is not there is no error, so that everything here may be repeated.
 //!
-//! A job that waits for its NBD server must never be in the way of a command that *drains* (`transaction`, `stop`,
-//! `blockdev-reopen` and `blockdev-del` of a node that it uses): QEMU then waits for the server, and the guest with it. Hence
-//! [`Vm::hold_jobs`], and no `transaction` anywhere.
+//! A job that waits for its NBD server must never be in the way of a change to the graph. QEMU *drains* for it (nodes are added over others, re-pointed or
+//! removed, jobs begin or end; `transaction` and `stop`, too): it waits until no job has anything in flight, and so for their NBD servers, while the
+//! guest's requests are held back. Hence [`Vm::hold_jobs`] around every change: a paused job has nothing in flight, and nobody waits but the worker.
 
 use std::path::Path;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{OwnedMutexGuard, broadcast};
 use tokio::time::Instant;
 
 use super::error::HypervisorError;
@@ -55,6 +55,14 @@ pub(crate) struct JobInfo {
     pub len: u64,
     pub offset: u64,
     pub ready: bool,
+    status: String,
+}
+
+impl JobInfo {
+    /// Has it done its work, and waits to be dismissed?
+    pub(super) fn pending(&self) -> bool {
+        self.status == "pending"
+    }
 }
 
 /// What `query-jobs` says of one job.
@@ -67,7 +75,7 @@ pub(crate) struct JobState {
 impl JobState {
     /// Is nothing of it in flight?
     fn rests(&self) -> bool {
-        matches!(self.status.as_str(), "paused" | "standby" | "concluded")
+        matches!(self.status.as_str(), "paused" | "standby" | "pending" | "concluded")
     }
 }
 
@@ -131,53 +139,90 @@ impl Vm {
         self.execute(&QueryBlockJobs {}).await
     }
 
-    /// Changes nodes' options at one moment: the guest's requests are held back, those in flight end, all nodes change. Every
-    /// job rests meanwhile, so that only the local disks are waited for.
-    ///
-    /// # Errors
-    /// QEMU refused, or a job did not come to rest within `deadline`, because its NBD server does not answer; nothing has changed then.
-    pub(super) async fn reopen_nodes(&self, options: Vec<Value>, deadline: Duration) -> Result<(), HypervisorError> {
-        let held: Vec<String> = self.block_jobs().await?.into_iter().map(|job| job.device).collect();
-        let rest = self.hold_jobs(&held, deadline).await;
-        let reopened = match rest {
-            Ok(()) => self.execute(&BlockdevReopen { options }).await.map(drop),
-            Err(error) => Err(error),
-        };
-        for job in held {
-            // It has ended, or was not held; if QEMU no longer answers, that error is the one below.
-            if let Err(error) = self.execute(&JobResume { id: job.clone() }).await {
-                tracing::debug!(vm_id = %self.id(), job, error = %error, "job not resumed");
-            }
-        }
-        reopened
+    /// Changes nodes' options, of all at one moment: the guest's requests are held back, those in flight end, all nodes change. For
+    /// who holds the jobs.
+    pub(super) async fn reopen_nodes(&self, options: Vec<Value>) -> Result<(), HypervisorError> {
+        self.execute(&BlockdevReopen { options }).await.map(drop)
     }
 
-    /// Pauses jobs, and waits until they have nothing in flight.
-    async fn hold_jobs(&self, held: &[String], deadline: Duration) -> Result<(), HypervisorError> {
+    /// Pauses all jobs, and waits until they have nothing in flight; the guest does not notice.
+    ///
+    /// # Errors
+    /// A job did not come to rest within `deadline`, because its NBD server does not answer. All go on then.
+    pub(super) async fn hold_jobs(&self, deadline: Duration) -> Result<HeldJobs, HypervisorError> {
         let until = Instant::now() + deadline;
+        let late = HypervisorError::Deadline { vm: self.id(), operation: "pause of the block jobs", deadline };
+        // Or one holder would let go on what another holds.
+        let Ok(turn) = tokio::time::timeout_at(until, self.graph_turn()).await else { return Err(late) };
         let mut events = self.events();
-        for job in held {
-            match self.execute(&JobPause { id: job.clone() }).await {
-                // It has ended since.
-                Ok(Ignored {}) | Err(HypervisorError::Qmp(QmpError::Refused { .. })) => {}
+        let mut held = HeldJobs { vm: self.clone(), jobs: Vec::new(), turn: Some(turn) };
+        for job in self.block_jobs().await? {
+            match self.execute(&JobPause { id: job.device.clone() }).await {
+                Ok(Ignored {}) => held.jobs.push(job.device),
+                // It has ended since, or is pending.
+                Err(HypervisorError::Qmp(QmpError::Refused { .. })) => {}
                 Err(error) => return Err(error),
             }
         }
-        while !self.execute(&QueryJobs {}).await?.iter().all(|job| !held.contains(&job.id) || job.rests()) {
+        loop {
+            let states = self.execute(&QueryJobs {}).await?;
+            if states.iter().all(|job| !held.jobs.contains(&job.id) || job.rests()) {
+                return Ok(held);
+            }
             if Instant::now() >= until {
-                return Err(HypervisorError::Deadline { vm: self.id(), operation: "pause of the jobs", deadline });
+                held.resume().await;
+                return Err(HypervisorError::Deadline {
+                    vm: self.id(),
+                    operation: "pause of the block jobs",
+                    deadline,
+                });
             }
             let look = (Instant::now() + LOOK_INTERVAL).min(until);
             let changed = async {
                 while !matches!(
                     events.recv().await.map(|event| event.kind),
-                    Ok(VmEventKind::JobChanged { .. }) | Err(_)
+                    Ok(VmEventKind::JobChanged { .. } | VmEventKind::Exited(_)) | Err(_)
                 ) {}
             };
             // Not in time: look all the same.
             let _ = tokio::time::timeout_at(look, changed).await;
         }
-        Ok(())
+    }
+}
+
+/// Jobs that rest. They go on when this is dropped.
+#[derive(Debug)]
+pub(super) struct HeldJobs {
+    vm: Vm,
+    jobs: Vec<String>,
+    turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl HeldJobs {
+    /// Lets them go on.
+    pub(super) async fn resume(mut self) {
+        resume(&self.vm, std::mem::take(&mut self.jobs)).await;
+    }
+}
+
+impl Drop for HeldJobs {
+    fn drop(&mut self) {
+        let (vm, jobs, turn) = (self.vm.clone(), std::mem::take(&mut self.jobs), self.turn.take());
+        if let (false, Ok(runtime)) = (jobs.is_empty(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(async move {
+                resume(&vm, jobs).await;
+                drop(turn);
+            });
+        }
+    }
+}
+
+async fn resume(vm: &Vm, jobs: Vec<String>) {
+    for job in jobs {
+        // It may have ended.
+        if let Err(error) = vm.execute(&JobResume { id: job.clone() }).await {
+            tracing::debug!(vm_id = %vm.id(), job, error = %error, "job not resumed");
+        }
     }
 }
 
@@ -200,6 +245,8 @@ pub(super) struct BlockJob {
 pub(super) enum JobEvent {
     /// It has caught up.
     Ready,
+    /// It has done its work, and waits to be dismissed.
+    Pending,
     /// It has done its work, and is gone.
     Completed,
     /// It has failed, or was cancelled, and is gone.
@@ -261,7 +308,7 @@ impl BlockJob {
         let mut under_way = self.order_end(true).await?;
         while under_way {
             match self.next_event((Instant::now() + LOOK_INTERVAL).min(until)).await? {
-                Some(JobEvent::Ready) => {}
+                Some(JobEvent::Ready | JobEvent::Pending) => {}
                 Some(JobEvent::Completed | JobEvent::Failed(_)) => under_way = false,
                 None if Instant::now() >= until => return Err(self.late("cancellation of a block job", deadline)),
                 // Its events may have been lost.
@@ -287,6 +334,7 @@ impl BlockJob {
             match kind {
                 VmEventKind::Exited(_) => return Err(self.vm_ended()),
                 VmEventKind::BlockJobReady { job } if job == self.id => return Ok(Some(JobEvent::Ready)),
+                VmEventKind::BlockJobPending { job } if job == self.id => return Ok(Some(JobEvent::Pending)),
                 VmEventKind::BlockJobCompleted { job, error: None } if job == self.id => {
                     return Ok(Some(JobEvent::Completed));
                 }

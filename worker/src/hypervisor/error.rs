@@ -121,6 +121,12 @@ pub enum HypervisorError {
         /// Which VM.
         vm: VmId,
     },
+    /// The frozen point has been released.
+    #[error("disks of VM {vm} are no longer frozen")]
+    NotFrozen {
+        /// Which VM.
+        vm: VmId,
+    },
     /// The VM has no such disk.
     #[error("VM {vm} has no disk {disk}")]
     NoDisk {

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::block::{BlockJob, JobEvent, LOOK_INTERVAL, nbd_target};
 use super::command_line::top_node;
 use super::error::HypervisorError;
-use super::qmp::{Ignored, qmp_command};
+use super::qmp::{COMMAND_DEADLINE, Ignored, qmp_command};
 use super::vm::Vm;
 
 qmp_command!(/// Starts the copy.
@@ -84,7 +84,7 @@ impl Vm {
     /// As [`Self::start_mirror`], of a part of the disk.
     ///
     /// # Errors
-    /// The server does not answer, or QEMU refuses: the disk has a mirror.
+    /// The server does not answer, or that of another job does not; or QEMU refuses: the disk has a mirror.
     pub async fn start_mirror_of(
         &self,
         sync: MirrorSync,
@@ -93,10 +93,24 @@ impl Vm {
         export: &str,
     ) -> Result<MirrorHandle, HypervisorError> {
         let mirror = self.mirror_handle(disk);
+        // QEMU would wait for the others' servers, and the guest with it.
+        let held = self.hold_jobs(COMMAND_DEADLINE).await?;
+        let started = self.begin_mirror(&mirror, sync, nbd_socket, export).await;
+        held.resume().await;
+        started.map(|()| mirror)
+    }
+
+    async fn begin_mirror(
+        &self,
+        mirror: &MirrorHandle,
+        sync: MirrorSync,
+        nbd_socket: &Path,
+        export: &str,
+    ) -> Result<(), HypervisorError> {
         self.add_node(nbd_target(mirror.job.target(), nbd_socket, export)).await?;
         let job = BlockdevMirror {
             job_id: mirror.job.id().to_owned(),
-            device: top_node(disk),
+            device: top_node(&mirror.disk),
             target: mirror.job.target().to_owned(),
             sync,
             copy_mode: "background",
@@ -107,7 +121,7 @@ impl Vm {
             mirror.job.remove_target().await?;
             return Err(error);
         }
-        Ok(mirror)
+        Ok(())
     }
 
     /// Ends the mirrors that an earlier worker left when it ended, and removes their sockets: a socket that is still there
@@ -188,7 +202,7 @@ impl MirrorHandle {
         let until = Instant::now() + deadline;
         loop {
             match self.job.next_event(until).await? {
-                Some(JobEvent::Ready) => {}
+                Some(JobEvent::Ready | JobEvent::Pending) => {}
                 Some(JobEvent::Completed) => return self.job.remove_target().await,
                 Some(ended) => return Err(self.ended(ended).await),
                 None => return Err(self.job.late("last part of the mirror", deadline)),
@@ -207,7 +221,7 @@ impl MirrorHandle {
         }
         match event {
             JobEvent::Failed(reason) => self.failed(&reason),
-            JobEvent::Ready | JobEvent::Completed => self.failed("it ended too early"),
+            JobEvent::Ready | JobEvent::Pending | JobEvent::Completed => self.failed("it ended too early"),
         }
     }
 

@@ -123,6 +123,7 @@ struct Inner {
     keeper: Arc<Process>,
     lease: Mutex<()>,
     frozen: Arc<tokio::sync::Mutex<()>>,
+    graph: Arc<tokio::sync::Mutex<()>>,
     qmp: Qmp,
     end_ordered: Arc<AtomicBool>,
     events: broadcast::Sender<VmEvent>,
@@ -241,6 +242,7 @@ impl Vm {
             keeper,
             lease: Mutex::new(()),
             frozen: Arc::default(),
+            graph: Arc::default(),
             qmp,
             end_ordered,
             events,
@@ -328,6 +330,11 @@ impl Vm {
     /// Held by whose turn it is to freeze the disks; `None`: someone holds it.
     pub(super) fn take_freeze_turn(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
         Arc::clone(&self.inner.frozen).try_lock_owned().ok()
+    }
+
+    /// Held by who holds the block jobs while it changes the block graph.
+    pub(super) async fn graph_turn(&self) -> tokio::sync::OwnedMutexGuard<()> {
+        Arc::clone(&self.inner.graph).lock_owned().await
     }
 
     /// Forgets the last migration, so that its end is not taken for the next one's.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::hypervisor::freeze::{CopyHandle, FreezeDisk, Frozen, Outcome};
+use crate::hypervisor::freeze::{CopyHandle, CopyTarget, FreezeDisk, Frozen, Outcome};
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{BlockTarget, ExportError, NbdServer};
 use crate::node::Node;
@@ -142,23 +142,26 @@ impl FrozenCopy {
         self.frozen.moment()
     }
 
-    /// Starts to copy a disk to `target`.
+    /// Starts to copy disks, each to its target; all in one call, so that none waits for what the others have in flight.
     ///
     /// # Errors
     /// The hypervisor refuses.
-    pub async fn start(
+    pub async fn start<T: BlockTarget>(
         &mut self,
-        name: &str,
-        target: Arc<impl BlockTarget>,
+        targets: Vec<(String, Arc<T>)>,
         throttle: Option<&Throttle>,
     ) -> Result<(), FrozenCopyError> {
-        let socket = self.qemu.paths().nbd(&format!("{name}-{SOCKET_SUFFIX}"));
-        let server = NbdServer::bind(&socket, name, target)?;
-        let total_bytes = self.frozen.dirty_bytes_of(name).unwrap_or_default();
-        let copied = Copied { done_bytes: 0, total_bytes };
-        self.disks.push(Disk { name: name.to_owned(), server: Some(server), copy: None, copied });
-        let copy = self.frozen.copy(name, &socket, name, throttle.map(Throttle::bytes_per_s)).await?;
-        if let Some(disk) = self.disks.last_mut() {
+        let mut served = vec![];
+        for (name, target) in targets {
+            let socket = self.qemu.paths().nbd(&format!("{name}-{SOCKET_SUFFIX}"));
+            let server = Some(NbdServer::bind(&socket, &name, target)?);
+            let total_bytes = self.frozen.dirty_bytes_of(&name).unwrap_or_default();
+            let copied = Copied { done_bytes: 0, total_bytes };
+            served.push(CopyTarget { disk: name.clone(), nbd_socket: socket, export: name.clone() });
+            self.disks.push(Disk { name, server, copy: None, copied });
+        }
+        let copies = self.frozen.copy(&served, throttle.map(Throttle::bytes_per_s)).await?;
+        for (disk, copy) in self.disks.iter_mut().zip(copies) {
             disk.copy = Some(copy);
         }
         Ok(())
@@ -241,7 +244,7 @@ impl FrozenCopy {
         Ok(())
     }
 
-    /// Ends the copies: from now on no session is written to.
+    /// Ends copies that are not to be completed: from now on no session is written to.
     pub async fn close(&mut self) {
         for disk in &mut self.disks {
             // The socket goes first: a peer that hangs must not hold up the hypervisor.
@@ -261,7 +264,9 @@ impl FrozenCopy {
     /// # Errors
     /// The hypervisor does not do so in time; the next freeze does it then.
     pub async fn release(mut self, outcome: Outcome) -> Result<(), HypervisorError> {
+        // Copies that are complete let go of their servers only now.
+        let released = self.frozen.release(outcome, RELEASE_LIMIT).await;
         self.close().await;
-        self.frozen.release(outcome, RELEASE_LIMIT).await
+        released
     }
 }

@@ -148,10 +148,8 @@ impl MovingDisks {
     ) -> Result<(), MovingError> {
         let names: Vec<String> = targets.iter().map(|(name, _)| name.clone()).collect();
         let last = self.last.insert(FrozenCopy::freeze(node, qemu, &names, Some(since), end).await?);
-        for (name, target) in targets {
-            last.start(&name, Arc::new(target), None).await?;
-        }
-        Ok(())
+        let targets = targets.into_iter().map(|(name, target)| (name, Arc::new(target))).collect();
+        Ok(last.start(targets, None).await?)
     }
 
     /// Waits until the mirrors keep up and the last increment is copied.
@@ -189,6 +187,9 @@ impl MovingDisks {
 
     /// Ends everything at once: the destination undoes what it has written.
     pub async fn cancel(&mut self) {
+        if let Some(last) = &mut self.last {
+            last.close().await;
+        }
         if let Err(error) = self.release_last().await {
             tracing::warn!(error = %crate::error::with_causes(&error), "the last increment is left behind");
         }

@@ -192,9 +192,8 @@ impl Round<'_> {
         let frozen = FrozenCopy::freeze(self.node, self.qemu, &self.names(), plan.since.as_deref(), next).await;
         let mut frozen = frozen.map_err(|error| (error.into(), None))?;
         let copied = async {
-            for stream in streams {
-                frozen.start(&stream.name, Arc::new(PointSink(stream.session.clone())), throttle.as_ref()).await?;
-            }
+            let sink = |stream: &DiskStream| (stream.name.clone(), Arc::new(PointSink(stream.session.clone())));
+            frozen.start(streams.iter().map(sink).collect(), throttle.as_ref()).await?;
             let tell = |Copied { done_bytes, total_bytes }| {
                 progress(Progress { full, done_bytes, total_bytes, wan_bytes: connection.sent_bytes() });
             };
@@ -205,9 +204,11 @@ impl Round<'_> {
             () = interrupt => Err(RoundError::Interrupted),
             copied = copied => copied.map_err(|error| explain(streams, error)),
         };
-        frozen.close().await;
         match copied {
-            Err(error) => Err((error, Some(frozen))),
+            Err(error) => {
+                frozen.close().await;
+                Err((error, Some(frozen)))
+            }
             Ok(()) => {
                 let changed_bytes = streams.iter().map(|stream| stream.session.changed_bytes()).sum();
                 let taken_unix_ms = unix_ms(frozen.moment());

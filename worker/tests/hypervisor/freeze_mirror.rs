@@ -8,7 +8,7 @@ use pageport_worker::nbd::NbdServer;
 
 use crate::support::{DISK_BYTES, SOON};
 use crate::targets::Memory;
-use crate::writer::{DISKS, Writer, guest_goes_on, newest_write, servers, targets};
+use crate::writer::{DISKS, Writer, copy_targets, guest_goes_on, newest_write, servers, targets};
 
 /// Mirrors of all disks, with their servers.
 async fn mirrors(vm: &Vm, sync: MirrorSync, targets: &[Arc<Memory>]) -> Vec<(MirrorHandle, NbdServer)> {
@@ -48,12 +48,9 @@ async fn a_mirror_and_a_last_point_make_the_disk(first: EndsFirst) {
     let mut mirrors = mirrors(&vm, MirrorSync::None, &newer).await;
     guest_goes_on(&vm).await;
     let mut frozen = vm.freeze(&writer.freeze_disks(), None, "b-1").await.unwrap();
-    let servers = servers(&vm, &points);
+    let _servers = servers(&vm, &points);
     points[0].hold_after(1);
-    let mut copies = Vec::new();
-    for (disk, server) in DISKS.iter().zip(&servers) {
-        copies.push(frozen.copy(disk, server.socket(), disk, None).await.unwrap());
-    }
+    let mut copies = frozen.copy(&copy_targets(&vm), None).await.unwrap();
     tokio::time::timeout(SOON, points[0].held()).await.expect("the copy gets there");
     guest_goes_on(&vm).await;
     if first == EndsFirst::Mirror {
@@ -88,13 +85,11 @@ async fn a_mirror_and_a_last_point_make_the_disk(first: EndsFirst) {
 }
 
 #[tokio::test]
-#[ignore = "the monitor starves behind a guest that polls its disk without a pause, under software emulation on few cores"]
 async fn a_mirror_and_a_last_point_make_the_disk_when_the_point_ends_first() {
     a_mirror_and_a_last_point_make_the_disk(EndsFirst::Point).await;
 }
 
 #[tokio::test]
-#[ignore = "the monitor starves behind a guest that polls its disk without a pause, under software emulation on few cores"]
 async fn a_mirror_and_a_last_point_make_the_disk_when_the_mirror_ends_first() {
     a_mirror_and_a_last_point_make_the_disk(EndsFirst::Mirror).await;
 }
@@ -113,10 +108,9 @@ async fn a_mirror_that_is_cancelled_leaves_the_point_as_it_is() {
     for (mirror, _) in &mut mirrors {
         mirror.cancel(SOON).await.unwrap();
     }
-    let servers = servers(&vm, &points);
+    let _servers = servers(&vm, &points);
     let mut moments = Vec::new();
-    for ((disk, server), point) in DISKS.iter().zip(&servers).zip(&points) {
-        let mut copy = frozen.copy(disk, server.socket(), disk, None).await.unwrap();
+    for (mut copy, point) in frozen.copy(&copy_targets(&vm), None).await.unwrap().into_iter().zip(&points) {
         copy.wait(SOON, |_| {}).await.unwrap();
         moments.push(newest_write(&point.content()));
     }
@@ -127,7 +121,6 @@ async fn a_mirror_that_is_cancelled_leaves_the_point_as_it_is() {
 }
 
 #[tokio::test]
-#[ignore = "the monitor starves behind a guest that polls its disk without a pause, under software emulation on few cores"]
 async fn a_mirror_whose_server_hangs_holds_back_the_freeze_and_not_the_guest() {
     let writer = Writer::new(StartMode::Running);
     let vm = writer.start().await;

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use pageport_proto::v1::DiskSpec;
-use pageport_worker::hypervisor::{Console, FreezeDisk, Launch, StartMode, Vm};
+use pageport_worker::hypervisor::{Console, CopyTarget, FreezeDisk, Launch, StartMode, Vm};
 use pageport_worker::nbd::NbdServer;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -142,6 +142,16 @@ pub fn servers(vm: &Vm, targets: &[Arc<Memory>]) -> Vec<NbdServer> {
         NbdServer::bind(&vm.paths().copy(disk), disk, Arc::clone(target)).unwrap()
     };
     DISKS.iter().zip(targets).map(serve).collect()
+}
+
+/// The same, as QEMU is told.
+pub fn copy_targets(vm: &Vm) -> Vec<CopyTarget> {
+    let target = |disk: &&str| CopyTarget {
+        disk: (*disk).to_owned(),
+        nbd_socket: vm.paths().copy(disk),
+        export: (*disk).to_owned(),
+    };
+    DISKS.iter().map(target).collect()
 }
 
 pub fn targets() -> Vec<Arc<Memory>> {

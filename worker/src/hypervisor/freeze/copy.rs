@@ -1,11 +1,15 @@
-//! A frozen disk copied to an NBD server of the worker.
+//! Frozen disks copied to NBD servers of the worker.
+//!
+//! A job that has done its work stays, pending, until the point is released: its end would be a change to the graph, and wait for what the others
+//! have in flight.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
 use tokio::time::Instant;
 
-use super::{Frozen, graph};
+use super::{Frozen, REST_DEADLINE, graph};
 use crate::hypervisor::block::{BlockJob, JobEvent, JobInfo, LOOK_INTERVAL, nbd_target};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::qmp::{Ignored, qmp_command};
@@ -26,11 +30,32 @@ BlockdevBackup = "blockdev-backup" -> Ignored {
     bitmap_mode: Option<&'static str>,
     speed: u64,
     discard_source: bool,
+    auto_finalize: bool,
     on_source_error: &'static str,
     on_target_error: &'static str,
 });
+qmp_command!(/// Does several things at one moment.
+    Transaction = "transaction" -> Ignored { actions: Vec<Action> });
 qmp_command!(/// Bounds a job's speed.
     BlockJobSetSpeed = "block-job-set-speed" -> Ignored { device: String, speed: u64 });
+
+/// One thing of several.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub(crate) enum Action {
+    BlockdevBackup(BlockdevBackup),
+}
+
+/// Where a frozen disk is to be copied to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyTarget {
+    /// Which disk.
+    pub disk: String,
+    /// The NBD server's unix socket. It listens.
+    pub nbd_socket: PathBuf,
+    /// The name there.
+    pub export: String,
+}
 
 /// How far a copy is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,40 +79,62 @@ pub(super) fn copy_job(vm: &Vm, disk: &str) -> BlockJob {
 }
 
 impl Frozen {
-    /// Starts to copy a frozen disk to the NBD `export` on a unix socket, at most at `speed_bytes_per_s`. Each disk can be copied once: what has
-    /// been copied is no longer kept for it, and costs the guest nothing more.
+    /// Starts to copy frozen disks, each at most at `speed_bytes_per_s`; all in one call, or the later ones wait until the earlier ones' servers
+    /// have answered what is in flight. Each disk can be copied once: what has been copied is no longer kept for it, and costs the
+    /// guest nothing more. The handles are in the order of `targets`.
     ///
     /// # Errors
-    /// The server does not answer, or QEMU refuses: the disk is not frozen, or being copied.
+    /// A server, or that of another job, does not answer, or QEMU refuses: a disk is not frozen, or has been copied. No copy has begun then.
     pub async fn copy(
         &self,
-        disk: &str,
-        nbd_socket: &Path,
-        export: &str,
+        targets: &[CopyTarget],
         speed_bytes_per_s: Option<u64>,
-    ) -> Result<CopyHandle, HypervisorError> {
-        let copy = CopyHandle { disk: disk.to_owned(), job: copy_job(&self.vm, disk) };
+    ) -> Result<Vec<CopyHandle>, HypervisorError> {
+        let handle =
+            |target: &CopyTarget| CopyHandle { disk: target.disk.clone(), job: copy_job(&self.vm, &target.disk) };
+        let copies: Vec<CopyHandle> = targets.iter().map(handle).collect();
         if self.turn.is_none() {
-            return Err(copy.failed("the point is released"));
+            return Err(HypervisorError::NotFrozen { vm: self.vm.id() });
         }
-        self.vm.add_node(nbd_target(copy.job.target(), nbd_socket, export)).await?;
-        let job = BlockdevBackup {
-            job_id: copy.job.id().to_owned(),
-            device: graph::point_node(disk),
-            target: copy.job.target().to_owned(),
-            sync: if self.since.is_some() { "bitmap" } else { "full" },
-            bitmap: self.since.clone(),
-            bitmap_mode: self.since.as_ref().map(|_| "never"),
-            speed: speed_bytes_per_s.unwrap_or(0),
-            discard_source: true,
-            on_source_error: "report",
-            on_target_error: "report",
+        let held = self.vm.hold_jobs(REST_DEADLINE).await?;
+        let started = self.start(targets, &copies, speed_bytes_per_s.unwrap_or(0)).await;
+        held.resume().await;
+        started.map(|()| copies)
+    }
+
+    async fn start(&self, targets: &[CopyTarget], copies: &[CopyHandle], speed: u64) -> Result<(), HypervisorError> {
+        let mut actions = Vec::new();
+        let mut added = Ok(());
+        for (target, copy) in targets.iter().zip(copies) {
+            added = self.vm.add_node(nbd_target(copy.job.target(), &target.nbd_socket, &target.export)).await;
+            if added.is_err() {
+                break;
+            }
+            actions.push(Action::BlockdevBackup(BlockdevBackup {
+                job_id: copy.job.id().to_owned(),
+                device: graph::point_node(&target.disk),
+                target: copy.job.target().to_owned(),
+                sync: if self.since.is_some() { "bitmap" } else { "full" },
+                bitmap: self.since.clone(),
+                bitmap_mode: self.since.as_ref().map(|_| "never"),
+                speed,
+                discard_source: true,
+                auto_finalize: false,
+                on_source_error: "report",
+                on_target_error: "report",
+            }));
+        }
+        let begun = actions.len();
+        let started = match added {
+            Ok(()) => self.vm.execute(&Transaction { actions }).await.map(drop),
+            Err(error) => Err(error),
         };
-        if let Err(error) = self.vm.execute(&job).await {
-            copy.job.remove_target().await?;
-            return Err(error);
+        if started.is_err() {
+            for copy in &copies[..begun] {
+                copy.job.remove_target().await?;
+            }
         }
-        Ok(copy)
+        started
     }
 }
 
@@ -128,17 +175,23 @@ impl CopyHandle {
         loop {
             let look = Instant::now() + LOOK_INTERVAL;
             match self.job.next_event(look.min(until)).await? {
-                Some(JobEvent::Completed) => return self.job.remove_target().await,
-                Some(JobEvent::Failed(reason)) => return Err(self.ended(&reason).await),
+                Some(JobEvent::Pending) => return Ok(()),
+                Some(JobEvent::Failed(reason)) => return Err(self.ended(&reason)),
+                Some(JobEvent::Completed) => return Err(self.ended("it was dismissed")),
                 Some(JobEvent::Ready) => {}
                 None if Instant::now() >= until => return Err(self.job.late("copy of a frozen disk", deadline)),
-                // Its events may have been lost: look. How a job ended that is gone is not known.
+                // Its events may have been lost: look.
                 None => match self.job.look(until).await {
-                    Ok(Some(job)) => progress(progress_of(&job)),
+                    Ok(Some(job)) => {
+                        progress(progress_of(&job));
+                        if job.pending() {
+                            return Ok(());
+                        }
+                    }
+                    // Why it ended may have been told just now.
                     Ok(None) => match self.job.next_event(Instant::now()).await? {
-                        Some(JobEvent::Completed) => return self.job.remove_target().await,
-                        Some(JobEvent::Failed(reason)) => return Err(self.ended(&reason).await),
-                        _ => return Err(self.ended("it ended unseen").await),
+                        Some(JobEvent::Failed(reason)) => return Err(self.ended(&reason)),
+                        _ => return Err(self.ended("it has ended")),
                     },
                     Err(None) => {}
                     Err(Some(error)) => return Err(error),
@@ -150,15 +203,16 @@ impl CopyHandle {
     /// Ends the copy at once. One that has ended is no error.
     ///
     /// # Errors
-    /// It does not end within `deadline`, because its NBD server does not answer: close that, and cancel again.
+    /// It, or another job, does not come to rest within `deadline`, because its NBD server does not answer: close that, and cancel again.
     pub async fn cancel(&mut self, deadline: Duration) -> Result<(), HypervisorError> {
-        self.job.cancel(deadline).await
+        let held = self.job.vm().hold_jobs(deadline).await?;
+        let cancelled = self.job.cancel(deadline).await;
+        held.resume().await;
+        cancelled
     }
 
-    async fn ended(&self, reason: &str) -> HypervisorError {
-        if let Err(error) = self.job.remove_target().await {
-            tracing::warn!(disk = self.disk, error = %error, "target of a copy not removed");
-        }
+    /// Its target goes when the point is released.
+    fn ended(&self, reason: &str) -> HypervisorError {
         if reason == REFUSED_BLOCK {
             return HypervisorError::PointBroken { disk: self.disk.clone() };
         }

@@ -1,4 +1,4 @@
-//! The nodes of a frozen point: put in, and taken out again from whatever state they are in.
+//! The nodes of a frozen point: put in, and taken out again from whatever state they are in. For who holds the jobs.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -58,6 +58,11 @@ impl Vm {
         added.and(unlinked).map(|()| scratch)
     }
 
+    /// Re-points the disks' devices to their filters: the moment.
+    pub(super) async fn put_filters_in(&self, disks: &[String]) -> Result<(), HypervisorError> {
+        self.reopen_nodes(disks.iter().map(|disk| top_layer(disk, &filter_node(disk))).collect()).await
+    }
+
     /// Opens the disk as it was when its filter was put in. Only then: before, it would ask that nobody writes to the disk.
     pub(super) async fn add_point(&self, disk: &str) -> Result<(), HypervisorError> {
         self.add_node(json!({
@@ -74,15 +79,13 @@ impl Vm {
             let disks = nodes.iter().filter_map(|name| name.strip_prefix(&prefix).map(str::to_owned));
             disks.collect::<Vec<String>>()
         };
-        // A copy has its point, or its target is left; a job without either is none.
         for disk in with(point_node) {
             copy_job(self, &disk).cancel(deadline).await?;
             self.remove_node(&point_node(&disk)).await?;
         }
         let filtered = with(filter_node);
         if !filtered.is_empty() {
-            let tops = filtered.iter().map(|disk| top_layer(disk, &disk_node(disk))).collect();
-            self.reopen_nodes(tops, deadline).await?;
+            self.reopen_nodes(filtered.iter().map(|disk| top_layer(disk, &disk_node(disk))).collect()).await?;
             tracing::debug!(vm_id = %self.id(), disks = ?filtered, "frozen point taken out");
         }
         for disk in filtered {

@@ -23,9 +23,11 @@
 //! [`SCRATCH_SECONDS`], the point breaks, the guest's write succeeds, and the copy ends with [`HypervisorError::PointBroken`]. A scratch
 //! file has no name once QEMU has it: its space is free when the point is released, or QEMU ends.
 //!
-//! Does not bound the scratch: the caller looks at [`Frozen::scratch_bytes`] and releases. One point at a time. Does not survive a
-//! target that hangs by itself: as with a mirror, the deadlines here report it, and the caller closes the NBD server. The NBD
-//! server must answer a FLUSH without waiting for anything far away: QEMU sends one when a target is removed, and the guest waits for it.
+//! Does not bound the scratch: the caller looks at [`Frozen::scratch_bytes`] and releases. One point at a time. What the caller owes:
+//! - An NBD server that hangs holds back freezing, copying and releasing; the deadlines here report it, and the caller closes the server. A copy that
+//!   fails ends at once, and QEMU then waits for what the other copies and mirrors have in flight: close the servers of all together.
+//! - A server answers a FLUSH without waiting for anything far away, or is closed before the release: QEMU sends one when it
+//!   lets go of a target, and the guest waits for it.
 //!
 //! A mirror may begin and end before, during and after. What both copy, the mirror's is newer.
 
@@ -38,16 +40,16 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::OwnedMutexGuard;
 
-pub use copy::{CopyHandle, CopyProgress};
+pub use copy::{CopyHandle, CopyProgress, CopyTarget};
 pub use graph::SCRATCH_SECONDS;
 
 use super::bitmap::BitmapSource;
 use super::block::NodeInfo;
-use super::command_line::{disk_node, top_layer};
+use super::command_line::disk_node;
 use super::error::HypervisorError;
 use super::vm::Vm;
 
-/// Time for jobs under way (mirrors) to come to rest; the guest does not wait for that.
+/// Time for jobs under way to come to rest; the guest does not wait for that.
 const REST_DEADLINE: Duration = Duration::from_secs(5);
 /// What a copy moves at once: QEMU's smallest. A point's bitmap has it as its granularity, and so says what will be copied.
 const COPY_CLUSTER_BYTES: u32 = 64 * 1024;
@@ -107,6 +109,19 @@ impl Vm {
         next: &str,
     ) -> Result<Frozen, HypervisorError> {
         let turn = self.take_freeze_turn().ok_or(HypervisorError::AlreadyFrozen { vm: self.id() })?;
+        let held = self.hold_jobs(REST_DEADLINE).await?;
+        let frozen = self.freeze_held(disks, since, next, turn).await;
+        held.resume().await;
+        frozen
+    }
+
+    async fn freeze_held(
+        &self,
+        disks: &[FreezeDisk],
+        since: Option<&str>,
+        next: &str,
+        turn: OwnedMutexGuard<()>,
+    ) -> Result<Frozen, HypervisorError> {
         self.dismantle(REST_DEADLINE).await?;
         let nodes = self.nodes().await?;
         let sizes = disks.iter().map(|disk| self.frozen_size(&nodes, &disk.name, since));
@@ -120,9 +135,8 @@ impl Vm {
                 frozen.push(FrozenDisk { name: disk.name.clone(), scratch, copy_bytes: size });
             }
             self.add_bitmap(&names, next).await?;
-            let tops = names.iter().map(|disk| top_layer(disk, &graph::filter_node(disk))).collect();
             let moment = SystemTime::now();
-            self.reopen_nodes(tops, REST_DEADLINE).await?;
+            self.put_filters_in(&names).await?;
             for disk in &names {
                 self.add_point(disk).await?;
                 if let Some(since) = since {
@@ -172,7 +186,14 @@ impl Vm {
     /// A job's NBD server hangs, or QEMU does not answer.
     pub async fn end_orphaned_freezes(&self, deadline: Duration) -> Result<(), HypervisorError> {
         let _turn = self.take_freeze_turn().ok_or(HypervisorError::AlreadyFrozen { vm: self.id() })?;
-        self.dismantle(deadline).await
+        self.dismantle_holding_jobs(deadline).await
+    }
+
+    async fn dismantle_holding_jobs(&self, deadline: Duration) -> Result<(), HypervisorError> {
+        let held = self.hold_jobs(deadline).await?;
+        let dismantled = self.dismantle(deadline).await;
+        held.resume().await;
+        dismantled
     }
 
     fn frozen_size(&self, nodes: &[NodeInfo], disk: &str, since: Option<&str>) -> Result<u64, HypervisorError> {
@@ -227,7 +248,7 @@ impl Frozen {
     /// Ends the copies, takes the filters out, frees the scratch, and settles the bitmaps. May be repeated, with the same outcome, if it failed. The disks can be frozen again then.
     ///
     /// # Errors
-    /// A copy does not end, or a mirror does not come to rest, within `deadline`: close its NBD server and try again. The bitmaps are
+    /// A copy or a mirror does not come to rest within `deadline`: close its NBD server and try again. The bitmaps are
     /// settled by then. Or QEMU does not answer.
     pub async fn release(&mut self, outcome: Outcome, deadline: Duration) -> Result<(), HypervisorError> {
         if self.turn.is_none() {
@@ -239,7 +260,7 @@ impl Frozen {
             (Outcome::Failed, _) => self.vm.remove_bitmap(&names, &self.next).await?,
             (Outcome::Committed, None) | (Outcome::Unknown, _) => {}
         }
-        self.vm.dismantle(deadline).await?;
+        self.vm.dismantle_holding_jobs(deadline).await?;
         self.turn = None;
         Ok(())
     }
