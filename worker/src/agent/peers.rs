@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageport_ownership::Guest;
+use pageport_ownership::{Guest, Record};
 use pageport_proto::VmId;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::{DiskFailure, DiskHello, DiskReply, StreamHello, disk_reply, stream_hello};
@@ -88,7 +88,8 @@ async fn serve(node: Arc<Node>, connection: PeerConnection) {
 }
 
 async fn keep_replica(node: Arc<Node>, hello: DiskHello, mut reader: MessageReader, mut writer: MessageWriter) {
-    let target = if hello.session == 0 { open(&node, &hello).map(Target::InPlace) } else { in_session(&node, &hello) };
+    let target =
+        if hello.session == 0 { open(&node, &hello).await.map(Target::InPlace) } else { in_session(&node, &hello) };
     let served = match target {
         Ok(Target::InPlace(replica)) => serve_disk(&hello, Arc::new(replica), &mut reader, &mut writer).await,
         Ok(Target::Session(disk)) => serve_disk(&hello, Arc::new(disk), &mut reader, &mut writer).await,
@@ -116,20 +117,27 @@ fn in_session(node: &Node, hello: &DiskHello) -> Result<Target, RefusedDisk> {
     node.sessions.disk(vm, hello).map(Target::Session).ok_or(RefusedDisk::NoSession)
 }
 
-fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
+async fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
     let vm: VmId = hello.vm_id.parse().map_err(|_| RefusedDisk::Vm)?;
     if !is_name(&hello.disk) {
         return Err(RefusedDisk::Name { name: hello.disk.clone() });
     }
-    let status = node.vms.get_or_create(vm)?.status();
-    let ours = status.record.owned().is_some() || matches!(status.volatile.guest, Guest::Running | Guest::Paused);
-    if ours {
+    let known = node.vms.get_or_create(vm)?;
+    let ours = |record: Record, guest| record.owned().is_some() || matches!(guest, Guest::Running | Guest::Paused);
+    let (record, guest) = known.decided().await;
+    if ours(record, guest) {
         return Err(RefusedDisk::Owned { vm });
     }
-    tokio::task::block_in_place(|| {
+    let disk = tokio::task::block_in_place(|| -> Result<_, RefusedDisk> {
         // Written in place it is at none of its recovery points any more.
         node.groups.forget(vm)?;
-        let disk = node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?;
-        Ok(InPlace(disk))
-    })
+        Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
+    })?;
+    // Once more, now that the disk is open: had the VM been given to this worker meanwhile, nobody else would close it.
+    let (record, guest) = known.decided().await;
+    if ours(record, guest) {
+        node.replicas.close(vm);
+        return Err(RefusedDisk::Owned { vm });
+    }
+    Ok(InPlace(disk))
 }

@@ -7,6 +7,9 @@
 //! | a VM that was moved here is to run | forgotten, a layer kept: the disk is what the move has brought |
 //! | the image of a move is dropped | the layer is undone |
 //! | the VM was moved away | its disks, as they are, become the first point of a new lineage |
+//!
+//! Guarantees: a session that is still under way when its points are forgotten changes neither the disks nor the record any more. Of one VM
+//! there is never more than one open group.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -101,13 +104,15 @@ pub struct Groups {
     limits: Limits,
     open: Mutex<HashMap<VmId, Arc<Points>>>,
     turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Held while a VM's points are opened or forgotten: either may save the record.
+    gates: Mutex<HashMap<VmId, Arc<Mutex<()>>>>,
 }
 
 impl Groups {
     /// Those whose files lie below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path, limits: Limits) -> Self {
         let folder = data_dir.join("replicas");
-        Self { store, folder, limits, open: Mutex::default(), turns: Mutex::default() }
+        Self { store, folder, limits, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
     }
 
     /// One session of a VM at a time.
@@ -121,8 +126,15 @@ impl Groups {
     /// The files or the record cannot be read or written.
     pub fn open(&self, vm: VmId, mut disks: Vec<(String, Arc<ReplicaDisk>)>) -> Result<Arc<Points>, PointError> {
         disks.sort_by(|(one, _), (other, _)| one.cmp(other));
-        if let Some(points) = self.lock().get(&vm).filter(|points| points.is_over(&disks)) {
-            return Ok(points.clone());
+        let gate = self.gate(vm);
+        let _gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lock().get(&vm).cloned();
+        if let Some(points) = known {
+            if points.is_over(&disks) && !points.group.is_spent() {
+                return Ok(points);
+            }
+            // A session may have it yet, and two groups must not have the same files.
+            points.group.close();
         }
         // Not under the lock: a journal may be put in place meanwhile, and reports ask for points.
         let folder = self.folder.join(vm.to_string());
@@ -163,13 +175,13 @@ impl Groups {
     /// # Errors
     /// As [`Self::open`]: the disks are not what they should be, and must not be used.
     pub fn surrender(&self, replicas: &ReplicaStore, vm: VmId, surrender: Surrender) -> Result<(), GroupsError> {
-        if !self.has_points(vm)? {
-            return Ok(());
-        }
-        if surrender == Surrender::NewestPoint {
+        let has_points = self.has_points(vm)?;
+        if has_points && surrender == Surrender::NewestPoint {
             self.recover(replicas, vm)?;
         }
-        self.forget(vm)
+        // Without points too, a session may be about to make the first.
+        let is_open = self.lock().contains_key(&vm);
+        if has_points || is_open { self.forget(vm) } else { Ok(()) }
     }
 
     /// Nobody needs what a move has written: unless a session is under way, which will say so at its end, the replica is brought back to
@@ -192,13 +204,22 @@ impl Groups {
         Ok(points.group.apply()?)
     }
 
-    /// Forgets a VM's points; its disks stay as they are.
+    /// Forgets a VM's points; its disks stay as they are. A session that has them open goes on with nothing.
     ///
     /// # Errors
     /// The record or the files cannot be removed.
     pub fn forget(&self, vm: VmId) -> Result<(), GroupsError> {
-        self.lock().remove(&vm);
+        let gate = self.gate(vm);
+        let _gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lock().remove(&vm);
+        if let Some(points) = known {
+            points.group.close();
+        }
         Ok(Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?)
+    }
+
+    fn gate(&self, vm: VmId) -> Arc<Mutex<()>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner).entry(vm).or_default().clone()
     }
 
     fn has_points(&self, vm: VmId) -> Result<bool, PointError> {
@@ -218,5 +239,124 @@ impl From<&PointInfo> for RecoveryPoint {
             changed_bytes: point.changed_bytes,
             quiesced: point.quiesced,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::points::ChangeDigest;
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    struct Host {
+        _folder: tempfile::TempDir,
+        replicas: ReplicaStore,
+        groups: Groups,
+        vm: VmId,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
+            let replicas = ReplicaStore::new(store.clone(), folder.path());
+            let limits = Limits { points_bytes: 1 << 30, reserve_bytes: 0 };
+            let groups = Groups::new(store, folder.path(), limits);
+            Self { _folder: folder, replicas, groups, vm: VmId::generate() }
+        }
+
+        /// As a session opens them.
+        fn open(&self) -> Arc<Points> {
+            let disk = self.replicas.open_for_writing(self.vm, "root", SIZE, 0).unwrap();
+            self.groups.open(self.vm, vec![("root".to_owned(), disk)]).unwrap()
+        }
+
+        fn take_over(&self) {
+            self.groups.surrender(&self.replicas, self.vm, Surrender::NewestPoint).unwrap();
+            self.replicas.close(self.vm);
+        }
+
+        fn content(&self) -> Vec<u8> {
+            let mut content = vec![0; SIZE as usize];
+            self.replicas.open_existing(self.vm, "root").unwrap().read(0, &mut content).unwrap();
+            content
+        }
+    }
+
+    fn info(number: u64) -> PointInfo {
+        PointInfo { number, taken_unix_ms: 5, changed_bytes: 0, quiesced: false }
+    }
+
+    #[test]
+    fn a_session_that_outlives_a_takeover_commits_nothing_and_begins_nothing() {
+        let host = Host::new();
+        let points = host.open();
+        let lineage = Lineage::generate();
+        points.group.adopt(lineage, info(1)).unwrap();
+        let journal = points.group.begin(lineage, 2).unwrap();
+        journal.zero("root", 0, 4096).unwrap();
+        let mut digest = ChangeDigest::default();
+        digest.zero("root", 0, 4096);
+        host.take_over();
+        // The guest's own write, from here on.
+        host.replicas.open_existing(host.vm, "root").unwrap().write(0, &[7; 4096]).unwrap();
+        let running = host.content();
+
+        assert!(matches!(points.group.commit(&journal, info(2), digest.finish(), 3), Err(PointError::Closed)));
+        assert!(matches!(journal.zero("root", 0, 4096), Err(PointError::Closed)));
+        assert!(matches!(points.group.begin(lineage, 2), Err(PointError::Closed)));
+        assert!(matches!(points.group.apply(), Err(PointError::Closed)));
+        assert!(matches!(points.group.adopt(lineage, info(1)), Err(PointError::Closed)));
+        assert!(matches!(points.open_layer(), Err(PointError::Closed)));
+        assert_eq!(host.groups.points(host.vm), []);
+        host.take_over();
+        assert!(host.content() == running, "a later start finds the guest's own disk");
+    }
+
+    #[test]
+    fn a_first_copy_that_outlives_a_takeover_is_no_point_and_writes_nothing() {
+        let host = Host::new();
+        let points = host.open();
+        host.take_over();
+        let stale = &points.disks[0].1;
+        assert_eq!(stale.write(0, &[1]).unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(matches!(points.group.adopt(Lineage::generate(), info(1)), Err(PointError::Closed)));
+        assert_eq!(host.groups.points(host.vm), []);
+    }
+
+    #[test]
+    fn a_takeover_takes_back_what_an_unfinished_move_has_written_and_stops_it() {
+        let host = Host::new();
+        let points = host.open();
+        points.group.adopt(Lineage::generate(), info(1)).unwrap();
+        let before = host.content();
+        points.open_layer().unwrap();
+        let change = Change::Write { disk: "root", offset: 100, data: &[9; 5000] };
+        points.change(&[change]).unwrap();
+        host.take_over();
+        assert!(points.change(&[change]).is_err());
+        assert!(host.content() == before);
+    }
+
+    #[test]
+    fn points_over_other_handles_are_opened_anew_and_the_old_ones_end() {
+        let host = Host::new();
+        let points = host.open();
+        let lineage = Lineage::generate();
+        points.group.adopt(lineage, info(1)).unwrap();
+        assert!(Arc::ptr_eq(&points, &host.open()));
+        let journal = points.group.begin(lineage, 2).unwrap();
+        host.replicas.close(host.vm);
+        let again = host.open();
+        let fresh = again.group.begin(lineage, 2).unwrap();
+        drop(journal);
+        fresh.zero("root", 0, 4096).unwrap();
+        let mut digest = ChangeDigest::default();
+        digest.zero("root", 0, 4096);
+        again.group.commit(&fresh, info(2), digest.finish(), 3).unwrap();
+        again.group.apply().unwrap();
+        assert!(matches!(points.group.begin(lineage, 2), Err(PointError::Closed)));
+        assert_eq!(host.groups.points(host.vm).len(), 2);
     }
 }

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
@@ -137,6 +137,8 @@ pub struct ReplicaDisk {
     instance: u64,
     version: AtomicU64,
     session: tokio::sync::Mutex<()>,
+    /// Locked for reading by whoever writes.
+    closed: RwLock<bool>,
 }
 
 impl ReplicaDisk {
@@ -153,8 +155,9 @@ impl ReplicaDisk {
     /// Makes the disk at least `size_bytes` large; what is new reads as zeros. Never shrinks.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's, or `PermissionDenied` once it is closed.
     pub fn grow(&self, size_bytes: u64) -> io::Result<()> {
+        let _open = self.open()?;
         if size_bytes > self.size_bytes() {
             self.file.set_len(size_bytes)?;
             self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
@@ -183,8 +186,9 @@ impl ReplicaDisk {
     /// Writes; all of it must lie inside the disk.
     ///
     /// # Errors
-    /// The system's, or `InvalidInput` past the end.
+    /// The system's, `InvalidInput` past the end, or `PermissionDenied` once it is closed.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<u64> {
+        let _open = self.open()?;
         self.check_range(offset, data.len() as u64)?;
         self.file.write_all_at(data, offset)?;
         Ok(self.version.fetch_add(1, Ordering::AcqRel) + 1)
@@ -193,8 +197,9 @@ impl ReplicaDisk {
     /// Makes a range read as zeros, leaving a hole.
     ///
     /// # Errors
-    /// The system's, or `InvalidInput` past the end.
+    /// The system's, `InvalidInput` past the end, or `PermissionDenied` once it is closed.
     pub fn zero(&self, offset: u64, length: u64) -> io::Result<u64> {
+        let _open = self.open()?;
         self.check_range(offset, length)?;
         if length > 0 {
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -224,6 +229,21 @@ impl ReplicaDisk {
         };
         let end = lseek64(self.file.as_fd(), start as i64, Whence::SeekHole)? as u64;
         Ok(Some((start, end.min(self.size_bytes()))))
+    }
+
+    /// Waits for writes under way, and refuses every later one: the file is somebody else's. It can still be read.
+    fn close(&self) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Holds off [`Self::close`].
+    fn open(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            let why = "the replica is closed: a hypervisor has its disk, or it was removed";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        Ok(closed)
     }
 
     fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
@@ -334,9 +354,11 @@ impl ReplicaStore {
         Ok(self.store.scan(&prefix).map_err(failed)?.into_iter().filter_map(name).collect())
     }
 
-    /// Lets go of a VM's replicas: from now on the hypervisor changes these files, or they are deleted.
+    /// Lets go of a VM's replicas: from now on the hypervisor changes these files, or they are deleted. Whoever still has them open
+    /// writes them no more.
     pub fn close(&self, vm: VmId) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| *of != vm);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.extract_if(|(of, _), _| *of == vm).for_each(|(_, disk)| disk.close());
     }
 
     /// Forgets a VM's disks, and deletes those that this worker made.
@@ -418,6 +440,7 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
         instance,
         version: AtomicU64::new(0),
         session: tokio::sync::Mutex::default(),
+        closed: RwLock::new(false),
     })
 }
 
@@ -481,6 +504,24 @@ mod tests {
             assert!(matches!(cut, Err(ReplicaError::Shrinks { held_bytes: 16384, .. })), "{cut:?}");
             replicas.close(vm);
         }
+    }
+
+    #[test]
+    fn whoever_still_holds_a_closed_replica_reads_it_and_writes_it_no_more() {
+        let (_folder, replicas) = setup();
+        let (vm, other) = (VmId::generate(), VmId::generate());
+        let stale = replicas.open_for_writing(vm, "root", 8192, 0).unwrap();
+        let kept = replicas.open_for_writing(other, "root", 8192, 0).unwrap();
+        stale.write(0, b"a").unwrap();
+        replicas.close(vm);
+        for refused in [stale.write(0, b"b").map(drop), stale.zero(0, 1).map(drop), stale.grow(16384)] {
+            assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        }
+        let mut found = [0];
+        stale.read(0, &mut found).unwrap();
+        assert_eq!((&found, stale.size_bytes()), (b"a", 8192));
+        kept.write(0, b"c").unwrap();
+        replicas.open_existing(vm, "root").unwrap().write(0, b"d").unwrap();
     }
 
     #[test]

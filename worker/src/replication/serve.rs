@@ -285,7 +285,8 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     if hello.session == 0 || hello.disks.is_empty() || hello.disks.iter().any(|disk| !is_name(&disk.name)) {
         return Err(request("it names no session, no disks, or a disk without a name"));
     }
-    let status = node.vms.get_or_create(vm)?.status();
+    let known = node.vms.get_or_create(vm)?;
+    let status = known.status();
     if status.record.owned().is_some() || status.volatile.guest != Guest::Absent {
         return Err(SessionError::Owned { vm });
     }
@@ -303,6 +304,12 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
         Ok((disks, points))
     });
     let (disks, points) = opened.await??;
+    // Once more, now that the disks are open: had the VM been given to this worker meanwhile, nobody else would close them.
+    let (record, guest) = known.decided().await;
+    if record.owned().is_some() || guest != Guest::Absent {
+        node.replicas.close(vm);
+        return Err(SessionError::Owned { vm });
+    }
     let session = Session { vm, disks, points, target: RwLock::new(Target::Nowhere) };
     Ok((Arc::new(session), turn))
 }

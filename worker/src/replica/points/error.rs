@@ -22,6 +22,9 @@ pub enum PointError {
     /// An earlier write to the worker's store failed: whether it took effect is found by opening the group again.
     #[error("it is not known whether the last change of the recovery points took effect: open them again")]
     Unsure,
+    /// The group was closed: its disks have been given another use.
+    #[error("the recovery points are closed: their disks have been given another use")]
+    Closed,
     /// A journal or undo file, or their folder, failed.
     #[error("{what} {file}")]
     File {

@@ -56,6 +56,7 @@ pub(super) struct Core {
     /// The files and their lengths.
     pub(super) files: BTreeMap<String, u64>,
     unsure: bool,
+    closed: bool,
     last_id: u64,
 }
 
@@ -150,6 +151,22 @@ impl Group {
         }
     }
 
+    /// Ends the group for all who hold it: waits for the operation under way, and refuses every later one. The record and the
+    /// files stay as they are, for whoever forgets them or opens them anew.
+    pub fn close(&self) {
+        let mut core = self.inner.core();
+        core.closed = true;
+        // Their files may be another group's soon: nothing is tidied up any more.
+        core.journal = None;
+        core.layer = None;
+        self.inner.close_readers();
+    }
+
+    /// Whether every operation is refused until the group is opened anew. Waits for the operation under way.
+    pub fn is_spent(&self) -> bool {
+        self.inner.check(&self.inner.core()).is_err()
+    }
+
     /// What the group holds now.
     pub fn state(&self) -> GroupState {
         self.inner.status.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -206,9 +223,13 @@ impl Inner {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses to go on after a write to the worker's store of which nobody knows whether it took effect.
+    /// Refuses to go on once closed, or after a write to the worker's store of which nobody knows whether it took effect.
     pub(super) fn check(&self, core: &Core) -> Result<(), PointError> {
-        if core.unsure { Err(PointError::Unsure) } else { Ok(()) }
+        match core {
+            Core { closed: true, .. } => Err(PointError::Closed),
+            Core { unsure: true, .. } => Err(PointError::Unsure),
+            _ => Ok(()),
+        }
     }
 
     /// Makes this the durable record; the commit point of every step.

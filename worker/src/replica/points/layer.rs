@@ -196,7 +196,7 @@ impl Inner {
         if open.broken {
             return Err(PointError::LayerClosed);
         }
-        let changes: Vec<_> = changes.iter().map(|change| self.place(core, change)).collect::<Result<_, _>>()?;
+        let changes: Vec<_> = changes.iter().map(|change| self.place(change)).collect::<Result<_, _>>()?;
         let before = open.log.length();
         let saved = match self.save_old(core, open, &changes) {
             Ok(saved) => saved,
@@ -281,13 +281,14 @@ impl Inner {
         parts.into_iter().filter(|part| part.value.is_none()).map(|part| (part.start, part.end)).collect()
     }
 
-    fn place<'a>(&self, core: &Core, change: &Change<'a>) -> Result<Placed<'a>, PointError> {
+    fn place<'a>(&self, change: &Change<'a>) -> Result<Placed<'a>, PointError> {
         let (name, offset, length, data) = match *change {
             Change::Write { disk, offset, data } => (disk, offset, data.len() as u64, Some(data)),
             Change::Zero { disk, offset, length } => (disk, offset, length, None),
         };
         let disk = self.disk_number(name)?;
-        let size = core.record.as_ref().and_then(|record| record.disks.get(name)).copied().unwrap_or_default();
+        // Of the file: a disk that has grown since the newest point is written where it has grown, too.
+        let size = self.disk(disk).map_or(0, |(_, file)| file.size_bytes());
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(Placed { disk, offset, end, data }),
             _ => Err(PointError::Hostile { what: "a change that ends past the end of the disk" }),

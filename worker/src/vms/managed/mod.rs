@@ -191,6 +191,12 @@ impl ManagedVm {
         self.status.borrow().clone()
     }
 
+    /// The record and the guest as they are, not as they were last published: waits for the step that is being carried out.
+    pub async fn decided(&self) -> (Record, Guest) {
+        let state = self.state.lock().await;
+        (state.durable.record(), state.volatile.guest)
+    }
+
     /// Follows what is known of it.
     pub fn watch(&self) -> watch::Receiver<VmStatus> {
         self.status.subscribe()
