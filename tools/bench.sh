@@ -7,3 +7,5 @@ cargo bench --profile dev -p pageport-teleport --bench codec | tee target/bench/
 echo "bench: one move over the WAN, next to QEMU's own ways"
 DEMO_EXIT=1 target/debug/pageport-lab demo
 cp target/lab/demo.json target/bench/migration.json
+echo "bench: replication, next to qemu-img convert and QEMU's own mirror and backup"
+target/debug/pageport-lab bench-replication
