@@ -5,15 +5,17 @@
 #   verify  format, lints, tests, UI checks; changes nothing
 #   fix     formats and applies the lints' suggestions
 #   bench   measures; figures go to target/bench
+#   bench-replication  only replication, next to qemu-img convert and QEMU's own mirror and backup
 #   faults  strikes a move with every fault at every point, on real processes, and simulates 100,000 schedules; goes on where it
 #           was interrupted
+#   faults-replication  strikes standing replication with every fault at seeded moments, on real processes; goes on where it was interrupted
 #   simulate  only the schedules (SCHEDULES=1000 for fewer)
 #
 # Everything is built in one way (the whole workspace, the dev profile, which is optimised), so nothing is built twice.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench faults simulate setup ui build guest lint ui-verify ui-test rust-test
+.PHONY: help demo test verify fix bench bench-replication faults faults-replication simulate setup ui build guest lint ui-verify ui-test rust-test
 
 UI := web-ui
 UI_SOURCES := $(shell find $(UI)/src $(UI)/public $(UI)/index.html $(UI)/vite.config.ts $(UI)/svelte.config.js -type f 2>/dev/null)
@@ -79,9 +81,17 @@ fix: ui
 bench: guest
 	@tools/bench.sh
 
+# BENCH='--rate 1000000000' measures something else; see target/debug/pageport-lab bench-replication --help.
+bench-replication: guest
+	@$(LAB) bench-replication $(BENCH)
+
 # FAULTS='--only memory' runs a part; see target/debug/pageport-lab faults --help.
 faults: guest simulate
 	@$(LAB) faults $(FAULTS)
+
+# FAULTS='--only cut-both' runs a part; see target/debug/pageport-lab faults-replication --help.
+faults-replication: guest
+	@$(LAB) faults-replication $(FAULTS)
 
 SCHEDULES := 100000
 # The name of what is checked out, as the lab writes it: "+" if files differ from it.

@@ -1,5 +1,5 @@
 //! The lab: sites on one machine, a WAN emulator, real guests, QEMU's own migration as the baseline, the demo, the
-//! fault matrix.
+//! fault matrix, the faults and the benchmark of replication.
 
 pub mod baseline;
 pub mod demo;
@@ -7,4 +7,6 @@ pub mod faults;
 pub mod lab;
 pub mod netns;
 pub mod paths;
+pub mod replication_bench;
+pub mod replication_faults;
 pub mod wan;

@@ -16,8 +16,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use faults_command::FaultsCommand;
+use replication_command::ReplicationCommand;
+use replication_faults_command::ReplicationFaultsCommand;
 
 mod faults_command;
+mod replication_command;
+
+mod replication_faults_command;
 
 #[derive(Parser)]
 #[command(version, about = "Sites on one machine, a WAN between them, real guests")]
@@ -49,6 +54,8 @@ enum Cmd {
         loopback: bool,
     },
     Faults(FaultsCommand),
+    BenchReplication(ReplicationCommand),
+    FaultsReplication(ReplicationFaultsCommand),
     /// Move a guest over the WAN and compare with QEMU's own ways.
     Demo {
         /// A guest of 256 MiB instead of 2 GiB.
@@ -101,6 +108,8 @@ async fn main() -> anyhow::Result<()> {
             writeln!(std::io::stdout(), "{figures:#}")?;
         }
         Cmd::Faults(command) => return command.run().await,
+        Cmd::BenchReplication(command) => return command.run().await,
+        Cmd::FaultsReplication(command) => return command.run().await,
         Cmd::Demo { small, free_page_hints, loopback } => {
             let config = DemoConfig::from_environment(small, hints(free_page_hints), mode(loopback));
             let unattended = config.end == End::AtOnce;

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 const BUFFER_BYTES: usize = 256 * 1024;
 
-/// All regular files below `folder`, in the order of their names.
 fn sorted_files(folder: &Path, into: &mut Vec<PathBuf>) -> io::Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<io::Result<_>>()?;
     entries.sort_by_key(fs::DirEntry::file_name);
@@ -21,7 +20,8 @@ fn sorted_files(folder: &Path, into: &mut Vec<PathBuf>) -> io::Result<()> {
     Ok(())
 }
 
-fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
+/// All regular files below `folder`, in the order of their names.
+pub(crate) fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     sorted_files(folder, &mut files)?;
     Ok(files)

@@ -67,6 +67,35 @@ pub enum Request {
     },
     /// Stop appending and check all records.
     WriteStop,
+    /// Change a part of so many blocks of the static files, at random places; all is on the disk when this is answered.
+    RewriteBlocks {
+        /// How many bytes the blocks have together.
+        bytes: u64,
+        /// Which blocks, which content.
+        seed: u64,
+    },
+    /// Write new versions of static files, beside them; all is on the disk when this is answered.
+    WriteFiles {
+        /// How many bytes at most.
+        bytes: u64,
+        /// Of which files.
+        seed: u64,
+    },
+    /// Begin the history load: answered once its files are on the disk.
+    HistoryStart {
+        /// Operations per second, at most.
+        operations_per_second: u64,
+        /// What they do.
+        seed: u64,
+        /// The file system is trimmed after so many; 0: never.
+        trim_every: u64,
+    },
+    /// Look at the history load that runs.
+    HistoryStatus,
+    /// Stop it.
+    HistoryStop,
+    /// The lines of the kernel's log that tell of I/O errors or of writes that hang.
+    KernelTrouble,
     /// Digest of all static files with their names, in order; or of every n-th file.
     ChecksumFiles {
         /// 1: all.
@@ -128,6 +157,20 @@ pub enum Reply {
         synced: u64,
         /// Records found missing or damaged.
         lost: u64,
+    },
+    /// To `history-status` and `history-stop`.
+    History {
+        /// Operations that are on the disk.
+        done: u64,
+        /// The slowest write with its sync, in milliseconds.
+        slowest_write_ms: u64,
+        /// Why it has ended early.
+        failure: Option<String>,
+    },
+    /// To `kernel-trouble`.
+    KernelTrouble {
+        /// Oldest first.
+        lines: Vec<String>,
     },
 }
 

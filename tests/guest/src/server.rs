@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use crate::changes;
 use crate::files;
+use crate::history::{Fares, History, Plan};
+use crate::kernel_log;
 use crate::memory::{Dirty, Static};
 use crate::protocol::{CONTROL_PORT, COUNTER_PORT, MAX_LINE_BYTES, MAX_REGION_BYTES, Reply, Request};
 use crate::records::Records;
@@ -20,13 +23,16 @@ struct Loads {
     static_region: Option<Static>,
     dirty: Option<Arc<Dirty>>,
     records: Option<Records>,
+    history: Option<History>,
 }
 
 /// What the servers share.
 #[derive(Debug)]
 pub struct Guest {
+    data: PathBuf,
     files: PathBuf,
     records: PathBuf,
+    new_files: PathBuf,
     loads: Mutex<Loads>,
     counter: AtomicU64,
 }
@@ -36,8 +42,10 @@ impl Guest {
     #[must_use]
     pub fn new(data: &Path) -> Self {
         Self {
+            data: data.to_owned(),
             files: data.join("files"),
             records: data.join("load/records"),
+            new_files: data.join("load/new"),
             loads: Mutex::default(),
             counter: AtomicU64::new(0),
         }
@@ -121,12 +129,45 @@ impl Guest {
                 let (synced, lost) = load.stop()?;
                 Reply::Written { synced, lost }
             }
+            Request::RewriteBlocks { bytes, seed } => {
+                changes::rewrite_blocks(&self.files, bytes, seed)?;
+                nix::unistd::sync();
+                Reply::Done
+            }
+            Request::WriteFiles { bytes, seed } => {
+                changes::write_files(&self.files, &self.new_files, bytes, seed)?;
+                nix::unistd::sync();
+                Reply::Done
+            }
+            Request::HistoryStart { operations_per_second, seed, trim_every } => {
+                let mut loads = self.loads()?;
+                if loads.history.is_some() {
+                    return Err(io::Error::other("the history load runs already"));
+                }
+                let plan = Plan { operations_per_second, seed, trim_every };
+                loads.history = Some(History::start(&self.data, plan)?);
+                Reply::Done
+            }
+            Request::HistoryStatus => {
+                let loads = self.loads()?;
+                history(loads.history.as_ref().ok_or_else(|| not_running("history load"))?.fares())
+            }
+            Request::HistoryStop => {
+                let load = self.loads()?.history.take().ok_or_else(|| not_running("history load"))?;
+                history(load.stop()?)
+            }
+            Request::KernelTrouble => Reply::KernelTrouble { lines: kernel_log::trouble()? },
             Request::ChecksumFiles { every } => {
                 let (blake3, bytes) = files::checksum(&self.files, every)?;
                 Reply::Checksum { blake3, bytes }
             }
         })
     }
+}
+
+fn history(fares: Fares) -> Reply {
+    let Fares { done, slowest_write_ms, failure } = fares;
+    Reply::History { done, slowest_write_ms, failure }
 }
 
 fn not_running(what: &str) -> io::Error {

@@ -149,7 +149,7 @@ impl PlainVm {
     }
 
     /// Adds this VM's name and log to what went wrong.
-    pub(super) fn context(&self) -> impl FnOnce(QmpError) -> VmError + use<> {
+    pub(crate) fn context(&self) -> impl FnOnce(QmpError) -> VmError + use<> {
         let (name, log) = (self.name.clone(), self.log.clone());
         move |source| VmError::Qmp { name, log, source }
     }

@@ -223,7 +223,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         WorkerMemory { source: peak_memory(&mut lab, "a")?, destination: peak_memory(&mut lab, "b")? };
 
     say("QEMU's own ways, for comparison");
-    let accelerator = accelerator(&lab).await?;
+    let accelerator = lab.accelerator().await?;
     let (qemu_precopy, qemu_multifd_zstd) = opponents::run(
         lab.network(),
         lab.runtime(),
@@ -311,12 +311,4 @@ async fn record(lab: &Lab) -> Result<Value, DemoError> {
 
 fn peak_memory(lab: &mut Lab, site: &'static str) -> Result<u64, DemoError> {
     lab.worker(site).peak_memory_bytes().ok_or(DemoError::NoPeakMemory { site })
-}
-
-/// What the worker at a found to work.
-async fn accelerator(lab: &Lab) -> Result<String, DemoError> {
-    let answer = lab.ctl_json(["worker", "list"]).await?;
-    let workers = answer["workers"].as_array().into_iter().flatten();
-    let at_a = workers.filter(|worker| worker["site"] == "a").find_map(|worker| worker["accelerator"].as_str());
-    Ok(at_a.filter(|name| !name.is_empty()).unwrap_or("tcg").to_owned())
 }

@@ -24,7 +24,7 @@ pub enum FaultsError {
     #[error("strike or heal a daemon")]
     Daemon(#[from] DaemonError),
     /// A command failed.
-    #[error("order the move")]
+    #[error("ask the controllers")]
     Ctl(#[from] CtlError),
     /// The guest does not answer.
     #[error("talk to the guest")]
@@ -65,6 +65,9 @@ pub enum FaultsError {
         #[source]
         source: std::io::Error,
     },
+    /// An image cannot be copied, compared or examined.
+    #[error("examine an image")]
+    Image(#[source] std::io::Error),
     /// It never came to that.
     #[error("waited {seconds} s for {what}; last seen: {seen}")]
     InVain {

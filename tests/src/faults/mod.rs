@@ -30,7 +30,7 @@ pub mod error;
 mod judge;
 mod leftovers;
 mod plan;
-mod results;
+pub(crate) mod results;
 pub mod sniffer;
 mod table;
 pub mod witness;

@@ -144,12 +144,7 @@ impl Results {
     /// # Errors
     /// When it cannot be written.
     pub fn append(&self, result: &CaseResult) -> Result<(), FaultsError> {
-        let path = self.lines();
-        let error = |source| FaultsError::File { operation: "append to", path: path.clone(), source };
-        let mut line = serde_json::to_vec(result).map_err(|source| error(source.into()))?;
-        line.push(b'\n');
-        let mut file = File::options().create(true).append(true).open(&path).map_err(error)?;
-        file.write_all(&line).map_err(error)
+        append_line(&self.lines(), result)
     }
 
     /// Schedules that the simulator has run at this commit, and what did not hold in them; of the same seeds the newest line counts.
@@ -201,8 +196,17 @@ pub fn unix_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Appends one line of JSON to a file.
+pub(crate) fn append_line(path: &Path, result: &impl Serialize) -> Result<(), FaultsError> {
+    let error = |source| FaultsError::File { operation: "append to", path: path.to_owned(), source };
+    let mut line = serde_json::to_vec(result).map_err(|source| error(source.into()))?;
+    line.push(b'\n');
+    let mut file = File::options().create(true).append(true).open(path).map_err(error)?;
+    file.write_all(&line).map_err(error)
+}
+
 /// What is checked out; `unknown` outside of a repository.
-fn commit() -> String {
+pub(crate) fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = Command::new("git").arg("-C").arg(paths::root()).args(arguments).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())

@@ -162,4 +162,15 @@ impl Lab {
             source,
         })
     }
+
+    /// What the worker at site a found to run guests with.
+    ///
+    /// # Errors
+    /// When the controllers do not say.
+    pub async fn accelerator(&self) -> Result<String, CtlError> {
+        let answer = self.ctl_json(["worker", "list"]).await?;
+        let workers = answer["workers"].as_array().into_iter().flatten();
+        let at_a = workers.filter(|worker| worker["site"] == "a").find_map(|worker| worker["accelerator"].as_str());
+        Ok(at_a.filter(|name| !name.is_empty()).unwrap_or("tcg").to_owned())
+    }
 }

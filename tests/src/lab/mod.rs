@@ -47,8 +47,9 @@ use crate::paths;
 use crate::wan::link::Shape;
 
 mod ctl;
-mod processes;
+pub(crate) mod processes;
 mod vm_file;
+mod volume;
 
 pub mod addresses;
 pub mod daemon;
@@ -66,6 +67,7 @@ use guest::line::SerialPort;
 use network::{Mode, Network, NetworkError, SITES};
 use settings::{SettingsError, Shared};
 use tls::{Authority, Identity, TlsError};
+use volume::Volume;
 
 /// How long a lab may take until all workers are connected.
 const READY_DEADLINE: Duration = Duration::from_secs(90);
@@ -75,6 +77,8 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(200);
 /// What tells the workers where failpoints are held.
 const FAILPOINTS_VARIABLE: &str = "PAGEPORT_FAILPOINTS";
+/// What workers leave free where their data folder is a file system of its own.
+const RESERVE_BYTES: u32 = 16 << 20;
 /// Folders of past runs that are kept for their logs.
 const KEPT_RUNS: usize = 10;
 
@@ -95,6 +99,8 @@ pub struct LabConfig {
     pub lease_ms: u32,
     /// Whether moves can be held at exact points.
     pub failpoints: Failpoints,
+    /// Size of the file system of its own that each worker's data folder is, so that it can be filled; [`None`]: it is none. Needs namespaces.
+    pub worker_volume_bytes: Option<u64>,
 }
 
 /// Whether the workers' failpoints are on.
@@ -118,6 +124,7 @@ impl Default for LabConfig {
             mode: Mode::default(),
             lease_ms: 10_000,
             failpoints: Failpoints::default(),
+            worker_volume_bytes: None,
         }
     }
 }
@@ -172,6 +179,7 @@ pub struct Lab {
     workers: BTreeMap<String, Daemon>,
     guards: BTreeMap<String, Daemon>,
     network: Network,
+    volumes: Vec<Volume>,
     folders: Folders,
     operator: Identity,
 }
@@ -224,11 +232,12 @@ impl Lab {
             workers: BTreeMap::new(),
             guards: BTreeMap::new(),
             network,
+            volumes: Vec::new(),
             folders,
             operator,
         };
 
-        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, failpoints, .. } = config;
+        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, failpoints, worker_volume_bytes, .. } = config;
         let mut environment = Vec::new();
         if failpoints == Failpoints::On {
             let path = lab.failpoints();
@@ -239,7 +248,8 @@ impl Lab {
             })?;
             environment.push((FAILPOINTS_VARIABLE, path.into_os_string()));
         }
-        let shared = Shared { otlp_endpoint, log, accelerator, lease_ms, addresses: lab.network.addresses().clone() };
+        let (addresses, reserve_bytes) = (lab.network.addresses().clone(), worker_volume_bytes.map(|_| RESERVE_BYTES));
+        let shared = Shared { otlp_endpoint, log, accelerator, lease_ms, reserve_bytes, addresses };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;
@@ -255,7 +265,13 @@ impl Lab {
             let log = lab.logs().join(format!("{guard}.log"));
             let guard = Daemon::start_guard(&guard, lab.network.place(site), keeper, &runtime, &log)?;
             lab.guards.insert(site.to_owned(), guard);
-            let text = settings::worker(site, &lab.data_folder(&name)?, &runtime, &identity, &shared)?;
+            let data = lab.data_folder(&name)?;
+            if let Some(bytes) = worker_volume_bytes {
+                let volume = Volume::mount(&data, bytes);
+                let error = |source| LabError::Io { operation: "mount a file system over", path: data.clone(), source };
+                lab.volumes.push(volume.map_err(error)?);
+            }
+            let text = settings::worker(site, &data, &runtime, &identity, &shared)?;
             let daemon = lab.start_daemon(&name, site, worker, &text, &environment)?;
             lab.workers.insert(site.to_owned(), daemon);
         }
@@ -461,6 +477,7 @@ fn remove_old_runs() {
         fs::remove_dir_all(runtime).ok();
     }
     let mut runs = listed(&paths::lab());
+    runs.iter().for_each(|run| volume::unmount_below(&run.join("data")));
     runs.sort_by_key(|path| fs::metadata(path).and_then(|about| about.modified()).ok());
     let keep_from = runs.len().saturating_sub(KEPT_RUNS);
     for (n, run) in runs.into_iter().enumerate() {

@@ -257,7 +257,7 @@ impl Network {
     }
 
     /// The ids of the processes at a site.
-    pub(super) fn processes_at(&self, site: &str) -> Vec<i32> {
+    pub(crate) fn processes_at(&self, site: &str) -> Vec<i32> {
         match self.mode() {
             Mode::Namespaces => processes::in_namespace(self.namespace(site)),
             Mode::Loopback => processes::of_labs(|argument| argument.contains(&format!("/{}/{site}/", self.run))),

@@ -26,7 +26,7 @@ pub(super) fn in_namespace(namespace: &str) -> Vec<i32> {
 }
 
 /// A process's program and arguments; empty when it is gone or dead.
-pub(super) fn command_line(pid: i32) -> Vec<String> {
+pub(crate) fn command_line(pid: i32) -> Vec<String> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
     words.map(|word| String::from_utf8_lossy(word).into_owned()).collect()

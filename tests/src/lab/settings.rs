@@ -44,6 +44,8 @@ pub struct Shared {
     pub accelerator: String,
     /// How long a lease lasts.
     pub lease_ms: u32,
+    /// What workers leave free on the file system of their data; [`None`]: as in the example.
+    pub reserve_bytes: Option<u32>,
     /// Where everybody is.
     pub addresses: Addresses,
 }
@@ -90,6 +92,9 @@ pub fn worker(
     }
     let hypervisor = section(&mut config, "hypervisor");
     set(hypervisor, "accelerator", shared.accelerator.as_str());
+    if let Some(bytes) = shared.reserve_bytes {
+        set(section(&mut config, "replication"), "reserve_bytes", i64::from(bytes));
+    }
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
 }
@@ -160,7 +165,8 @@ mod tests {
 
     fn shared() -> Shared {
         let addresses = Addresses::of_namespaces();
-        Shared { otlp_endpoint: None, log: "debug".into(), accelerator: "auto".into(), lease_ms: 10_000, addresses }
+        let (log, accelerator) = ("debug".into(), "auto".into());
+        Shared { otlp_endpoint: None, log, accelerator, lease_ms: 10_000, reserve_bytes: None, addresses }
     }
 
     #[test]

@@ -66,6 +66,18 @@ impl GuestImages {
     /// # Errors
     /// When a package cannot be had, a tool fails, or there is no room.
     pub fn build(variant: Variant) -> Result<Self, BuildError> {
+        Self::build_with(variant, disk::Content::Mixed)
+    }
+
+    /// As [`GuestImages::build`], with a disk that holds nothing but files of this machine.
+    ///
+    /// # Errors
+    /// As [`GuestImages::build`], and when this machine has too few files.
+    pub fn build_with_tree(variant: Variant) -> Result<Self, BuildError> {
+        Self::build_with(variant, disk::Content::Tree)
+    }
+
+    fn build_with(variant: Variant, content: disk::Content) -> Result<Self, BuildError> {
         let folder = paths::lab().join("guest");
         fs::create_dir_all(&folder).named("make", &folder)?;
         let lock = folder.join("lock");
@@ -85,9 +97,13 @@ impl GuestImages {
 
         let plan = disk::Plan { disk_bytes: variant.disk_bytes, file_bytes: variant.file_bytes, seed: 2013 };
         let key = blake3::hash(format!("{} {plan:?}", disk::LAYOUT).as_bytes()).to_hex();
-        let image = folder.join(format!("disk-{}.raw", &key[..16]));
+        let name = match content {
+            disk::Content::Mixed => "disk",
+            disk::Content::Tree => "tree",
+        };
+        let image = folder.join(format!("{name}-{}.raw", &key[..16]));
         if !image.exists() {
-            disk::make(plan, &image, &folder)?;
+            disk::make(plan, content, &image, &folder)?;
         }
         Ok(Self { kernel: kernel.image, initrd, disk: image })
     }
