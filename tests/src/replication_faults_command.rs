@@ -138,11 +138,12 @@ fn ended(result: &CaseResult) -> String {
     let complaints: String = result.complaints.iter().map(|complaint| format!("\n    {complaint}")).collect();
     let figure = |value: Option<u64>| value.map_or("?".to_owned(), |value| value.to_string());
     format!(
-        "    {}: {} in {} s: at point {} with {} operations; went on after {} ms with {} bytes; slowest write {} ms{complaints}",
+        "    {}: {} in {} s: at point {} ({}) with {} operations; went on after {} ms with {} bytes; slowest write {} ms{complaints}",
         result.case,
         if result.passed { "passed" } else { "FAILED" },
         result.duration_ms / 1000,
         figure(result.point_at_fault),
+        result.phase_at_fault,
         figure(result.operations_at_fault),
         figure(result.resumed_ms),
         figure(result.resumed_wan_bytes),

@@ -147,6 +147,14 @@ impl Arena {
         Ok(self.lab.ctl_json(["vm", "get", VM]).await?)
     }
 
+    /// Its newest recovery point.
+    ///
+    /// # Errors
+    /// When the controllers do not answer.
+    pub async fn newest(&self) -> Result<Newest, FaultsError> {
+        Ok(newest(&self.vm().await?))
+    }
+
     /// Waits for a point that was taken after this time.
     ///
     /// # Errors

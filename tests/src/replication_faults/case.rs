@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use super::arena::{Arena, Newest};
-use super::crash::CrashedReplica;
+use super::crash::{CrashedReplica, Recovered};
 use super::fault::{apply, heal};
 use super::image::{self, Findings};
 use super::ledger::{Ledger, now_unix_ms};
@@ -52,6 +52,8 @@ async fn attempt(arena: &mut Arena, case: Case, result: &mut CaseResult) -> Resu
     moment.map_err(|seen| FaultsError::InVain { what: "the moment".into(), seconds: 60, seen })?;
     let healing = apply(arena, case.fault)?;
     let crashed = copy_crashed(arena, case.fault).await;
+    // While the destination is away, nothing can be acknowledged that is not in the copy.
+    let known = if case.fault.holds_destination() { arena.newest().await? } else { known };
     let (checked, ()) = tokio::join!(check_crashed(crashed, seed), sleep(strike.lasts));
     let sent = arena.wan_bytes()?;
     heal(arena, healing).await?;
@@ -98,7 +100,7 @@ fn history_seed(case: Case) -> u64 {
 /// Copies the destination's files. A worker that runs is stopped for that long.
 async fn copy_crashed(arena: &mut Arena, fault: Fault) -> io::Result<CrashedReplica> {
     let site = Side::Destination.site();
-    let runs = !matches!(fault, Fault::KillWorker(Side::Destination) | Fault::StopWorker(Side::Destination));
+    let runs = !fault.holds_destination();
     let (data, vm, copies) = (arena.lab.worker_data(site), arena.vm_id().to_owned(), arena.copies());
     if runs {
         arena.lab.worker(site).freeze().map_err(io::Error::other)?;
@@ -112,6 +114,7 @@ async fn copy_crashed(arena: &mut Arena, fault: Fault) -> io::Result<CrashedRepl
 
 /// The newest point that was recovered, and what its image is worth.
 struct Checked {
+    phase: &'static str,
     number: u64,
     taken_unix_ms: i64,
     findings: Findings,
@@ -120,16 +123,16 @@ struct Checked {
 async fn check_crashed(crashed: io::Result<CrashedReplica>, seed: u64) -> io::Result<Checked> {
     let crashed = crashed?;
     let checked = spawn_blocking(move || {
-        let (newest, image) = crashed.recover()?;
+        let Recovered { phase, newest, image } = crashed.recover()?;
         let findings = image::examine(&image, seed)?;
-        Ok(Checked { number: newest.number, taken_unix_ms: newest.taken_unix_ms, findings })
+        Ok(Checked { phase, number: newest.number, taken_unix_ms: newest.taken_unix_ms, findings })
     });
     checked.await.map_err(io::Error::other)?
 }
 
 /// The replica as the fault left it: sound, of one moment, and of no other than its point's.
 fn judge_crashed(checked: io::Result<Checked>, known: Newest, ledger: &Ledger, result: &mut CaseResult) {
-    let Checked { number, taken_unix_ms, findings } = match checked {
+    let Checked { phase, number, taken_unix_ms, findings } = match checked {
         Ok(checked) => checked,
         Err(error) => {
             result.content_mismatches += 1;
@@ -137,10 +140,12 @@ fn judge_crashed(checked: io::Result<Checked>, known: Newest, ledger: &Ledger, r
             return;
         }
     };
+    result.phase_at_fault = phase.to_owned();
     result.point_at_fault = Some(number);
     result.operations_at_fault = findings.moment.clone().ok();
     let place = format!("the replica that the fault left, at point {number}");
-    let mut wrong = unsound(&findings, &place, result);
+    judge_soundness(&findings, &place, result);
+    let mut wrong = vec![];
     if number < known.number {
         wrong.push(format!("{place}: point {} was acknowledged before", known.number));
     }
@@ -162,13 +167,12 @@ fn judge_crashed(checked: io::Result<Checked>, known: Newest, ledger: &Ledger, r
     result.complaints.append(&mut wrong);
 }
 
-/// Notes that a file system is not sound; begins the list of what is wrong besides.
-fn unsound(findings: &Findings, place: &str, result: &mut CaseResult) -> Vec<String> {
+/// Notes that a file system is not sound.
+fn judge_soundness(findings: &Findings, place: &str, result: &mut CaseResult) {
     if let Some(said) = &findings.unsound {
         result.fsck_failures += 1;
         result.complaints.push(format!("{place}: {said}"));
     }
-    Vec::new()
 }
 
 /// The guest noticed nothing.
@@ -219,7 +223,8 @@ async fn judge_quiet(
         findings
     })
     .await?;
-    let mut wrong = unsound(&findings, &place, result);
+    judge_soundness(&findings, &place, result);
+    let mut wrong = vec![];
     if !equal {
         wrong.push(format!("{place}: it differs from the disk"));
     }

@@ -25,6 +25,17 @@ pub struct CrashedReplica {
     vm: VmId,
 }
 
+/// What came of it.
+#[derive(Debug)]
+pub struct Recovered {
+    /// What the destination was at: `settled`, `journal` (of a point that is not committed) or `applying` (of one that is).
+    pub phase: &'static str,
+    /// The newest recovery point.
+    pub newest: PointInfo,
+    /// Its image.
+    pub image: PathBuf,
+}
+
 impl CrashedReplica {
     /// Copies what the worker of this data folder holds of a VM; it must not run meanwhile.
     ///
@@ -39,11 +50,11 @@ impl CrashedReplica {
         Ok(Self { folder, vm })
     }
 
-    /// Recovers it as a worker does; hands back the newest recovery point and its image.
+    /// Recovers it as a worker does.
     ///
     /// # Errors
     /// When it cannot be recovered, or has no point that can be trusted.
-    pub fn recover(&self) -> io::Result<(PointInfo, PathBuf)> {
+    pub fn recover(&self) -> io::Result<Recovered> {
         let (folder, vm) = (self.folder.path(), self.vm);
         let open = |name: &str| Store::open(&folder.join(name)).map(Arc::new).map_err(chained);
         // The worker's own store says where its image lies: it is the copy that is to be opened.
@@ -53,15 +64,27 @@ impl CrashedReplica {
         let disk = disks.open_for_writing(vm, DISK, bytes, 0).map_err(chained)?;
         let limits = Limits { points_bytes: u64::MAX, reserve_bytes: 0 };
         let replica = folder.join("replicas").join(vm.to_string());
-        let group = Group::open(open("store")?, &replica, vm, BTreeMap::from([(DISK.to_owned(), disk)]), limits);
+        let store = open("store")?;
+        let left = Group::recorded(&store, vm).map_err(chained)?;
+        let phase = match left {
+            Some(state) if state.applying => "applying",
+            _ if holds_journal(&replica.join("points")) => "journal",
+            _ => "settled",
+        };
+        let group = Group::open(store, &replica, vm, BTreeMap::from([(DISK.to_owned(), disk)]), limits);
         let state = group.map_err(chained)?.state();
         match (state.damaged, state.points.last()) {
             (Some(damage), _) => Err(io::Error::other(format!("the replica is damaged: {damage}"))),
             (None, None) => Err(io::Error::other("the replica has no recovery point")),
             (None, Some(_)) if state.applying => Err(io::Error::other("the newest point is not in place")),
-            (None, Some(newest)) => Ok((*newest, image)),
+            (None, Some(newest)) => Ok(Recovered { phase, newest: *newest, image }),
         }
     }
+}
+
+fn holds_journal(points: &Path) -> bool {
+    let entries = std::fs::read_dir(points).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.path().extension().is_some_and(|extension| extension == "journal"))
 }
 
 fn chained(error: impl std::error::Error) -> io::Error {

@@ -91,6 +91,12 @@ impl Fault {
         }
     }
 
+    /// Whether the destination's worker does nothing while it lasts.
+    #[must_use]
+    pub fn holds_destination(self) -> bool {
+        matches!(self, Self::KillWorker(Side::Destination) | Self::StopWorker(Side::Destination))
+    }
+
     fn number(self) -> u64 {
         Self::ALL.into_iter().zip(0..).find_map(|(fault, number)| (fault == self).then_some(number)).unwrap_or_default()
     }

@@ -28,6 +28,8 @@ pub struct CaseResult {
     pub delay_ms: u64,
     /// How long it lasted, in milliseconds.
     pub lasts_ms: u64,
+    /// What the destination was at: `settled`, `journal`, `applying`; empty: not known.
+    pub phase_at_fault: String,
     /// The newest recovery point of the replica as the fault left it.
     pub point_at_fault: Option<u64>,
     /// Operations of the history that it holds.
@@ -75,6 +77,8 @@ pub struct Sum {
     pub seeds: BTreeSet<u64>,
     /// The slowest write of any guest with its sync, in milliseconds.
     pub slowest_write_ms: u64,
+    /// Cases by what the fault caught the destination at.
+    pub phases_at_fault: BTreeMap<String, usize>,
     /// Of which commit.
     pub commit: String,
 }
@@ -138,6 +142,10 @@ impl Results {
     pub fn sum_up(&self) -> Result<Sum, FaultsError> {
         let newest = self.newest();
         let total = |count: fn(&CaseResult) -> usize| newest.values().map(count).sum();
+        let mut phases_at_fault = BTreeMap::new();
+        for case in newest.values() {
+            *phases_at_fault.entry(case.phase_at_fault.clone()).or_default() += 1;
+        }
         let sum = Sum {
             cases: newest.len(),
             passed: total(|case| usize::from(case.passed)),
@@ -147,6 +155,7 @@ impl Results {
             stuck: total(|case| usize::from(case.stuck)),
             seeds: newest.values().map(|case| case.seed).collect(),
             slowest_write_ms: newest.values().map(|case| case.slowest_write_ms).max().unwrap_or_default(),
+            phases_at_fault,
             commit: self.commit.clone(),
         };
         let path = self.sum();
@@ -173,6 +182,7 @@ mod tests {
             passed: !stuck,
             stuck,
             slowest_write_ms: 40,
+            phase_at_fault: "journal".into(),
             ..CaseResult::default()
         };
         for (case, commit, stuck) in [
@@ -187,5 +197,6 @@ mod tests {
         assert_eq!((sum.cases, sum.passed, sum.stuck, sum.slowest_write_ms), (2, 1, 1, 40));
         let written: serde_json::Value = serde_json::from_slice(&fs::read(results.sum()).unwrap()).unwrap();
         assert_eq!(written["seeds"], serde_json::json!([3]));
+        assert_eq!(written["phases_at_fault"], serde_json::json!({"journal": 2}));
     }
 }
