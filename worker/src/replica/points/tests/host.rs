@@ -162,3 +162,20 @@ fn removal_of_the_replicas_removes_the_points() {
     assert!(!host.vm_folder().exists());
     assert_eq!(host.group().state().lineage, None);
 }
+
+#[test]
+fn a_layer_writes_where_a_disk_has_grown_since_the_newest_point_and_takes_it_back() {
+    let host = Host::new();
+    let group = host.group();
+    group.adopt(Lineage::generate(), info(1)).unwrap();
+    let disk = host.replicas.open_for_writing(host.vm, "root", SIZE + 8192, 0).unwrap();
+    let layer = group.open_layer().unwrap();
+    layer.write("root", SIZE - 100, &[5; 8000]).unwrap();
+    let past = layer.write("root", SIZE + 8191, &[5; 2]);
+    assert!(matches!(past, Err(PointError::Hostile { .. })), "{past:?}");
+    assert_eq!(group.reader(1, "root").unwrap().size_bytes(), SIZE);
+    layer.undo().unwrap();
+    let mut found = [1; 8292];
+    disk.read(SIZE - 100, &mut found).unwrap();
+    assert_eq!(found, [0; 8292]);
+}
