@@ -49,12 +49,9 @@ async fn a_broken_seed_goes_on_where_it_was() {
     assert_told(watching).await;
     assert_goes_on(&lab, before, whole, file.disk()).await;
 
-    ctl(&lab, &["replica", "delete", VM, "--site", "b"]).await.unwrap();
     let folder = replica(&lab, "b").await.parent().unwrap().to_owned();
-    wait_for("the replica to be gone", || async {
-        if folder.exists() { Err(folder.display().to_string()) } else { Ok(()) }
-    })
-    .await;
+    ctl(&lab, &["replica", "delete", VM, "--site", "b"]).await.unwrap();
+    wait_for_the_replica_to_be_gone(&mut lab, &folder).await;
     let (watching, before) = seed_until_half(&lab, whole).await;
     lab.worker("b").kill().unwrap();
     assert_told(watching).await;
@@ -78,16 +75,23 @@ async fn replica(lab: &Lab, site: &str) -> PathBuf {
 /// Begins a seed to b, watched, and hands it back when half of its bytes are on the link, with what had been sent before.
 async fn seed_until_half(lab: &Lab, whole: u64) -> (Child, u64) {
     let before = sent(lab, "b");
+    let mut watching = order_seed(lab);
+    let half = wait_for("half of the seed", || async {
+        let sent = sent(lab, "b") - before;
+        if sent > whole / 2 { Ok(()) } else { Err(format!("{sent} of {whole}")) }
+    });
+    tokio::select! {
+        () = half => (),
+        _ = watching.wait() => panic!("the seed ended early: {:?}", watching.wait_with_output().await),
+    }
+    (watching, before)
+}
+
+fn order_seed(lab: &Lab) -> Child {
     let mut command = lab.ctl_command("a");
     command.args(["replica", "seed", VM, "--to", "b", "--watch"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let watching = command.spawn().unwrap();
-    wait_for("half of the seed", || async {
-        let sent = sent(lab, "b") - before;
-        if sent > whole / 2 { Ok(()) } else { Err(format!("{sent} of {whole}")) }
-    })
-    .await;
-    (watching, before)
+    command.spawn().unwrap()
 }
 
 /// The leader may be beyond the cut, so the source's own log is asked, not the controllers.
@@ -96,6 +100,16 @@ async fn wait_for_the_source_to_give_up(lab: &mut Lab) {
     wait_for("the source to give the seed up", || async {
         let text = std::fs::read_to_string(&log).unwrap();
         if text.contains("seed ended early") { Ok(()) } else { Err(text.lines().last().unwrap_or_default().into()) }
+    })
+    .await;
+}
+
+/// The files are gone, and the controllers have heard so: before that they refuse a new seed.
+async fn wait_for_the_replica_to_be_gone(lab: &mut Lab, folder: &Path) {
+    let logs = ["a", "b", "c"].map(|site| lab.controller(site).log().to_owned());
+    wait_for("the replica to be gone", || async {
+        let recorded = logs.iter().any(|log| std::fs::read_to_string(log).unwrap().contains("ReplicaRemoved"));
+        if folder.exists() || !recorded { Err(folder.display().to_string()) } else { Ok(()) }
     })
     .await;
 }

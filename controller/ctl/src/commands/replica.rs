@@ -26,7 +26,7 @@ pub async fn run(context: &mut Context, command: ReplicaCommand) -> Result<(), C
         ReplicaCommand::Delete { vm, site } => {
             let request = v1::DeleteReplicaRequest { request_id: request_id(), vm: vm.clone(), site: site.clone() };
             let response = ask!(context, Replication, delete_replica, request).await?;
-            context.output.message(&response, |_| format!("the replica of {vm} at {site}: deleted"))
+            context.output.message(&response, |_| format!("the replica of {vm} at {site}: its files are being removed"))
         }
     }
 }
