@@ -1,21 +1,19 @@
-//! The block index of a VM's replicas, in memory.
+//! The block index of a VM's replicas.
 //!
 //! ```text
-//! disk ─▶ part of 1024 blocks: unknown │ zero │ slab ─▶ 1024 digests of 16 bytes     by place
-//! digest ─▶ hash table of u32: slab * 1024 + offset                                  by content
+//! disk ─▶ part of 1024 blocks: unknown │ zero │ digests of 16 bytes, in the disk's store     by place
+//! digest ─▶ hash table of u32: slab * 1024 + offset; slab ─▶ part                             by content
 //! ```
-//! Costs less than 24 bytes a block when all blocks differ; parts that are all zero or unknown cost nothing. Guarantees: what [`find`](BlockLookup::find) gives holds that digest now. When content lies
+//! Costs less than 24 bytes a block when all blocks differ, the store's own included; parts that are all zero or unknown cost nothing.
+//! Guarantees: what [`find`](BlockLookup::find) gives holds that digest now. When content lies
 //! in several places the table knows one of them; once that one is overwritten the others are found no more. Zero blocks
 //! are known by place and never found by content. Does not lock: share it behind a lock of your own.
 
+use super::digests::{DigestStore, HeapDigests, PART_BLOCKS, PartKind, StoreFailed, split};
 use super::table::Table;
 use super::{BlockLookup, BlockRef};
 use crate::page::BlockDigest;
 
-/// Blocks whose digests are kept together.
-const PART_BLOCKS: usize = 1024;
-/// What stands for a block of which nothing is known.
-const UNKNOWN: BlockDigest = BlockDigest([0; BlockDigest::LENGTH]);
 /// Most parts that positions of 32 bits can address: 16 TiB of blocks.
 const SLABS_MAX: usize = 1 << 22;
 /// Most blocks of all disks together.
@@ -51,6 +49,12 @@ pub enum IndexError {
     /// All disks together hold more than positions can address.
     #[error("index: more than {BLOCKS_MAX} blocks are held")]
     Full,
+    /// The store of a disk's digests has failed: the disk is to be added again.
+    #[error("index: the digests of disk {disk} cannot be kept")]
+    Store {
+        /// The disk.
+        disk: u16,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,65 +65,103 @@ enum Part {
 }
 
 #[derive(Debug)]
-struct Disk {
+struct Disk<S> {
     blocks: u64,
     parts: Vec<Part>,
+    store: S,
 }
 
-#[derive(Debug)]
+/// A part of digests, as the table names it.
+#[derive(Clone, Copy, Debug)]
 struct Slab {
     disk: u16,
     part: u32,
-    digests: Box<[BlockDigest; PART_BLOCKS]>,
 }
 
 /// The index over all disks of one VM at one destination.
-#[derive(Debug, Default)]
-pub struct BlockIndex {
-    /// By number of the disk.
-    disks: Vec<Option<Disk>>,
-    slabs: Vec<Option<Slab>>,
+#[derive(Debug)]
+pub struct BlockIndex<S = HeapDigests> {
+    disks: Disks<S>,
     free: Vec<u32>,
     table: Table,
 }
 
+#[derive(Debug)]
+struct Disks<S> {
+    /// By number of the disk.
+    all: Vec<Option<Disk<S>>>,
+    slabs: Vec<Option<Slab>>,
+}
+
+impl<S> Default for BlockIndex<S> {
+    fn default() -> Self {
+        Self { disks: Disks { all: vec![], slabs: vec![] }, free: vec![], table: Table::default() }
+    }
+}
+
 impl BlockIndex {
-    /// An index without disks.
+    /// An index without disks, in memory.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Adds a disk of which nothing is known yet, or forgets all of a disk that there was, whatever its size.
     pub fn add_disk(&mut self, disk: u16, blocks: u64) -> Result<(), IndexError> {
-        let others: u64 = self
-            .disks
-            .iter()
-            .enumerate()
-            .filter(|(place, _)| *place != usize::from(disk))
-            .filter_map(|(_, other)| other.as_ref())
-            .map(|other| other.blocks)
-            .sum();
-        let total = others.saturating_add(blocks);
-        if total > BLOCKS_MAX {
-            return Err(IndexError::TooLarge { disk, blocks });
-        }
-        if let Some(old) = self.blocks(disk) {
-            self.clear(BlockRef { disk, block: 0 }, old)?;
-        }
+        self.check_total(disk, blocks)?;
+        self.add_disk_in(disk, blocks, HeapDigests::new(blocks))
+    }
+}
+
+impl<S: DigestStore> BlockIndex<S> {
+    /// Adds a disk with what its store knows already, in place of a disk that there was.
+    pub fn add_disk_in(&mut self, disk: u16, blocks: u64, store: S) -> Result<(), IndexError> {
+        let total = self.check_total(disk, blocks)?;
+        self.remove_disk(disk);
         let place = usize::from(disk);
-        if self.disks.len() <= place {
-            self.disks.resize_with(place + 1, || None);
+        if self.disks.all.len() <= place {
+            self.disks.all.resize_with(place + 1, || None);
         }
-        let parts = vec![Part::Unknown; blocks.div_ceil(PART_BLOCKS as u64) as usize];
-        self.disks[place] = Some(Disk { blocks, parts });
-        let slabs = &self.slabs;
-        self.table.resize(total, |known| digest_in(slabs, known));
+        let part_count = blocks.div_ceil(PART_BLOCKS as u64) as u32;
+        let parts = vec![Part::Unknown; part_count as usize];
+        let kinds: Vec<_> = (0..part_count).map(|part| store.kind(part)).collect();
+        self.disks.all[place] = Some(Disk { blocks, parts, store });
+        let disks = &self.disks;
+        self.table.resize(total, |known| disks.digest_at(known));
+        for (part, kind) in (0..).zip(kinds) {
+            match kind {
+                PartKind::Unknown => {}
+                PartKind::Zero => self.disks.set_part(disk, part, Part::Zero),
+                PartKind::Digests => {
+                    let slab = self.new_slab(disk, part)?;
+                    (0..PART_BLOCKS).for_each(|offset| self.enter(position(slab, offset)));
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Forgets a disk and gives its store back.
+    pub fn remove_disk(&mut self, disk: u16) -> Option<S> {
+        let parts = self.disks.disk(disk)?.parts.len() as u32;
+        (0..parts).for_each(|part| self.drop_slab(disk, part));
+        Some(self.disks.all.get_mut(usize::from(disk))?.take()?.store)
+    }
+
+    fn check_total(&self, disk: u16, blocks: u64) -> Result<u64, IndexError> {
+        let disks = self.disks.all.iter().enumerate().filter(|(place, _)| *place != usize::from(disk));
+        let others: u64 = disks.filter_map(|(_, other)| other.as_ref()).map(|other| other.blocks).sum();
+        let total = others.saturating_add(blocks);
+        if total > BLOCKS_MAX { Err(IndexError::TooLarge { disk, blocks }) } else { Ok(total) }
     }
 
     /// The size of a disk, if it was added.
     pub fn blocks(&self, disk: u16) -> Option<u64> {
-        self.disks.get(usize::from(disk))?.as_ref().map(|disk| disk.blocks)
+        self.disks.disk(disk).map(|disk| disk.blocks)
+    }
+
+    /// Where a disk's digests lie: for what the store has besides. Digests are changed only through the index.
+    pub fn store_mut(&mut self, disk: u16) -> Option<&mut S> {
+        self.disks.disk_mut(disk).map(|disk| &mut disk.store)
     }
 
     /// Different contents that can be found.
@@ -134,60 +176,98 @@ impl BlockIndex {
 
     /// Bytes of memory that the index takes.
     pub fn memory_bytes(&self) -> usize {
-        let slabs = self.slabs.iter().flatten().count() * size_of::<[BlockDigest; PART_BLOCKS]>();
-        let parts: usize = self.disks.iter().flatten().map(|disk| disk.parts.capacity() * size_of::<Part>()).sum();
-        slabs + parts + self.slabs.capacity() * size_of::<Option<Slab>>() + self.table.memory_bytes()
+        let disks = self.disks.all.iter().flatten();
+        let parts: usize =
+            disks.map(|disk| disk.parts.capacity() * size_of::<Part>() + disk.store.memory_bytes()).sum();
+        parts + self.disks.slabs.capacity() * size_of::<Option<Slab>>() + self.table.memory_bytes()
     }
 
     /// What is known of a block: nothing, or its digest, which is [`BlockDigest::ZERO`] for zeros.
     pub fn get(&self, at: BlockRef) -> Option<BlockDigest> {
-        let (part, offset) = split(at.block);
-        let disk = self.disks.get(usize::from(at.disk))?.as_ref()?;
-        match disk.parts.get(part)? {
+        let (part, _) = split(at.block);
+        let disk = self.disks.disk(at.disk).filter(|disk| at.block < disk.blocks)?;
+        match disk.parts.get(part as usize)? {
             Part::Unknown => None,
-            Part::Zero => (at.block < disk.blocks).then_some(BlockDigest::ZERO),
-            Part::Slab(slab) => {
-                let slab = self.slabs.get(*slab as usize)?.as_ref()?;
-                Some(slab.digests[offset]).filter(|digest| *digest != UNKNOWN)
-            }
+            Part::Zero => Some(BlockDigest::ZERO),
+            Part::Slab(_) => Some(disk.store.digest(at.block)).filter(|digest| *digest != BlockDigest::UNKNOWN),
         }
     }
 
     /// The block now has this content.
     pub fn set(&mut self, at: BlockRef, digest: BlockDigest) -> Result<(), IndexError> {
-        self.check(at, 1)?;
-        self.put(at, digest)
+        self.set_run(at, &[digest])
+    }
+
+    /// Blocks that follow each other now have this content.
+    pub fn set_run(&mut self, from: BlockRef, digests: &[BlockDigest]) -> Result<(), IndexError> {
+        self.check(from, digests.len() as u64)?;
+        let (mut at, mut rest) = (from, digests);
+        while !rest.is_empty() {
+            let (_, offset) = split(at.block);
+            let (run, after) = rest.split_at(rest.len().min(PART_BLOCKS - offset));
+            self.put(at, run)?;
+            at.block += run.len() as u64;
+            rest = after;
+        }
+        Ok(())
     }
 
     /// Nothing is known of these blocks any more.
     pub fn clear(&mut self, from: BlockRef, count: u64) -> Result<(), IndexError> {
-        self.fill(from, count, UNKNOWN, Part::Unknown)
+        self.fill(from, count, BlockDigest::UNKNOWN, PartKind::Unknown)
     }
 
     /// These blocks are zeros now.
     pub fn zero(&mut self, from: BlockRef, count: u64) -> Result<(), IndexError> {
-        self.fill(from, count, BlockDigest::ZERO, Part::Zero)
+        self.fill(from, count, BlockDigest::ZERO, PartKind::Zero)
     }
 
-    fn fill(&mut self, from: BlockRef, count: u64, digest: BlockDigest, whole: Part) -> Result<(), IndexError> {
+    /// Parts as a whole in the middle, and digests at the edges.
+    fn fill(&mut self, from: BlockRef, count: u64, digest: BlockDigest, whole: PartKind) -> Result<(), IndexError> {
         let blocks = self.check(from, count)?;
         let end = from.block + count;
-        let mut block = from.block;
-        while block < end {
-            let (part, offset) = split(block);
-            let part_end = ((part as u64 + 1) * PART_BLOCKS as u64).min(blocks);
-            if offset == 0 && end >= part_end {
-                self.replace_part(from.disk, part, whole);
-                block = part_end;
-            } else {
-                let stop = end.min(part_end);
-                if self.part(from.disk, part) != Some(whole) {
-                    for block in block..stop {
-                        self.put(BlockRef { block, ..from }, digest)?;
-                    }
-                }
-                block = stop;
+        let part_blocks = PART_BLOCKS as u64;
+        let first_part = from.block.div_ceil(part_blocks);
+        let end_part = if end == blocks { end.div_ceil(part_blocks) } else { end / part_blocks };
+        if first_part >= end_part {
+            return self.fill_edge(from, count, digest, whole);
+        }
+        self.fill_edge(from, first_part * part_blocks - from.block, digest, whole)?;
+        self.fill_parts(from.disk, first_part as u32..end_part as u32, whole)?;
+        let tail = end_part * part_blocks;
+        self.fill_edge(BlockRef { block: tail, ..from }, end.saturating_sub(tail), digest, whole)
+    }
+
+    fn fill_parts(&mut self, disk: u16, parts: std::ops::Range<u32>, whole: PartKind) -> Result<(), IndexError> {
+        let to = if whole == PartKind::Zero { Part::Zero } else { Part::Unknown };
+        for part in parts.clone() {
+            self.drop_slab(disk, part);
+            self.disks.set_part(disk, part, to);
+        }
+        let store = self.store_mut(disk).ok_or(IndexError::NoDisk { disk })?;
+        store.end_parts(parts, whole).map_err(|StoreFailed| IndexError::Store { disk })
+    }
+
+    fn fill_edge(
+        &mut self,
+        from: BlockRef,
+        count: u64,
+        digest: BlockDigest,
+        whole: PartKind,
+    ) -> Result<(), IndexError> {
+        let (mut at, end) = (from, from.block + count);
+        while at.block < end {
+            let (part, offset) = split(at.block);
+            let run = (end - at.block).min((PART_BLOCKS - offset) as u64);
+            let same = match self.disks.part(at.disk, part) {
+                Some(Part::Unknown) => whole == PartKind::Unknown,
+                Some(Part::Zero) => whole == PartKind::Zero,
+                _ => false,
+            };
+            if !same {
+                self.put(at, &[digest; PART_BLOCKS][..run as usize])?;
             }
+            at.block += run;
         }
         Ok(())
     }
@@ -201,93 +281,116 @@ impl BlockIndex {
         }
     }
 
-    fn part(&self, disk: u16, part: usize) -> Option<Part> {
-        self.disks.get(usize::from(disk))?.as_ref()?.parts.get(part).copied()
-    }
-
-    fn set_part(&mut self, disk: u16, part: usize, to: Part) {
-        if let Some(place) =
-            self.disks.get_mut(usize::from(disk)).and_then(Option::as_mut).and_then(|disk| disk.parts.get_mut(part))
-        {
-            *place = to;
-        }
-    }
-
-    /// Drops what is known of a whole part.
-    fn replace_part(&mut self, disk: u16, part: usize, to: Part) {
-        if let Some(Part::Slab(slab)) = self.part(disk, part) {
-            for offset in 0..PART_BLOCKS {
-                self.forget(position(slab, offset));
-            }
-            self.slabs[slab as usize] = None;
+    /// Makes the table forget a part, if it has digests.
+    fn drop_slab(&mut self, disk: u16, part: u32) {
+        if let Some(Part::Slab(slab)) = self.disks.part(disk, part) {
+            (0..PART_BLOCKS).for_each(|offset| self.forget(position(slab, offset)));
+            self.disks.set_part(disk, part, Part::Unknown);
+            self.disks.slabs[slab as usize] = None;
             self.free.push(slab);
         }
-        self.set_part(disk, part, to);
     }
 
-    /// Writes the digest of a block that is on the disk.
-    fn put(&mut self, at: BlockRef, digest: BlockDigest) -> Result<(), IndexError> {
+    /// Writes the digests of blocks that are on the disk and in one part.
+    fn put(&mut self, at: BlockRef, digests: &[BlockDigest]) -> Result<(), IndexError> {
         let (part, offset) = split(at.block);
         let slab = self.slab_of(at.disk, part)?;
-        let position = position(slab, offset);
-        if self.digest_at(position) == digest {
+        let places = offset..offset + digests.len();
+        let changed: Vec<u32> = (places.map(|place| position(slab, place)).zip(digests))
+            .filter(|(position, digest)| self.disks.digest_at(*position) != **digest)
+            .map(|(position, _)| position)
+            .collect();
+        if changed.is_empty() {
             return Ok(());
         }
-        self.forget(position);
-        if let Some(slab) = &mut self.slabs[slab as usize] {
-            slab.digests[offset] = digest;
-        }
-        if digest != UNKNOWN && digest != BlockDigest::ZERO {
-            let slabs = &self.slabs;
-            self.table.insert(&digest, position, |known| digest_in(slabs, known));
-        }
+        changed.iter().for_each(|position| self.forget(*position));
+        let store = self.store_mut(at.disk).ok_or(IndexError::NoDisk { disk: at.disk })?;
+        store.write(at.block, digests).map_err(|StoreFailed| IndexError::Store { disk: at.disk })?;
+        changed.iter().for_each(|position| self.enter(*position));
         Ok(())
     }
 
     /// The slab of a part, made if there is none.
-    fn slab_of(&mut self, disk: u16, part: usize) -> Result<u32, IndexError> {
-        let content = match self.part(disk, part) {
+    fn slab_of(&mut self, disk: u16, part: u32) -> Result<u32, IndexError> {
+        let content = match self.disks.part(disk, part) {
             Some(Part::Slab(slab)) => return Ok(slab),
             Some(Part::Zero) => BlockDigest::ZERO,
-            Some(Part::Unknown) => UNKNOWN,
+            Some(Part::Unknown) => BlockDigest::UNKNOWN,
             None => return Err(IndexError::NoDisk { disk }),
         };
-        let slab = Slab { disk, part: part as u32, digests: Box::new([content; PART_BLOCKS]) };
+        let store = self.store_mut(disk).ok_or(IndexError::NoDisk { disk })?;
+        store.begin_part(part, content).map_err(|StoreFailed| IndexError::Store { disk })?;
+        self.new_slab(disk, part)
+    }
+
+    fn new_slab(&mut self, disk: u16, part: u32) -> Result<u32, IndexError> {
+        let slabs = &mut self.disks.slabs;
         let number = match self.free.pop() {
-            Some(number) => {
-                self.slabs[number as usize] = Some(slab);
-                number
-            }
-            None if self.slabs.len() == SLABS_MAX => return Err(IndexError::Full),
+            Some(number) => number,
+            None if slabs.len() == SLABS_MAX => return Err(IndexError::Full),
             None => {
-                self.slabs.push(Some(slab));
-                self.slabs.len() as u32 - 1
+                slabs.push(None);
+                slabs.len() as u32 - 1
             }
         };
-        self.set_part(disk, part, Part::Slab(number));
+        slabs[number as usize] = Some(Slab { disk, part });
+        self.disks.set_part(disk, part, Part::Slab(number));
         Ok(number)
+    }
+
+    /// Enters a place into the table, unless another is known for its content.
+    fn enter(&mut self, position: u32) {
+        let (disks, digest) = (&self.disks, self.disks.digest_at(position));
+        if digest != BlockDigest::UNKNOWN && digest != BlockDigest::ZERO {
+            self.table.insert(&digest, position, |known| disks.digest_at(known));
+        }
     }
 
     /// Takes a place out of the table, if it is the one that the table knows for its content.
     fn forget(&mut self, position: u32) {
-        let digest = self.digest_at(position);
-        if digest == UNKNOWN || digest == BlockDigest::ZERO {
-            return;
+        let digest = self.disks.digest_at(position);
+        if digest != BlockDigest::UNKNOWN && digest != BlockDigest::ZERO {
+            self.table.remove(&digest, position);
         }
-        self.table.remove(&digest, position);
-    }
-
-    fn digest_at(&self, position: u32) -> BlockDigest {
-        digest_in(&self.slabs, position)
     }
 }
 
-impl BlockLookup for BlockIndex {
+impl<S: DigestStore> Disks<S> {
+    fn disk(&self, disk: u16) -> Option<&Disk<S>> {
+        self.all.get(usize::from(disk))?.as_ref()
+    }
+
+    fn disk_mut(&mut self, disk: u16) -> Option<&mut Disk<S>> {
+        self.all.get_mut(usize::from(disk))?.as_mut()
+    }
+
+    fn part(&self, disk: u16, part: u32) -> Option<Part> {
+        self.disk(disk)?.parts.get(part as usize).copied()
+    }
+
+    fn set_part(&mut self, disk: u16, part: u32, to: Part) {
+        if let Some(place) = self.disk_mut(disk).and_then(|disk| disk.parts.get_mut(part as usize)) {
+            *place = to;
+        }
+    }
+
+    /// The place that a position names.
+    fn place(&self, position: u32) -> Option<BlockRef> {
+        let slab = (*self.slabs.get(position as usize / PART_BLOCKS)?)?;
+        let block = u64::from(slab.part) * PART_BLOCKS as u64 + u64::from(position) % PART_BLOCKS as u64;
+        Some(BlockRef { disk: slab.disk, block })
+    }
+
+    fn digest_at(&self, position: u32) -> BlockDigest {
+        let digest = self.place(position).and_then(|at| Some(self.disk(at.disk)?.store.digest(at.block)));
+        digest.unwrap_or(BlockDigest::UNKNOWN)
+    }
+}
+
+impl<S: DigestStore> BlockLookup for BlockIndex<S> {
     fn find(&self, digest: &BlockDigest) -> Option<BlockRef> {
-        let position = self.table.find(digest, |known| self.digest_at(known))?;
-        let slab = self.slabs.get(position as usize / PART_BLOCKS)?.as_ref()?;
-        let offset = position as usize % PART_BLOCKS;
-        Some(BlockRef { disk: slab.disk, block: u64::from(slab.part) * PART_BLOCKS as u64 + offset as u64 })
+        let position = self.table.find(digest, |known| self.disks.digest_at(known))?;
+        self.disks.place(position)
     }
 
     fn holds(&self, at: BlockRef, digest: &BlockDigest) -> bool {
@@ -295,19 +398,8 @@ impl BlockLookup for BlockIndex {
     }
 }
 
-fn split(block: u64) -> (usize, usize) {
-    ((block / PART_BLOCKS as u64) as usize, (block % PART_BLOCKS as u64) as usize)
-}
-
 fn position(slab: u32, offset: usize) -> u32 {
     slab * PART_BLOCKS as u32 + offset as u32
-}
-
-fn digest_in(slabs: &[Option<Slab>], position: u32) -> BlockDigest {
-    match slabs.get(position as usize / PART_BLOCKS) {
-        Some(Some(slab)) => slab.digests[position as usize % PART_BLOCKS],
-        _ => UNKNOWN,
-    }
 }
 
 #[cfg(test)]

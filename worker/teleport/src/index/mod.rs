@@ -1,11 +1,16 @@
 //! What the destination's replica holds: from the digest of a block to a place where it lies.
 //!
-//! [`BlockLookup`] is all that the encoder knows of it; [`BlockIndex`] is the index itself.
+//! [`BlockLookup`] is all that the encoder knows of it; [`BlockIndex`] is the index itself, [`DigestStore`] where its digests lie, and
+//! [`Changes`] what an attempt has changed that may yet be dropped.
 
 mod block_index;
+mod changes;
+mod digests;
 mod table;
 
 pub use block_index::{BlockIndex, IndexError};
+pub use changes::{Changed, Changes};
+pub use digests::{DigestStore, HeapDigests, PART_BLOCKS, PartKind, StoreFailed};
 
 use crate::page::BlockDigest;
 
