@@ -144,7 +144,7 @@ fn spec(images: &GuestImages, disk: &Path) -> VmSpec {
 
 fn view_of(replica: &ReplicaDisk) -> ReplicaView {
     let view = ReplicaView::default();
-    view.start_over(0, replica.size_bytes()).unwrap();
+    view.start_over(0, "root", replica.size_bytes()).unwrap();
     let mut page = [0; PAGE_SIZE];
     let mut at = 0;
     while let Some((start, end)) = replica.next_data(at).unwrap() {

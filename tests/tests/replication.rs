@@ -65,6 +65,10 @@ impl Protected {
         self.lab.worker_data(site).join("replicas").join(self.vm_id().await).join("root.raw")
     }
 
+    fn log(&mut self, site: &str) -> String {
+        std::fs::read_to_string(self.lab.worker(site).log()).unwrap()
+    }
+
     async fn write(&mut self, seed: u64) {
         let start = GuestRequest::WriteStart { records_per_second: 200, seed };
         self.guest.call(&start, PATIENCE).await.unwrap();
@@ -136,9 +140,14 @@ async fn a_protected_vm_keeps_its_points_through_kills_and_cuts_and_moves_there_
     vm.lab.worker("b").restart().unwrap();
     let second = vm.point_after("b", first + 1).await;
     eprintln!("the worker that holds the vm is killed");
+    let between = vm.point_after("b", second).await;
+    let logged = vm.log("a").len();
     vm.lab.worker("a").kill().unwrap();
     vm.lab.worker("a").restart().unwrap();
-    let third = vm.point_after("b", second + 1).await;
+    let third = vm.point_after("b", between + 1).await;
+    let log = vm.log("a").split_off(logged);
+    let session = log.lines().find(|line| line.contains("disk session open")).unwrap();
+    assert!(session.contains("digests_sent=false"), "the index file is of use: {session}");
     eprintln!("the link is cut");
     cut(&vm.lab);
     tokio::time::sleep(std::time::Duration::from_secs(12)).await;

@@ -94,7 +94,7 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         };
         match gone.await {
             Ok(Converged::Gone) => {
-                node.views.forget(id);
+                node.views.forget(id).await;
                 node.vms.forget(id);
                 node.changed.notify_one();
             }

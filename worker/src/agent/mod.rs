@@ -58,6 +58,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let node = Arc::new(node);
     node.vms.restore(node.store.age).await.context("take over the vms of an earlier worker")?;
     node.store.settle(&store)?;
+    let owned = |vm| node.vms.get(vm).is_some_and(|vm| vm.status().record.owned().is_some());
+    node.views.retain(owned).await;
     let (assignments, assigned) = watch::channel(None);
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
@@ -112,7 +114,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
         groups,
-        views: Views::default(),
+        views: Views::new(&config.data_dir),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),
         sessions: Sessions::default(),

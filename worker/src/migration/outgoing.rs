@@ -231,14 +231,14 @@ fn encode(
     loop {
         match socket.read(&mut chunk) {
             Ok(0) => break,
-            Ok(length) => encoder.push(&chunk[..length], &*view.index())?,
+            Ok(length) => encoder.push(&chunk[..length], &view.index())?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => encoder.flush()?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(OutgoingError::Hypervisor(error)),
         }
         hand_over(&mut encoder, batches)?;
     }
-    encoder.finish(&*view.index())?;
+    encoder.finish(&view.index())?;
     hand_over(&mut encoder, batches)?;
     if let Mode::PassingThrough(reason) = encoder.mode() {
         tracing::warn!(?reason, "the hypervisor's stream has parts that cannot be delimited; they were sent verbatim");

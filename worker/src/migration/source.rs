@@ -294,7 +294,7 @@ impl Move {
         }
         let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S).await?;
-        let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker);
+        let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         let migration_id = self.order.assignment.migration_id.clone();
         let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, view).await?;
@@ -431,6 +431,7 @@ impl Move {
             tracing::error!(%error, "the guest that was handed over could not be ended");
         } else {
             self.keep_as_replica();
+            self.order.node.views.forget(self.order.vm.id()).await;
         }
         self.close("migration complete");
         tracing::info!(

@@ -113,7 +113,7 @@ impl DiskCopies {
             let started = async {
                 let name = &spec.disks[number].name;
                 let hello = DiskHello { migration_id: migration_id.to_owned(), ..hello(node, qemu.id(), name)? };
-                let view = node.views.of(qemu.id(), peer);
+                let view = node.views.of(qemu.id(), peer).await;
                 let session = copies.open(number as u16, hello, view, cap.clone()).await?;
                 copies.mirror(qemu, name, session.clone(), session, MirrorSync::Full).await
             };

@@ -120,7 +120,7 @@ impl DiskSession {
     /// Opens the stream and brings the view up to date: by the peer's word that nothing changed, or by its digests.
     ///
     /// # Errors
-    /// [`SessionError`]; the view is then distrusted.
+    /// [`SessionError`]; once the peer has sent digests the view is then distrusted.
     pub async fn open(
         connection: &PeerConnection,
         disk: u16,
@@ -129,15 +129,13 @@ impl DiskSession {
         view: Arc<ReplicaView>,
         cap: Arc<Cap>,
     ) -> Result<Self, SessionError> {
-        let known = view.state_of(disk, hello.size_bytes);
+        let known = view.state_of(disk, &hello.disk, hello.size_bytes);
         (hello.known_instance, hello.known_version) = (known.instance, known.version);
         let (name, size_bytes) = (hello.disk.clone(), hello.size_bytes);
         let (send, recv) = connection.open_bi(priority::MEMORY).await?;
         let (mut writer, mut reader) = (MessageWriter::new(send), MessageReader::new(recv));
         let kind = Some(stream_hello::Kind::Disk(hello));
         writer.send(&StreamHello { protocol_version: PROTOCOL_VERSION, traceparent, kind }).await?;
-        // Until all digests are here the view is a mixture; `synchronise` names a state only at its end.
-        view.distrust(disk);
         synchronise(&mut reader, disk, &name, size_bytes, known, &view).await?;
 
         let (orders, queue) = mpsc::channel(QUEUE);
@@ -267,13 +265,19 @@ async fn synchronise(
     view: &ReplicaView,
 ) -> Result<(), SessionError> {
     let nonsense = |source| SessionError::Digests { disk: name.to_owned(), source };
-    let mut fresh = false;
+    // Until all digests are here the view is a mixture: a state is named only at the end. Both wait for files.
+    let start_over = || tokio::task::block_in_place(|| view.start_over(disk, name, size_bytes)).map_err(nonsense);
+    let learn = |first_block, digests: &[BlockDigest]| {
+        let change = Confirmed::Digests { first_block, digests };
+        tokio::task::block_in_place(|| view.confirm(disk, ReplicaState::default(), change)).map_err(nonsense)
+    };
+    let (mut fresh, mut digest_count) = (false, 0);
     loop {
         let reply: DiskReply = reader.receive_within(ANSWER_LIMIT).await?;
         match reply.kind.ok_or(MessageError::Empty)? {
             disk_reply::Kind::Digests(run) => {
                 if !fresh {
-                    view.start_over(disk, size_bytes).map_err(nonsense)?;
+                    start_over()?;
                     fresh = true;
                 }
                 let (digests, rest) = run.digests.as_chunks::<{ BlockDigest::LENGTH }>();
@@ -281,17 +285,19 @@ async fn synchronise(
                     return Err(SessionError::CutDigests { disk: name.to_owned() });
                 }
                 let digests: Vec<_> = digests.iter().map(|digest| BlockDigest(*digest)).collect();
-                let change = Confirmed::Digests { first_block: run.first_block, digests: &digests };
-                view.confirm(disk, ReplicaState::default(), change).map_err(nonsense)?;
+                digest_count += digests.len();
+                learn(run.first_block, &digests)?;
             }
             disk_reply::Kind::Opened(opened) => {
                 let state = ReplicaState { instance: opened.instance, version: opened.version };
                 if opened.digests_sent && !fresh {
-                    view.start_over(disk, size_bytes).map_err(nonsense)?;
+                    start_over()?;
                 }
                 if !opened.digests_sent && state != known {
                     return Err(SessionError::CutDigests { disk: name.to_owned() });
                 }
+                let digests_sent = opened.digests_sent;
+                tracing::info!(disk = name, digests_sent, digest_count, "disk session open");
                 return view.confirm(disk, state, Confirmed::Nothing).map_err(nonsense);
             }
             disk_reply::Kind::Failure(failure) => {
@@ -475,7 +481,7 @@ mod tests {
 
     fn view_of(blocks: u64) -> ReplicaView {
         let view = ReplicaView::default();
-        view.start_over(DISK, blocks * BLOCK_BYTES).unwrap();
+        view.start_over(DISK, "root", blocks * BLOCK_BYTES).unwrap();
         view
     }
 

@@ -1,174 +1,102 @@
 //! What the source knows of a VM's replica at one peer: the digest of every block, and the state they belong to.
 //!
-//! It lives as long as the worker. A session that finds the replica still at the [`ReplicaState`] that the view
-//! remembers needs no digests from the peer; any other session starts from the digests that the peer sends.
+//! ```text
+//!   session, round, move ─▶ ReplicaView ─▶ account ─▶ index ─▶ file of each disk, mapped
+//!   encoder ◀── index() ──────┘                        └─▶ hash table, in memory
+//! ```
+//! - [`views`]: the views of all VMs, and their files.
+//! - [`account`]: the index, the states and the attempt under way.
+//! - [`file`], [`format`], [`medium`]: the files.
+//!
+//! A session that finds the replica still at the [`ReplicaState`] that the view remembers needs no digests from the peer; any other
+//! session starts from the digests that the peer sends. The state after a recovery point outlives both workers, so a view that was
+//! settled at a point is good after a restart.
 //!
 //! An *attempt* is a set of changes that the peer keeps or drops as a whole: an increment until it is committed, a move until the VM has
-//! changed hands. What the view knew before is kept as long, and comes back if the peer drops them.
+//! changed hands. What the view knew before stays as it was, in the files too, until the attempt is kept.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+mod account;
+mod file;
+mod format;
+mod medium;
+#[cfg(test)]
+mod tests;
+mod views;
 
-use pageport_proto::VmId;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
 use pageport_teleport::BlockDigest;
-use pageport_teleport::index::{BlockIndex, BlockRef, IndexError};
+use pageport_teleport::index::{BlockLookup, BlockRef, IndexError};
 
-use super::store::BLOCK_BYTES;
+use account::Account;
+pub use account::AttemptId;
+pub use views::Views;
 
 /// Names the content of a replica at its destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReplicaState {
-    /// Differs after each opening; 0: nothing is known.
+    /// Differs after each opening, or names the lineage of recovery points; 0: nothing is known.
     pub instance: u64,
-    /// Counts the changes since.
+    /// Counts the changes since, or the points.
     pub version: u64,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    index: BlockIndex,
-    /// By number of the disk.
-    states: Vec<ReplicaState>,
-    /// What the attempt under way has replaced, oldest first.
-    attempt: Option<Attempt>,
-}
-
-#[derive(Debug)]
-struct Attempt {
-    states: Vec<ReplicaState>,
-    replaced: Vec<Run>,
-}
-
-/// Neighbours of which the same was known.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    first: BlockRef,
-    blocks: u64,
-    known: Option<BlockDigest>,
-}
-
-impl Attempt {
-    fn remember(&mut self, at: BlockRef, known: Option<BlockDigest>) {
-        match self.replaced.last_mut() {
-            Some(run)
-                if run.first.disk == at.disk && run.first.block + run.blocks == at.block && run.known == known =>
-            {
-                run.blocks += 1;
-            }
-            _ => self.replaced.push(Run { first: at, blocks: 1, known }),
-        }
-    }
-}
-
-/// The views of all replicas that this worker's VMs have elsewhere.
-#[derive(Debug, Default)]
-pub struct Views {
-    all: Mutex<HashMap<(VmId, String), Arc<ReplicaView>>>,
-}
-
-impl Views {
-    /// The view of a VM's replica at a peer.
-    pub fn of(&self, vm: VmId, peer: &str) -> Arc<ReplicaView> {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        all.entry((vm, peer.to_owned())).or_default().clone()
-    }
-
-    /// Forgets a VM that has left, or that is gone.
-    pub fn forget(&self, vm: VmId) {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).retain(|(of, _), _| *of != vm);
-    }
 }
 
 /// Shared by the disk sessions, which keep it, and by the encoder, which asks it.
 #[derive(Debug, Default)]
 pub struct ReplicaView {
-    inner: RwLock<Inner>,
+    account: RwLock<Account>,
 }
 
 impl ReplicaView {
     /// What the view last knew of a disk's replica.
     pub fn state(&self, disk: u16) -> ReplicaState {
-        self.read().states.get(usize::from(disk)).copied().unwrap_or_default()
+        self.read().state(disk)
     }
 
-    /// The same, for a disk of this size: of one that has grown nothing is known any more.
-    pub fn state_of(&self, disk: u16, size_bytes: u64) -> ReplicaState {
-        let inner = self.read();
-        let same = inner.index.blocks(disk) == Some(size_bytes.div_ceil(BLOCK_BYTES));
-        let state = inner.states.get(usize::from(disk)).copied().unwrap_or_default();
-        if same { state } else { ReplicaState::default() }
+    /// The same, for a disk of this name and size: of another, or of one that has grown, nothing is known.
+    pub fn state_of(&self, disk: u16, name: &str, size_bytes: u64) -> ReplicaState {
+        self.read().state_of(disk, name, size_bytes)
     }
 
     /// The peer has confirmed a change, after which the replica is at `state`.
+    ///
+    /// # Errors
+    /// The change is not on the disk.
     pub fn confirm(&self, disk: u16, state: ReplicaState, change: Confirmed<'_>) -> Result<(), IndexError> {
-        let mut inner = self.write();
-        match change {
-            Confirmed::Nothing => {}
-            Confirmed::Zero { first_block, blocks } => {
-                inner.index.zero(BlockRef { disk, block: first_block }, blocks)?;
-            }
-            Confirmed::Digests { first_block, digests } => {
-                for (block, digest) in (first_block..).zip(digests) {
-                    inner.index.set(BlockRef { disk, block }, *digest)?;
-                }
-            }
-        }
-        inner.set_state(disk, state);
-        Ok(())
+        self.write().confirm(disk, state, change)
     }
 
-    /// Starts over with a disk that is all zeros, as far as the peer has not said otherwise yet.
-    pub fn start_over(&self, disk: u16, size_bytes: u64) -> Result<(), IndexError> {
-        let mut inner = self.write();
-        let blocks = size_bytes.div_ceil(BLOCK_BYTES);
-        inner.index.add_disk(disk, blocks)?;
-        inner.set_state(disk, ReplicaState::default());
-        inner.index.zero(BlockRef { disk, block: 0 }, blocks)
+    /// Starts over with a disk that is all zeros, as far as the peer has not said otherwise yet. Waits for stable storage.
+    ///
+    /// # Errors
+    /// The disk is larger than can be indexed.
+    pub fn start_over(&self, disk: u16, name: &str, size_bytes: u64) -> Result<(), IndexError> {
+        self.write().start_over(disk, name, size_bytes)
     }
 
     /// These blocks are about to change at the peer: until it confirms, nothing is known of them.
+    ///
+    /// # Errors
+    /// They are not on the disk.
     pub fn forget_blocks(&self, disk: u16, first_block: u64, blocks: u64) -> Result<(), IndexError> {
-        let mut inner = self.write();
-        let Inner { index, attempt, .. } = &mut *inner;
-        if let Some(attempt) = attempt {
-            for block in first_block..first_block.saturating_add(blocks) {
-                let at = BlockRef { disk, block };
-                attempt.remember(at, index.get(at));
-            }
-        }
-        index.clear(BlockRef { disk, block: first_block }, blocks)
+        self.write().forget_blocks(BlockRef { disk, block: first_block }, blocks)
     }
 
-    /// From now on what is replaced is remembered, until [`Self::keep`] or [`Self::roll_back`].
-    pub fn begin_attempt(&self) {
-        let mut inner = self.write();
-        inner.attempt = Some(Attempt { states: inner.states.clone(), replaced: vec![] });
+    /// From now on changes are an attempt, until [`Self::keep`] or [`Self::roll_back`]. Sessions must be open already, and change
+    /// nothing yet. An earlier attempt that nobody ended is dropped. Waits for stable storage.
+    pub fn begin_attempt(&self) -> AttemptId {
+        self.write().begin_attempt()
     }
 
-    /// The peer has kept the attempt, and all its replicas are at `state`.
-    pub fn keep(&self, state: ReplicaState) {
-        let mut inner = self.write();
-        inner.attempt = None;
-        inner.states.fill(state);
+    /// The peer has kept what was done in `attempt`, or in place; its replicas of the VM's `disks` disks are all at `state`. No session
+    /// may be open. Waits for stable storage.
+    pub fn keep(&self, attempt: Option<AttemptId>, state: ReplicaState, disks: u16) {
+        self.write().keep(attempt, state, disks);
     }
 
     /// The peer has dropped the attempt: the view knows again what it knew before. No session may be open.
-    pub fn roll_back(&self) -> Result<(), IndexError> {
-        let mut inner = self.write();
-        let Some(attempt) = inner.attempt.take() else { return Ok(()) };
-        for run in attempt.replaced.iter().rev() {
-            match run.known {
-                None => inner.index.clear(run.first, run.blocks)?,
-                Some(BlockDigest::ZERO) => inner.index.zero(run.first, run.blocks)?,
-                Some(digest) => {
-                    for block in run.first.block..run.first.block + run.blocks {
-                        inner.index.set(BlockRef { block, ..run.first }, digest)?;
-                    }
-                }
-            }
-        }
-        inner.states = attempt.states;
-        Ok(())
+    pub fn roll_back(&self, attempt: AttemptId) {
+        self.write().roll_back(attempt);
     }
 
     /// What a change left half-known makes of the view: the next session asks the peer for everything.
@@ -178,47 +106,53 @@ impl ReplicaView {
 
     /// Whether the peer surely holds this digest at this block.
     pub fn holds(&self, disk: u16, block: u64, digest: &BlockDigest) -> bool {
-        self.read().index.get(BlockRef { disk, block }).is_some_and(|known| known == *digest)
+        self.read().seen().holds(BlockRef { disk, block }, digest)
     }
 
     /// Whether the peer surely holds zeros in all these blocks.
     pub fn holds_zeros(&self, disk: u16, first_block: u64, blocks: u64) -> bool {
-        let inner = self.read();
-        (first_block..first_block + blocks)
-            .all(|block| inner.index.get(BlockRef { disk, block }) == Some(BlockDigest::ZERO))
+        let account = self.read();
+        let seen = account.seen();
+        (first_block..first_block + blocks).all(|block| seen.holds(BlockRef { disk, block }, &BlockDigest::ZERO))
     }
 
     /// The index, for the encoder; hold it for one push at most.
-    pub fn index(&self) -> impl std::ops::Deref<Target = BlockIndex> + '_ {
+    pub fn index(&self) -> IndexGuard<'_> {
         IndexGuard(self.read())
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    /// Different contents that can be found, and the bytes of memory that the view takes besides its files.
+    pub fn size(&self) -> (usize, usize) {
+        self.read().size()
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
-        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    fn read(&self) -> RwLockReadGuard<'_, Account> {
+        self.account.read().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl Inner {
-    fn set_state(&mut self, disk: u16, state: ReplicaState) {
-        let place = usize::from(disk);
-        if self.states.len() <= place {
-            self.states.resize(place + 1, ReplicaState::default());
-        }
-        self.states[place] = state;
+    fn write(&self) -> RwLockWriteGuard<'_, Account> {
+        self.account.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct IndexGuard<'a>(RwLockReadGuard<'a, Inner>);
+/// The index as it is while this is held.
+#[derive(Debug)]
+pub struct IndexGuard<'a>(RwLockReadGuard<'a, Account>);
 
-impl std::ops::Deref for IndexGuard<'_> {
-    type Target = BlockIndex;
+impl IndexGuard<'_> {
+    /// What is known of a block: nothing, or its digest.
+    pub fn get(&self, at: BlockRef) -> Option<BlockDigest> {
+        self.0.seen().get(at)
+    }
+}
 
-    fn deref(&self) -> &BlockIndex {
-        &self.0.index
+impl BlockLookup for IndexGuard<'_> {
+    fn find(&self, digest: &BlockDigest) -> Option<BlockRef> {
+        self.0.seen().find(digest)
+    }
+
+    fn holds(&self, at: BlockRef, digest: &BlockDigest) -> bool {
+        self.0.seen().holds(at, digest)
     }
 }
 
@@ -241,61 +175,4 @@ pub enum Confirmed<'a> {
         /// One each.
         digests: &'a [BlockDigest],
     },
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_block_in_flight_is_neither_held_nor_referred_to() {
-        use pageport_teleport::index::BlockLookup;
-        let view = ReplicaView::default();
-        view.start_over(0, 16 * BLOCK_BYTES).unwrap();
-        assert!(view.holds_zeros(0, 0, 16));
-        let digest = BlockDigest([7; 16]);
-        let state = ReplicaState { instance: 1, version: 1 };
-        view.confirm(0, state, Confirmed::Digests { first_block: 3, digests: &[digest] }).unwrap();
-        assert!(view.holds(0, 3, &digest) && view.index().find(&digest).is_some());
-        view.forget_blocks(0, 3, 1).unwrap();
-        assert!(!view.holds(0, 3, &digest) && view.index().find(&digest).is_none());
-        assert!(!view.holds_zeros(0, 0, 16));
-        assert_eq!(view.state(0), state);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn an_attempt_that_is_dropped_leaves_no_trace(
-            before in proptest::collection::vec((0u64..32, 1u64..6, 0u8..4), 0..20),
-            attempt in proptest::collection::vec((0u64..32, 1u64..6, 0u8..4), 0..20),
-        ) {
-            const BLOCKS: u64 = 40;
-            let view = ReplicaView::default();
-            view.start_over(0, BLOCKS * BLOCK_BYTES).unwrap();
-            let known = |view: &ReplicaView| -> Vec<_> {
-                (0..BLOCKS).map(|block| view.index().get(BlockRef { disk: 0, block })).collect()
-            };
-            let change = |(first_block, blocks, content): (u64, u64, u8), version| {
-                view.forget_blocks(0, first_block, blocks).unwrap();
-                let state = ReplicaState { instance: 7, version };
-                let digests = vec![BlockDigest([content; 16]); blocks as usize];
-                match content {
-                    0 => {}
-                    1 => view.confirm(0, state, Confirmed::Zero { first_block, blocks }).unwrap(),
-                    _ => view.confirm(0, state, Confirmed::Digests { first_block, digests: &digests }).unwrap(),
-                }
-            };
-            for (version, step) in (1..).zip(before) {
-                change(step, version);
-            }
-            let (held, state) = (known(&view), view.state(0));
-            view.begin_attempt();
-            for (version, step) in (100..).zip(attempt) {
-                change(step, version);
-            }
-            view.roll_back().unwrap();
-            proptest::prop_assert_eq!(known(&view), held);
-            proptest::prop_assert_eq!(view.state(0), state);
-        }
-    }
 }

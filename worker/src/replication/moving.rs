@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_proto::v1::{DiskHello, VmSpec};
-use pageport_teleport::index::IndexError;
 
 use super::control::{Control, ControlError};
 use super::frozen_copy::{FrozenCopy, FrozenCopyError};
@@ -26,7 +25,7 @@ use crate::node::Node;
 use crate::replica::cap::Cap;
 use crate::replica::copy::{CopyError, CopyProgress, DiskCopies, hello};
 use crate::replica::merge::{PointTarget, merge};
-use crate::replica::view::ReplicaView;
+use crate::replica::view::{AttemptId, ReplicaView};
 use crate::transport::{PeerConnection, TransportError};
 
 /// Why the disks could not follow.
@@ -47,15 +46,14 @@ pub enum MovingError {
     /// The last increment.
     #[error(transparent)]
     Last(#[from] FrozenCopyError),
-    /// The view cannot follow.
-    #[error("keep account of what the replica holds")]
-    View(#[from] IndexError),
 }
 
 /// The copies under way. [`Self::cancel`] ends them, in whatever state they are.
 pub struct MovingDisks {
     copies: DiskCopies,
     view: Arc<ReplicaView>,
+    /// What the view learns, once the sessions are open.
+    attempt: Option<AttemptId>,
     /// What was written since the newest point, frozen.
     last: Option<FrozenCopy>,
     /// Closed, it tells the destination that the session is over.
@@ -90,8 +88,9 @@ impl MovingDisks {
             return Ok(None);
         }
         control.begin_layer().await?;
-        let view = node.views.of(qemu.id(), peer);
-        let mut moving = Self { copies: DiskCopies::over(connection), view, last: None, _control: control };
+        let view = node.views.of(qemu.id(), peer).await;
+        let copies = DiskCopies::over(connection);
+        let mut moving = Self { copies, view, attempt: None, last: None, _control: control };
         match moving.begin(node, qemu, peer, hellos, &plan).await {
             Ok(()) => Ok(Some(moving)),
             Err(error) => {
@@ -116,7 +115,7 @@ impl MovingDisks {
             sessions.push((name, session));
         }
         // Only now: what the sessions learned while they opened is true whatever becomes of the migration.
-        self.view.begin_attempt();
+        self.attempt = Some(tokio::task::block_in_place(|| self.view.begin_attempt()));
         let sync = if plan.since.is_some() { MirrorSync::None } else { MirrorSync::Full };
         let mut targets = vec![];
         for (name, session) in sessions {
@@ -198,8 +197,8 @@ impl MovingDisks {
         for session in sessions {
             session.end().await;
         }
-        if let Err(error) = self.view.roll_back() {
-            tracing::warn!(%error, "what the replica holds is not known any more");
+        if let Some(attempt) = self.attempt.take() {
+            self.view.roll_back(attempt);
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pageport_proto::VmId;
 use pageport_proto::v1::{ReplicationAssignment, WorkerAssignment};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tracing::Instrument;
 
 use super::registry::Entry;
@@ -22,6 +23,7 @@ pub struct Replicators {
 struct Replicator {
     wanted: watch::Sender<Wanted>,
     entry: Arc<Entry>,
+    task: JoinHandle<()>,
 }
 
 impl Replicators {
@@ -30,13 +32,10 @@ impl Replicators {
     pub fn follow(&mut self, node: &Arc<Node>, assignment: &WorkerAssignment) {
         let named: HashMap<(VmId, String), Wanted> =
             assignment.replications.iter().filter_map(|order| wanted(assignment, order)).collect();
-        self.running.retain(|(vm, site), _| {
-            let keep = named.contains_key(&(*vm, site.clone()));
-            if !keep {
-                node.replications.end(*vm, site);
-            }
-            keep
-        });
+        for ((vm, site), withdrawn) in self.running.extract_if(|key, _| !named.contains_key(key)) {
+            node.replications.end(vm, &site);
+            tokio::spawn(withdrawn.end(node.clone(), vm));
+        }
         for (key, wanted) in named {
             // At once, also for a round that is under way.
             node.caps.towards(&wanted.order.to_site).set(wanted.order.cap_bps);
@@ -49,6 +48,15 @@ impl Replicators {
 }
 
 impl Replicator {
+    /// Waits for the end of the task. What was known of the replica is of no use any more: it may be removed, or the VM has left.
+    async fn end(self, node: Arc<Node>, vm: VmId) {
+        let peer = self.wanted.borrow().order.peer_worker.clone();
+        drop(self.wanted);
+        if self.task.await.is_ok() {
+            node.views.forget_peer(vm, &peer).await;
+        }
+    }
+
     fn change(&self, wanted: Wanted) {
         self.entry.set_seq(wanted.order.protect_seq);
         self.wanted.send_if_modified(|held| {
@@ -70,6 +78,6 @@ fn start(node: &Arc<Node>, (vm_id, site): &(VmId, String), wanted: Wanted) -> Op
     let entry = node.replications.begin(*vm_id, site, wanted.order.protect_seq);
     let span = tracing::info_span!("replication", %vm_id, site);
     let (sender, receiver) = watch::channel(wanted);
-    tokio::spawn(source::run(node.clone(), vm, receiver, entry.clone()).instrument(span));
-    Some(Replicator { wanted: sender, entry })
+    let task = tokio::spawn(source::run(node.clone(), vm, receiver, entry.clone()).instrument(span));
+    Some(Replicator { wanted: sender, entry, task })
 }

@@ -16,7 +16,6 @@ use bytes::Bytes;
 
 use pageport_common::telemetry;
 use pageport_proto::v1::{BeginPoint, CommitPoint, DiskHello, RecoveryPoint, ReplicationAssignment, VmSpec};
-use pageport_teleport::index::IndexError;
 
 use super::control::{Control, ControlError};
 use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
@@ -65,9 +64,6 @@ pub enum RoundError {
         /// Why.
         reason: String,
     },
-    /// The view cannot follow.
-    #[error("keep account of what the replica holds")]
-    View(#[from] IndexError),
     /// A migration needs its place, or the order was withdrawn.
     #[error("interrupted")]
     Interrupted,
@@ -148,11 +144,9 @@ impl Round<'_> {
         let plan = Plan::make(self.qemu, &self.names(), &points, &self.order.peer_worker).await?;
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
         let lineage = control.begin(begin).await?;
-        let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker);
+        let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker).await;
         let streams = self.open_streams(connection, hellos, &view).await?;
-        if !plan.in_place {
-            view.begin_attempt();
-        }
+        let attempt = (!plan.in_place).then(|| tokio::task::block_in_place(|| view.begin_attempt()));
         let next = Mark { worker: self.order.peer_worker.clone(), lineage, point: plan.number }.to_string();
         let copied = self.copy(connection, &plan, &next, &streams, interrupt, progress).await;
         let (outcome, committed, frozen) = match copied {
@@ -166,9 +160,13 @@ impl Round<'_> {
         for stream in &streams {
             stream.session.end().await;
         }
-        match &committed {
-            Ok(_) => view.keep(ReplicaState { instance: lineage, version: plan.number }),
-            Err(_) => view.roll_back()?,
+        match (&committed, attempt) {
+            (Ok(_), _) => {
+                let state = ReplicaState { instance: lineage, version: plan.number };
+                tokio::task::block_in_place(|| view.keep(attempt, state, streams.len() as u16));
+            }
+            (Err(_), Some(attempt)) => view.roll_back(attempt),
+            (Err(_), None) => {}
         }
         if let Some(frozen) = frozen {
             frozen.release(outcome).await?;
