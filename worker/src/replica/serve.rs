@@ -3,7 +3,7 @@
 //! ```text
 //!   DiskHello ─▶ open ─▶ same state as the source remembers? ─yes─▶ Opened
 //!                                   └─no─▶ scan, Digests… ─▶ Opened
-//!   Write | Zero | Flush ─▶ done, in order ─▶ Done
+//!   Write | Zero | Copy | Flush ─▶ done, in order ─▶ Done
 //! ```
 //! Requests take effect in the order in which they came. After an error the stream ends with `Failure`, and the
 //! replica keeps what was written so far.
@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pageport_proto::v1::{
-    DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, disk_reply, disk_request,
+    DiskCopy, DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, disk_reply,
+    disk_request,
 };
 use pageport_teleport::{BlockDigest, PAGE_SIZE, Page, is_zero};
 use tokio::sync::mpsc;
@@ -54,6 +55,14 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The source is wrong about the replica.
+    #[error("the replica {disk} does not hold at byte {offset} what was to be copied from there; it is compared anew")]
+    NotHeld {
+        /// The replica's path.
+        disk: String,
+        /// Where, in bytes.
+        offset: u64,
+    },
     /// Its recovery points failed.
     #[error(transparent)]
     Points(#[from] PointError),
@@ -75,6 +84,12 @@ pub trait DiskTarget: Send + Sync + 'static {
     /// # Errors
     /// It is not that, or cannot be taken.
     fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError>;
+
+    /// Takes bytes.
+    ///
+    /// # Errors
+    /// They cannot be taken.
+    fn write_bytes(&self, offset: u64, data: &[u8]) -> Result<(), ServeError>;
 
     /// Takes a change to zeros.
     ///
@@ -109,8 +124,11 @@ impl DiskTarget for InPlace {
     }
 
     fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
-        let data = decompress(raw_length, zstd)?;
-        self.0.write(offset, &data).map(drop).map_err(|source| self.failed(source))
+        self.write_bytes(offset, &decompress(raw_length, zstd)?)
+    }
+
+    fn write_bytes(&self, offset: u64, data: &[u8]) -> Result<(), ServeError> {
+        self.0.write(offset, data).map(drop).map_err(|source| self.failed(source))
     }
 
     fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
@@ -135,8 +153,9 @@ pub async fn serve_disk(
     let outcome = serve(hello, &target, reader, writer).await;
     if let Err(error) = &outcome {
         let reason = crate::error::with_causes(error);
+        let not_held = matches!(error, ServeError::NotHeld { .. });
         // The peer may be the reason why the stream ended; then there is nobody to tell.
-        let _ = send(writer, disk_reply::Kind::Failure(DiskFailure { reason })).await;
+        let _ = send(writer, disk_reply::Kind::Failure(DiskFailure { reason, not_held })).await;
     }
     outcome
 }
@@ -189,9 +208,29 @@ fn carry_out(target: &impl DiskTarget, kind: disk_request::Kind) -> Result<u64, 
     match kind {
         disk_request::Kind::Write(write) => target.write(write.offset, write.raw_length, &write.zstd)?,
         disk_request::Kind::Zero(zero) => target.zero(zero.offset, zero.length)?,
+        disk_request::Kind::Copy(copy) => target.write_bytes(copy.offset, &read_verified(target.replica(), &copy)?)?,
         disk_request::Kind::Flush(_) => target.flush()?,
     }
     Ok(target.state().version)
+}
+
+/// What is to be copied, if the replica holds it.
+fn read_verified(replica: &ReplicaDisk, copy: &DiskCopy) -> Result<Vec<u8>, ServeError> {
+    let (digests, rest) = copy.digests.as_chunks::<{ BlockDigest::LENGTH }>();
+    let length = digests.len() * PAGE_SIZE;
+    let aligned = copy.offset.is_multiple_of(BLOCK_BYTES) && copy.from_offset.is_multiple_of(BLOCK_BYTES);
+    let inside = copy.from_offset.checked_add(length as u64).is_some_and(|end| end <= replica.size_bytes());
+    if !rest.is_empty() || digests.is_empty() || length > MAX_WRITE_BYTES || !aligned || !inside {
+        return Err(ServeError::Hostile { what: "a copy that no write could be" });
+    }
+    let mut data = vec![0; length];
+    let failed = |source| ServeError::Disk { disk: replica.to_string(), source };
+    replica.read(copy.from_offset, &mut data).map_err(failed)?;
+    let (blocks, _) = data.as_chunks::<PAGE_SIZE>();
+    if blocks.iter().zip(digests).any(|(block, digest)| BlockDigest::of(block).0 != *digest) {
+        return Err(ServeError::NotHeld { disk: replica.to_string(), offset: copy.from_offset });
+    }
+    Ok(data)
 }
 
 async fn send(writer: &mut MessageWriter, kind: disk_reply::Kind) -> Result<(), MessageError> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 
 use pageport_proto::VmId;
 use pageport_teleport::BlockDigest;
-use pageport_teleport::index::{BlockIndex, BlockRef, IndexError};
+use pageport_teleport::index::{BlockIndex, BlockLookup as _, BlockRef, IndexError};
 
 use super::store::BLOCK_BYTES;
 
@@ -176,9 +176,25 @@ impl ReplicaView {
         self.write().set_state(disk, ReplicaState::default());
     }
 
+    /// The peer does not hold what the view says: whatever becomes of the attempt, the next session asks for everything.
+    pub fn refute(&self, disk: u16) {
+        let mut inner = self.write();
+        inner.set_state(disk, ReplicaState::default());
+        if let Some(attempt) = &mut inner.attempt
+            && let Some(state) = attempt.states.get_mut(usize::from(disk))
+        {
+            *state = ReplicaState::default();
+        }
+    }
+
     /// Whether the peer surely holds this digest at this block.
     pub fn holds(&self, disk: u16, block: u64, digest: &BlockDigest) -> bool {
         self.read().index.get(BlockRef { disk, block }).is_some_and(|known| known == *digest)
+    }
+
+    /// A block of this disk in which the peer surely holds this digest, if one is known.
+    pub fn elsewhere(&self, disk: u16, digest: &BlockDigest) -> Option<u64> {
+        self.read().index.find(digest).filter(|found| found.disk == disk).map(|found| found.block)
     }
 
     /// Whether the peer surely holds zeros in all these blocks.

@@ -27,6 +27,7 @@ use crate::hypervisor::freeze::Outcome;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::BlockTarget;
 use crate::node::Node;
+use crate::replica::CopiesFrom;
 use crate::replica::copy::{CopyError, hello};
 use crate::replica::points::ChangeDigest;
 use crate::replica::session::{DiskSession, SessionError};
@@ -149,7 +150,8 @@ impl Round<'_> {
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
         let lineage = control.begin(begin).await?;
         let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker);
-        let streams = self.open_streams(connection, hellos, &view).await?;
+        let copies = if plan.in_place { CopiesFrom::Now } else { CopiesFrom::Before };
+        let streams = self.open_streams(connection, hellos, &view, copies).await?;
         if !plan.in_place {
             view.begin_attempt();
         }
@@ -233,13 +235,14 @@ impl Round<'_> {
         connection: &PeerConnection,
         hellos: Vec<DiskHello>,
         view: &Arc<ReplicaView>,
+        copies: CopiesFrom,
     ) -> Result<Vec<DiskStream>, RoundError> {
         let mut streams = vec![];
         for (number, hello) in (0u16..).zip(hellos) {
             let name = hello.disk.clone();
             let traceparent = telemetry::traceparent_of(&tracing::Span::current());
             let cap = self.node.caps.towards(&self.order.to_site);
-            let opened = DiskSession::open(connection, number, hello, traceparent, view.clone(), cap).await?;
+            let opened = DiskSession::open(connection, number, hello, traceparent, view.clone(), copies, cap).await?;
             streams.push(DiskStream { name, session: Arc::new(opened) });
         }
         Ok(streams)

@@ -132,16 +132,23 @@ impl DiskTarget for SessionDisk {
     }
 
     fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
+        if let Target::Journal(journal) = &*self.session.target() {
+            // It is kept as it came.
+            return Ok(journal.write(self.name(), offset, raw_length, zstd)?);
+        }
+        self.write_bytes(offset, &decompress(raw_length, zstd)?)
+    }
+
+    fn write_bytes(&self, offset: u64, data: &[u8]) -> Result<(), ServeError> {
         match &*self.session.target() {
             Target::Nowhere => Err(NOWHERE),
-            Target::InPlace { .. } => {
-                let data = decompress(raw_length, zstd)?;
-                self.in_place(|replica| replica.write(offset, &data))
+            Target::InPlace { .. } => self.in_place(|replica| replica.write(offset, data)),
+            Target::Journal(journal) => {
+                let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL).map_err(|source| self.failed(source))?;
+                Ok(journal.write(self.name(), offset, data.len() as u32, &zstd)?)
             }
-            Target::Journal(journal) => Ok(journal.write(self.name(), offset, raw_length, zstd)?),
             Target::Layer => {
-                let data = decompress(raw_length, zstd)?;
-                Ok(self.session.points.change(&[LayerChange::Write { disk: self.name(), offset, data: &data }])?)
+                Ok(self.session.points.change(&[LayerChange::Write { disk: self.name(), offset, data }])?)
             }
         }
     }
@@ -166,6 +173,8 @@ impl DiskTarget for SessionDisk {
     }
 }
 
+/// Of what is journalled here and did not come compressed.
+const COMPRESSION_LEVEL: i32 = 1;
 const NOWHERE: ServeError = ServeError::Hostile { what: "a change that belongs to nothing" };
 
 impl SessionDisk {
@@ -173,9 +182,12 @@ impl SessionDisk {
         &self.session.disks[self.number].0
     }
 
+    fn failed(&self, source: io::Error) -> ServeError {
+        ServeError::Disk { disk: self.replica().to_string(), source }
+    }
+
     fn in_place(&self, change: impl FnOnce(&ReplicaDisk) -> io::Result<u64>) -> Result<(), ServeError> {
-        let replica = self.replica();
-        change(replica).map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+        change(self.replica()).map(drop).map_err(|source| self.failed(source))
     }
 }
 
@@ -274,7 +286,7 @@ pub async fn serve(node: Arc<Node>, hello: ReplicationHello, mut reader: Message
         let reason = crate::error::with_causes(&error);
         tracing::warn!(reason, "replication session ended early");
         // The peer may be the reason why the stream ended; then there is nobody to tell.
-        let _ = say(&mut writer, replication_reply::Kind::Failure(DiskFailure { reason })).await;
+        let _ = say(&mut writer, replication_reply::Kind::Failure(DiskFailure { reason, not_held: false })).await;
     }
     node.changed.notify_one();
 }
