@@ -177,6 +177,14 @@ impl MovingDisks {
         Ok(self.copies.wait_ready(limit, progress).await?)
     }
 
+    /// What the mirrors have not copied yet, in bytes.
+    ///
+    /// # Errors
+    /// A mirror ended.
+    pub async fn lag_bytes(&self) -> Result<u64, CopyError> {
+        self.copies.lag_bytes().await
+    }
+
     /// Once ready and with the guest stopped: the last writes, on stable storage.
     ///
     /// # Errors
