@@ -214,7 +214,18 @@ impl DiskCopies {
         }
     }
 
-    /// What the mirrors have not copied yet, in bytes.
+    /// Waits until the peer has on stable storage what has come to the sessions so far.
+    ///
+    /// # Errors
+    /// A session failed.
+    pub async fn flush(&self) -> Result<(), CopyError> {
+        for copy in &self.disks {
+            copy.session.flush().await.map_err(|error| copy.ended(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// What the mirrors have not copied yet, or the peer has not acknowledged, in bytes.
     ///
     /// # Errors
     /// A mirror ended.
@@ -223,7 +234,7 @@ impl DiskCopies {
         for copy in &self.disks {
             let Some(mirror) = &copy.mirror else { continue };
             let job = mirror.progress().await.map_err(|error| copy.explain(error))?;
-            lag_bytes += job.total_bytes.saturating_sub(job.done_bytes);
+            lag_bytes += job.total_bytes.saturating_sub(job.done_bytes) + copy.session.in_flight_bytes();
         }
         Ok(lag_bytes)
     }
@@ -240,9 +251,8 @@ impl DiskCopies {
                 copy.mirror = Some(mirror);
                 return Err(copy.explain(error));
             }
-            let flushed = copy.session.flush().await;
-            flushed.map_err(|error| copy.ended(error.to_string()))?;
         }
+        self.flush().await?;
         for copy in &mut self.disks {
             if let Some(server) = copy.server.take() {
                 server.close().await;

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use super::blocks::Blocks;
-use super::session::{DiskSession, Sent, acknowledged};
+use super::session::DiskSession;
 use crate::nbd::BlockTarget;
 
 /// What both sources share.
@@ -52,21 +52,15 @@ impl BlockTarget for MirrorTarget {
     }
 
     async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let sent = {
-            let mut newer = self.0.newer.lock().await;
-            newer.note(offset, data.len() as u64)?;
-            self.0.session.order_write(offset, data).await?
-        };
-        acknowledged(sent).await
+        let mut newer = self.0.newer.lock().await;
+        newer.note(offset, data.len() as u64)?;
+        self.0.session.write(offset, data).await
     }
 
     async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
-        let sent = {
-            let mut newer = self.0.newer.lock().await;
-            newer.note(offset, length.into())?;
-            self.0.session.order_zero(offset, length.into()).await?
-        };
-        acknowledged(sent).await
+        let mut newer = self.0.newer.lock().await;
+        newer.note(offset, length.into())?;
+        self.0.session.zero(offset, length.into()).await
     }
 
     async fn flush(&self) -> io::Result<()> {
@@ -84,27 +78,20 @@ impl BlockTarget for PointTarget {
     }
 
     async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let mut all: Sent = vec![];
-        {
-            let newer = self.0.newer.lock().await;
-            for (start, length) in newer.not_noted(offset, data.len() as u64) {
-                let from = (start - offset) as usize;
-                let part = data.slice(from..from + length as usize);
-                all.extend(self.0.session.order_write(start, part).await?);
-            }
+        let newer = self.0.newer.lock().await;
+        for (start, length) in newer.not_noted(offset, data.len() as u64) {
+            let from = (start - offset) as usize;
+            self.0.session.write(start, data.slice(from..from + length as usize)).await?;
         }
-        acknowledged(all).await
+        Ok(())
     }
 
     async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
-        let mut all: Sent = vec![];
-        {
-            let newer = self.0.newer.lock().await;
-            for (start, length) in newer.not_noted(offset, length.into()) {
-                all.extend(self.0.session.order_zero(start, length).await?);
-            }
+        let newer = self.0.newer.lock().await;
+        for (start, length) in newer.not_noted(offset, length.into()) {
+            self.0.session.zero(start, length).await?;
         }
-        acknowledged(all).await
+        Ok(())
     }
 
     /// A flush would be waited for by the guest when the target is removed; the mirror's last one covers this too.

@@ -25,6 +25,7 @@ pub mod cap;
 pub mod change;
 pub mod copy;
 pub mod groups;
+mod in_flight;
 pub mod merge;
 mod planner;
 pub mod points;

@@ -11,12 +11,14 @@
 //! checks the digests all the same.
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use pageport_teleport::{BlockDigest, PAGE_SIZE, is_zero};
 
 use super::blocks::Blocks;
+use super::in_flight::{InFlight, Number};
 use super::serve::MAX_WRITE_BYTES;
 use super::store::BLOCK_BYTES;
 use super::view::ReplicaView;
@@ -30,6 +32,8 @@ pub(super) struct Step {
     pub(super) action: Action,
     /// What the view learns when it is done.
     pub(super) learned: Learned,
+    /// Among those in flight; [`None`]: it changes nothing.
+    pub(super) number: Option<Number>,
 }
 
 /// A change of the replica.
@@ -52,11 +56,35 @@ pub(super) enum Action {
     Flush,
 }
 
+impl Action {
+    /// The blocks that it changes, whole or in part.
+    pub(super) fn blocks(&self) -> Range<u64> {
+        let (offset, length) = match self {
+            Self::Write { offset, data } | Self::Copy { offset, data, .. } => (*offset, data.len() as u64),
+            Self::Zero { offset, length } => (*offset, *length),
+            Self::Flush => return 0..0,
+        };
+        offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES)
+    }
+
+    /// Bytes of the disk that it carries.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Write { data, .. } | Self::Copy { data, .. } => data.len() as u64,
+            Self::Zero { .. } | Self::Flush => 0,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) enum Learned {
     Nothing,
-    Zero { first_block: u64, blocks: u64 },
-    Digests { first_block: u64, digests: Vec<BlockDigest> },
+    /// All its whole blocks are zeros.
+    Zero,
+    Digests {
+        first_block: u64,
+        digests: Vec<BlockDigest>,
+    },
 }
 
 /// Where the destination looks for what it is to copy.
@@ -74,6 +102,7 @@ pub(super) struct Planner {
     view: Arc<ReplicaView>,
     disk: u16,
     size_bytes: u64,
+    in_flight: Arc<Mutex<InFlight>>,
     /// What the session has changed; [`None`]: it does not matter.
     changed: Option<Blocks>,
 }
@@ -104,7 +133,12 @@ impl Planner {
             CopiesFrom::Now => None,
             CopiesFrom::Before => Some(Blocks::new(size_bytes)),
         };
-        Self { view, disk, size_bytes, changed }
+        Self { view, disk, size_bytes, in_flight: Arc::default(), changed }
+    }
+
+    /// The changes that were planned and are not acknowledged yet.
+    pub(super) fn in_flight(&self) -> Arc<Mutex<InFlight>> {
+        self.in_flight.clone()
     }
 
     /// Plans a write; `digests` are [`digests_of`] it.
@@ -122,18 +156,16 @@ impl Planner {
             let data = data.slice(head + at * PAGE_SIZE..head + (at + blocks) * PAGE_SIZE);
             let offset = block * BLOCK_BYTES;
             let digests = Learned::Digests { first_block: block, digests: digests[at..at + blocks].to_vec() };
-            let zeros = Learned::Zero { first_block: block, blocks: blocks as u64 };
             let step = match fates[at] {
                 Fate::Held => None,
-                Fate::Zero => Some((Action::Zero { offset, length: data.len() as u64 }, zeros)),
+                Fate::Zero => Some((Action::Zero { offset, length: data.len() as u64 }, Learned::Zero)),
                 Fate::Elsewhere(from) => {
                     Some((Action::Copy { offset, from_offset: from * BLOCK_BYTES, data }, digests))
                 }
                 Fate::New => Some((Action::Write { offset, data }, digests)),
             };
             if let Some((action, learned)) = step {
-                self.changes(block, blocks as u64)?;
-                steps.push(Step { action, learned });
+                steps.push(self.step(action, learned)?);
             }
             at += blocks;
         }
@@ -158,9 +190,8 @@ impl Planner {
             }
             let differing = (block..end_whole).take_while(|block| !self.view.holds_zeros(self.disk, *block, 1));
             let blocks = differing.count() as u64;
-            self.changes(block, blocks)?;
             let action = Action::Zero { offset: block * BLOCK_BYTES, length: blocks * BLOCK_BYTES };
-            steps.push(Step { action, learned: Learned::Zero { first_block: block, blocks } });
+            steps.push(self.step(action, Learned::Zero)?);
             block += blocks;
         }
         let tail_start = end_whole * BLOCK_BYTES;
@@ -202,17 +233,22 @@ impl Planner {
     /// A part of a block is always sent; of the block as a whole nothing is known afterwards.
     fn part_of_block(&mut self, offset: u64, data: Bytes, steps: &mut Vec<Step>) -> io::Result<()> {
         if !data.is_empty() {
-            self.changes(offset / BLOCK_BYTES, 1)?;
-            steps.push(Step { action: Action::Write { offset, data }, learned: Learned::Nothing });
+            steps.push(self.step(Action::Write { offset, data }, Learned::Nothing)?);
         }
         Ok(())
     }
 
-    fn changes(&mut self, first_block: u64, blocks: u64) -> io::Result<()> {
+    /// From now on nothing is known of the blocks, whatever is acknowledged of those changes that are in flight.
+    fn step(&mut self, action: Action, learned: Learned) -> io::Result<Step> {
+        let blocks = action.blocks();
         if let Some(changed) = &mut self.changed {
-            changed.note_blocks(first_block..first_block + blocks);
+            changed.note_blocks(blocks.clone());
         }
-        self.view.forget_blocks(self.disk, first_block, blocks).map_err(io::Error::other)
+        // Both at once: what is acknowledged in between would be learned, though it is about to change.
+        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = Some(in_flight.begin(blocks.clone()));
+        self.view.forget_blocks(self.disk, blocks.start, blocks.end - blocks.start).map_err(io::Error::other)?;
+        Ok(Step { action, learned, number })
     }
 }
 
@@ -252,7 +288,10 @@ mod tests {
         for step in steps {
             let change = match &step.learned {
                 Learned::Nothing => Confirmed::Nothing,
-                Learned::Zero { first_block, blocks } => Confirmed::Zero { first_block: *first_block, blocks: *blocks },
+                Learned::Zero => {
+                    let blocks = step.action.blocks();
+                    Confirmed::Zero { first_block: blocks.start, blocks: blocks.end - blocks.start }
+                }
                 Learned::Digests { first_block, digests } => Confirmed::Digests { first_block: *first_block, digests },
             };
             planner.view.confirm(DISK, state, change).unwrap();

@@ -4,8 +4,8 @@
 //!   write ─▶ digests ─▶ plan: what differs (planner) ─▶ pack: compress ─▶ send ─▶ done ─▶ confirm in the view
 //!                       └─ in the order in which they are sent ─┘
 //! ```
-//! A write has taken effect when it returns: the peer has acknowledged it. `flush` returns when everything acknowledged
-//! is on stable storage there. When the stream ends, all that waits fails. What the view knows is then distrusted, or, within an
+//! A write returns once it is queued, with bounded bytes in flight. Changes take effect in their order; `flush` returns when all before it have,
+//! and are on stable storage there. When the stream ends, all that waits fails, and so does every later write and flush. What the view knows is then distrusted, or, within an
 //! attempt ([`super::view`]), left to who began the attempt.
 
 use std::io;
@@ -20,21 +20,26 @@ use pageport_proto::v1::{
 };
 use pageport_teleport::BlockDigest;
 use prost::Message as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::cap::Cap;
 use super::change::{Change, Changes};
+use super::in_flight::{InFlight, Number};
 use super::planner::{Action, CopiesFrom, Learned, Planner, Step, digests_of};
 use super::points::ChangeDigest;
+use super::store::BLOCK_BYTES;
 use super::view::{Confirmed, ReplicaState, ReplicaView};
 use crate::transport::{
     MessageError, MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority,
 };
 
-/// Requests sent and not yet acknowledged; the mirror's own limit is lower.
-const QUEUE: usize = 64;
+/// Bytes of changes that are queued or sent and not yet acknowledged: more than a link holds, 50 ms at 5 Gbit/s. The hypervisor itself
+/// has 16 requests in flight, which for small ones would leave most of a long link empty.
+pub const IN_FLIGHT_BYTES: u64 = 32 << 20;
+/// A change of less than a block counts as one.
+const IN_FLIGHT_UNITS: usize = (IN_FLIGHT_BYTES / BLOCK_BYTES) as usize;
 /// A peer that says nothing for this long while it owes an answer is given up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Cheap enough never to be slower than a fast link.
@@ -78,8 +83,7 @@ pub enum SessionError {
 #[derive(Debug)]
 struct Order {
     packed: JoinHandle<io::Result<Packed>>,
-    learned: Learned,
-    done: oneshot::Sender<io::Result<()>>,
+    pending: Pending,
 }
 
 /// One request, ready to be sent.
@@ -92,7 +96,9 @@ struct Packed {
 #[derive(Debug)]
 struct Pending {
     learned: Learned,
+    number: Option<Number>,
     done: oneshot::Sender<io::Result<()>>,
+    _room: OwnedSemaphorePermit,
 }
 
 /// One disk's way to its replica.
@@ -102,6 +108,8 @@ pub struct DiskSession {
     /// Held until what it planned is in the queue.
     planner: Arc<tokio::sync::Mutex<Planner>>,
     orders: mpsc::Sender<Order>,
+    /// For what may be in flight.
+    room: Arc<Semaphore>,
     failure: Arc<Mutex<Option<String>>>,
     /// Changes that no flush has covered yet; a flush of nothing costs no round trip.
     unflushed: AtomicU64,
@@ -134,19 +142,21 @@ impl DiskSession {
         view.distrust(disk);
         synchronise(&mut reader, disk, &name, size_bytes, known, &view).await?;
 
-        let (orders, queue) = mpsc::channel(QUEUE);
-        let (pending, acknowledged) = mpsc::channel(QUEUE);
+        let (orders, queue) = mpsc::channel(IN_FLIGHT_UNITS);
+        let (pending, acknowledged) = mpsc::channel(IN_FLIGHT_UNITS);
         let failure = Arc::new(Mutex::new(None));
         let sent = Arc::new(Mutex::new(Changes::new(&name, size_bytes)));
         let sending = tokio::spawn(send_orders(queue, pending, writer, sent.clone(), cap));
         let planner = Planner::new(view.clone(), disk, size_bytes, copies);
-        let receiving = tokio::spawn(receive_replies(acknowledged, reader, disk, view, failure.clone()));
+        let learner = Learner { view, disk, in_flight: planner.in_flight() };
+        let receiving = tokio::spawn(receive_replies(acknowledged, reader, learner, failure.clone()));
         let tasks = [AbortOnDropHandle::new(sending), AbortOnDropHandle::new(receiving)];
         // An earlier session may have left changes unflushed.
         let unflushed = AtomicU64::new(1);
         let tasks = Mutex::new(Some(tasks));
         let planner = Arc::new(tokio::sync::Mutex::new(planner));
-        Ok(Self { size_bytes, planner, orders, failure, unflushed, sent, tasks })
+        let room = Arc::new(Semaphore::new(IN_FLIGHT_UNITS));
+        Ok(Self { size_bytes, planner, orders, room, failure, unflushed, sent, tasks })
     }
 
     /// Digest of all changes sent so far, in their order.
@@ -179,16 +189,11 @@ impl DiskSession {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Brings the replica to hold `data` at `offset`.
+    /// Brings the replica to hold `data` at `offset`, behind whatever was written before; [`Self::flush`] tells when that is so.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        acknowledged(self.order_write(offset, data).await?).await
-    }
-
-    /// As [`Self::write`], without waiting for the acknowledgement.
-    pub(super) async fn order_write(&self, offset: u64, data: Bytes) -> io::Result<Sent> {
         let hashing = data.clone();
         let digests = spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?;
         let mut planner = self.planner.clone().lock_owned().await;
@@ -196,25 +201,30 @@ impl DiskSession {
             spawn_blocking(move || planner.write(offset, &data, &digests).map(|steps| (steps, planner))).await;
         // The planner is let go of once everything is in the queue.
         let (steps, _planner) = planned.map_err(io::Error::other)??;
-        self.send_all(steps).await
+        for step in steps {
+            self.send(step).await?;
+        }
+        Ok(())
     }
 
-    /// Brings the replica to hold zeros.
+    /// Brings the replica to hold zeros, as [`Self::write`] brings it to hold data.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        acknowledged(self.order_zero(offset, length).await?).await
-    }
-
-    /// As [`Self::zero`], without waiting for the acknowledgement.
-    pub(super) async fn order_zero(&self, offset: u64, length: u64) -> io::Result<Sent> {
         let mut planner = self.planner.lock().await;
-        let steps = planner.zero(offset, length)?;
-        self.send_all(steps).await
+        for step in planner.zero(offset, length)? {
+            self.send(step).await?;
+        }
+        Ok(())
     }
 
-    /// Brings everything acknowledged so far to stable storage at the peer.
+    /// Bytes of changes that the peer has not acknowledged yet, at most [`IN_FLIGHT_BYTES`].
+    pub fn in_flight_bytes(&self) -> u64 {
+        (IN_FLIGHT_UNITS - self.room.available_permits()) as u64 * BLOCK_BYTES
+    }
+
+    /// Waits for everything written so far, and brings it to stable storage at the peer.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
@@ -223,26 +233,25 @@ impl DiskSession {
         if unflushed == 0 {
             return Ok(());
         }
-        let flush = Step { action: Action::Flush, learned: Learned::Nothing };
-        acknowledged(self.send_all(vec![flush]).await?).await?;
+        let done = self.send(Step { action: Action::Flush, learned: Learned::Nothing, number: None }).await?;
+        done.await.map_err(|_| ended())??;
         // What came meanwhile is left for the next flush.
         self.unflushed.fetch_sub(unflushed, Ordering::AcqRel);
         Ok(())
     }
 
-    /// Sends in this order; what comes back ends when all is acknowledged.
-    async fn send_all(&self, steps: Vec<Step>) -> io::Result<Sent> {
-        let mut waiting = Vec::with_capacity(steps.len());
-        for Step { action, learned } in steps {
-            if !matches!(action, Action::Flush) {
-                self.unflushed.fetch_add(1, Ordering::AcqRel);
-            }
-            let (done, acknowledged) = oneshot::channel();
-            let packed = spawn_blocking(move || pack(action));
-            self.orders.send(Order { packed, learned, done }).await.map_err(|_| ended())?;
-            waiting.push(acknowledged);
+    /// Puts a step into the queue; what comes back ends when it is acknowledged.
+    async fn send(&self, Step { action, learned, number }: Step) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+        let units = action.bytes().div_ceil(BLOCK_BYTES).max(1) as u32;
+        let room = self.room.clone().acquire_many_owned(units).await.map_err(|_| ended())?;
+        if !matches!(action, Action::Flush) {
+            self.unflushed.fetch_add(1, Ordering::AcqRel);
         }
-        Ok(waiting)
+        let (done, acknowledged) = oneshot::channel();
+        let packed = spawn_blocking(move || pack(action));
+        let order = Order { packed, pending: Pending { learned, number, done, _room: room } };
+        self.orders.send(order).await.map_err(|_| ended())?;
+        Ok(acknowledged)
     }
 }
 
@@ -265,17 +274,6 @@ fn pack(action: Action) -> io::Result<Packed> {
         Action::Flush => (disk_request::Kind::Flush(DiskFlush {}), None),
     };
     Ok(Packed { request, change })
-}
-
-/// What was sent and is not acknowledged yet.
-pub(super) type Sent = Vec<oneshot::Receiver<io::Result<()>>>;
-
-/// Waits until all of it is acknowledged.
-pub(super) async fn acknowledged(sent: Sent) -> io::Result<()> {
-    for one in sent {
-        one.await.map_err(|_| ended())??;
-    }
-    Ok(())
 }
 
 fn ended() -> io::Error {
@@ -333,7 +331,7 @@ async fn send_orders(
     sent: Arc<Mutex<Changes>>,
     cap: Arc<Cap>,
 ) {
-    while let Some(Order { packed, learned, done }) = queue.recv().await {
+    while let Some(Order { packed, pending: waiting }) = queue.recv().await {
         let Packed { request, change } = match packed.await.map_err(io::Error::other).and_then(|packed| packed) {
             Ok(packed) => packed,
             Err(error) => {
@@ -344,7 +342,7 @@ async fn send_orders(
         if let Some(change) = &change {
             sent.lock().unwrap_or_else(PoisonError::into_inner).add(change);
         }
-        if pending.send(Pending { learned, done }).await.is_err() {
+        if pending.send(waiting).await.is_err() {
             return;
         }
         let request = DiskRequest { kind: Some(request) };
@@ -359,17 +357,16 @@ async fn send_orders(
 async fn receive_replies(
     mut acknowledged: mpsc::Receiver<Pending>,
     mut reader: MessageReader,
-    disk: u16,
-    view: Arc<ReplicaView>,
+    learner: Learner,
     failure: Arc<Mutex<Option<String>>>,
 ) {
     let (reason, refused) = loop {
         // None: the session was dropped, and nobody waits any more.
-        let Some(Pending { learned, done }) = acknowledged.recv().await else { return };
+        let Some(Pending { learned, number, done, _room }) = acknowledged.recv().await else { return };
         let reply: Result<DiskReply, _> = reader.receive_within(ANSWER_LIMIT).await;
         let reason = match reply {
             Ok(DiskReply { kind: Some(disk_reply::Kind::Done(answer)) }) => {
-                match learn(&view, disk, answer.version, &learned) {
+                match learner.learn(answer.version, number, &learned) {
                     Ok(()) => {
                         // Who asked may have given up; the view has learned all the same.
                         let _ = done.send(Ok(()));
@@ -380,7 +377,7 @@ async fn receive_replies(
             }
             Ok(DiskReply { kind: Some(disk_reply::Kind::Failure(failure)) }) => {
                 if failure.not_held {
-                    view.refute(disk);
+                    learner.view.refute(learner.disk);
                 }
                 failure.reason
             }
@@ -389,26 +386,47 @@ async fn receive_replies(
         };
         break (reason, done);
     };
-    tracing::warn!(disk, %reason, "disk stream ended");
-    view.distrust(disk);
+    tracing::warn!(disk = learner.disk, %reason, "disk stream ended");
+    learner.view.distrust(learner.disk);
     *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
     // Only now all that waits finds its oneshot dropped, and can say why.
     drop(refused);
 }
 
-fn learn(
-    view: &ReplicaView,
+/// Brings into the view what is acknowledged.
+struct Learner {
+    view: Arc<ReplicaView>,
     disk: u16,
-    version: u64,
-    learned: &Learned,
-) -> Result<(), pageport_teleport::index::IndexError> {
-    let state = ReplicaState { version, ..view.state(disk) };
-    let change = match learned {
-        Learned::Nothing => Confirmed::Nothing,
-        Learned::Zero { first_block, blocks } => Confirmed::Zero { first_block: *first_block, blocks: *blocks },
-        Learned::Digests { first_block, digests } => Confirmed::Digests { first_block: *first_block, digests },
-    };
-    view.confirm(disk, state, change)
+    in_flight: Arc<Mutex<InFlight>>,
+}
+
+impl Learner {
+    /// A request is done.
+    fn learn(
+        &self,
+        version: u64,
+        number: Option<Number>,
+        learned: &Learned,
+    ) -> Result<(), pageport_teleport::index::IndexError> {
+        let Self { view, disk, in_flight } = self;
+        let state = ReplicaState { version, ..view.state(*disk) };
+        // Held until the view has learned: what is planned meanwhile is forgotten after this.
+        let mut in_flight = in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        for part in number.map(|number| in_flight.end(number)).unwrap_or_default() {
+            let blocks = part.end - part.start;
+            let change = match learned {
+                Learned::Nothing => Confirmed::Nothing,
+                Learned::Zero => Confirmed::Zero { first_block: part.start, blocks },
+                Learned::Digests { first_block, digests } => {
+                    let skipped = (part.start - first_block) as usize;
+                    let digests = digests.get(skipped..skipped + blocks as usize).unwrap_or_default();
+                    Confirmed::Digests { first_block: part.start, digests }
+                }
+            };
+            view.confirm(*disk, state, change)?;
+        }
+        view.confirm(*disk, state, Confirmed::Nothing)
+    }
 }
 
 #[cfg(test)]

@@ -172,12 +172,14 @@ impl MovingDisks {
                 });
             })
             .await?;
+            // The copy has handed all over; now it is there.
+            self.copies.flush().await?;
         }
         self.release_last().await?;
         Ok(self.copies.wait_ready(limit, progress).await?)
     }
 
-    /// What the mirrors have not copied yet, in bytes.
+    /// What the mirrors have not copied yet, or the peer has not acknowledged, in bytes.
     ///
     /// # Errors
     /// A mirror ended.

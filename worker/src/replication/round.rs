@@ -199,7 +199,12 @@ impl Round<'_> {
             let tell = |Copied { done_bytes, total_bytes }| {
                 progress(Progress { full, done_bytes, total_bytes, wan_bytes: connection.sent_bytes() });
             };
-            frozen.wait(throttle.clone(), tell).await
+            frozen.wait(throttle.clone(), tell).await?;
+            // The copy has handed all over; now it is there.
+            for stream in streams {
+                stream.session.flush().await.map_err(FrozenCopyError::Sessions)?;
+            }
+            Ok(())
         };
         let copied = tokio::select! {
             biased;

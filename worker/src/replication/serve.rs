@@ -27,7 +27,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::node::Node;
 use crate::replica::groups::Points;
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
-use crate::replica::serve::{DiskTarget, ServeError, decompress};
+use crate::replica::serve::{DiskChange, DiskTarget, ServeError, change_in_place};
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replica::view::ReplicaState;
 use crate::transport::{MessageError, MessageReader, MessageWriter};
@@ -131,35 +131,20 @@ impl DiskTarget for SessionDisk {
         }
     }
 
-    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
-        if let Target::Journal(journal) = &*self.session.target() {
-            // It is kept as it came.
-            return Ok(journal.write(self.name(), offset, raw_length, zstd)?);
+    fn change(&self, changes: Vec<DiskChange>) -> Result<(), ServeError> {
+        if changes.is_empty() {
+            return Ok(());
         }
-        self.write_bytes(offset, &decompress(raw_length, zstd)?)
-    }
-
-    fn write_bytes(&self, offset: u64, data: &[u8]) -> Result<(), ServeError> {
         match &*self.session.target() {
             Target::Nowhere => Err(NOWHERE),
-            Target::InPlace { .. } => self.in_place(|replica| replica.write(offset, data)),
-            Target::Journal(journal) => {
-                let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL).map_err(|source| self.failed(source))?;
-                Ok(journal.write(self.name(), offset, data.len() as u32, &zstd)?)
+            Target::InPlace { .. } => {
+                changes.into_iter().try_for_each(|change| change_in_place(self.replica(), change))
             }
+            Target::Journal(journal) => changes.iter().try_for_each(|change| self.keep(journal, change)),
             Target::Layer => {
-                Ok(self.session.points.change(&[LayerChange::Write { disk: self.name(), offset, data }])?)
-            }
-        }
-    }
-
-    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
-        match &*self.session.target() {
-            Target::Nowhere => Err(NOWHERE),
-            Target::InPlace { .. } => self.in_place(|replica| replica.zero(offset, length)),
-            Target::Journal(journal) => Ok(journal.zero(self.name(), offset, length)?),
-            Target::Layer => {
-                Ok(self.session.points.change(&[LayerChange::Zero { disk: self.name(), offset, length }])?)
+                let changes: Vec<_> = changes.into_iter().map(DiskChange::unpacked).collect::<Result<_, _>>()?;
+                let changes: Vec<_> = changes.iter().filter_map(|change| self.in_layer(change)).collect();
+                Ok(self.session.points.change(&changes)?)
             }
         }
     }
@@ -168,7 +153,9 @@ impl DiskTarget for SessionDisk {
         match &*self.session.target() {
             // What is journalled is on stable storage once it is committed.
             Target::Nowhere | Target::Journal(_) => Ok(()),
-            Target::InPlace { .. } | Target::Layer => self.in_place(ReplicaDisk::flush),
+            Target::InPlace { .. } | Target::Layer => {
+                self.replica().flush().map(drop).map_err(|source| self.failed(source))
+            }
         }
     }
 }
@@ -182,12 +169,32 @@ impl SessionDisk {
         &self.session.disks[self.number].0
     }
 
-    fn failed(&self, source: io::Error) -> ServeError {
-        ServeError::Disk { disk: self.replica().to_string(), source }
+    /// Into the journal; what came packed is kept as it came.
+    fn keep(&self, journal: &JournalWriter, change: &DiskChange) -> Result<(), ServeError> {
+        match change {
+            DiskChange::Packed { offset, raw_length, zstd } => {
+                Ok(journal.write(self.name(), *offset, *raw_length, zstd)?)
+            }
+            DiskChange::Data { offset, data } => {
+                let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL).map_err(|source| self.failed(source))?;
+                Ok(journal.write(self.name(), *offset, data.len() as u32, &zstd)?)
+            }
+            DiskChange::Zero { offset, length } => Ok(journal.zero(self.name(), *offset, *length)?),
+        }
     }
 
-    fn in_place(&self, change: impl FnOnce(&ReplicaDisk) -> io::Result<u64>) -> Result<(), ServeError> {
-        change(self.replica()).map(drop).map_err(|source| self.failed(source))
+    /// As the layer takes it; [`None`]: it is still packed.
+    fn in_layer<'a>(&'a self, change: &'a DiskChange) -> Option<LayerChange<'a>> {
+        let disk = self.name();
+        match change {
+            DiskChange::Packed { .. } => None,
+            DiskChange::Data { offset, data } => Some(LayerChange::Write { disk, offset: *offset, data }),
+            DiskChange::Zero { offset, length } => Some(LayerChange::Zero { disk, offset: *offset, length: *length }),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> ServeError {
+        ServeError::Disk { disk: self.replica().to_string(), source }
     }
 }
 

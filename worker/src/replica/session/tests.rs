@@ -73,6 +73,7 @@ async fn content_that_lies_elsewhere_on_the_disk_crosses_the_link_as_digests() {
     let session = pair.session().await;
     let data = noise(256);
     session.write(0, data.clone()).await.unwrap();
+    session.flush().await.unwrap();
     let before = pair.connection.sent_bytes();
     session.write(512 * BLOCK_BYTES, data.clone()).await.unwrap();
     session.flush().await.unwrap();
@@ -89,10 +90,12 @@ async fn a_replica_that_does_not_hold_what_is_known_of_it_is_compared_anew() {
     let session = pair.session().await;
     let data = noise(2);
     session.write(0, data.clone()).await.unwrap();
+    session.flush().await.unwrap();
     // Behind everybody's back.
     pair.replica.write(BLOCK_BYTES, &[!data[PAGE_SIZE]]).unwrap();
     pair.view.begin_attempt();
-    session.write(8 * BLOCK_BYTES, data.clone()).await.unwrap_err();
+    session.write(8 * BLOCK_BYTES, data.clone()).await.unwrap();
+    session.flush().await.unwrap_err();
     assert!(session.failure().unwrap().contains("does not hold"), "{:?}", session.failure());
     session.end().await;
     drop(session);
@@ -102,5 +105,26 @@ async fn a_replica_that_does_not_hold_what_is_known_of_it_is_compared_anew() {
     let session = pair.session().await;
     session.write(0, data.clone()).await.unwrap();
     session.write(8 * BLOCK_BYTES, data.clone()).await.unwrap();
+    session.flush().await.unwrap();
     assert!(pair.read(0, 2) == *data && pair.read(8, 2) == *data);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_writes_than_may_be_in_flight_arrive_in_their_order() {
+    let pair = Pair::new().await;
+    let session = pair.session().await;
+    let mut disk = vec![0; (BLOCKS * BLOCK_BYTES) as usize];
+    let mut written = 0;
+    while written < 2 * IN_FLIGHT_BYTES {
+        let (first, blocks) = (rand::random::<u64>() % BLOCKS, 1 + rand::random::<u64>() % 64);
+        let blocks = blocks.min(BLOCKS - first);
+        let data: Bytes = [rand::random::<u8>(); PAGE_SIZE].repeat(blocks as usize).into();
+        disk[(first * BLOCK_BYTES) as usize..][..data.len()].copy_from_slice(&data);
+        written += data.len() as u64;
+        session.write(first * BLOCK_BYTES, data).await.unwrap();
+        assert!(session.in_flight_bytes() <= IN_FLIGHT_BYTES);
+    }
+    session.flush().await.unwrap();
+    assert_eq!(session.in_flight_bytes(), 0);
+    assert!(pair.read(0, BLOCKS as usize) == disk);
 }
