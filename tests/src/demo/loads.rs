@@ -58,6 +58,15 @@ pub async fn files_equal(guest: &mut GuestClient, before: &Before) -> Result<boo
     Ok(guest.checksum(&Request::ChecksumFiles { every: SAMPLE }, LONG).await? == before.files)
 }
 
+/// Rewrites so many bytes of blocks all over the files.
+///
+/// # Errors
+/// When the guest does not answer.
+pub async fn rewrite(guest: &mut GuestClient, bytes: u64) -> Result<(), GuestError> {
+    guest.call(&Request::RewriteBlocks { bytes, seed: 14 }, LONG).await?;
+    Ok(())
+}
+
 /// Fills the page cache and starts the loads.
 ///
 /// # Errors

@@ -1,11 +1,11 @@
 //! `make demo`: one real guest crosses the WAN, next to what QEMU alone does with the same guest on the same link.
 //!
 //! ```text
-//! set up ─▶ lab ─▶ define, start ─▶ seed the replica ─▶ warm, loads, look ─▶ migrate --watch ─▶ look again
+//! set up ─▶ lab ─▶ define, start ─▶ protect: first recovery point ─▶ change 0.5 % of the disk, warm, loads, look ─▶ migrate --watch ─▶ look again
 //!        ─▶ opponents on the same link ─▶ table, demo.json ─▶ stay until Ctrl-C (DEMO_EXIT=1: end)
 //! ```
 //! Without namespaces (see [`crate::lab::network`]) the same story is told on the loopback, and what it then does not show is
-//! said. The seed runs over a faster link so that the demo does not take its time for what is not being shown; it says so.
+//! said. The first copy runs over a faster link so that the demo does not take its time for what is not being shown; it says so.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -25,19 +25,25 @@ use crate::paths;
 use crate::wan::control::Request;
 use crate::wan::link::Shape;
 
+pub mod disk;
 pub mod loads;
 pub mod opponents;
 pub mod report;
 pub mod session;
 
+use disk::{DiskFigures, Reads};
 use report::{GuestFigures, Report, WorkerMemory};
 use session::BusySession;
 
 /// The demo's VM.
 pub const VM: &str = "demo";
-/// The link's rate while the replica is seeded.
-const SEED_RATE_BPS: u64 = 1_000_000_000;
-const SEED_DEADLINE: Duration = Duration::from_secs(1200);
+/// The link's rate during the first copy of the disk.
+const FIRST_COPY_RATE_BPS: u64 = 1_000_000_000;
+/// No further recovery point before the move: it has to carry all that changed.
+const RPO: &str = "1h";
+/// Of how many bytes of the disk one changes between the recovery point and the move.
+const CHANGED: u64 = 200;
+const FIRST_COPY_DEADLINE: Duration = Duration::from_secs(1200);
 const MIGRATE_DEADLINE: Duration = Duration::from_secs(900);
 
 /// What is different without namespaces.
@@ -133,8 +139,10 @@ pub enum DemoError {
         site: &'static str,
     },
     /// The guest's QEMU is not where it should be.
-    #[error("find one qemu of {VM}, at b: there are {found:?}")]
+    #[error("find one qemu of {VM}, at {site}: there are {found:?}")]
     WrongPlace {
+        /// Where it should be.
+        site: &'static str,
         /// Where they are.
         found: Vec<(&'static str, i32)>,
     },
@@ -186,11 +194,17 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
     lab.ctl(["vm", "start", VM]).await?;
     let mut guest = lab.reach(VM).await?;
 
-    say(&format!("seeding the replica at b (over {} Mbit/s, to save time here)", SEED_RATE_BPS / 1_000_000));
-    set_link(&lab, Shape { rate_bps: SEED_RATE_BPS, queue_bytes: None, ..config.link })?;
-    watched(&lab, &["replica", "seed", VM, "--to", "b", "--watch"], SEED_DEADLINE).await?;
+    say(&format!(
+        "protecting it at b (the first copy over {} Mbit/s, to save time here)",
+        FIRST_COPY_RATE_BPS / 1_000_000
+    ));
+    set_link(&lab, Shape { rate_bps: FIRST_COPY_RATE_BPS, queue_bytes: None, ..config.link })?;
+    watched(&lab, &["protect", VM, "--to", "b", "--rpo", RPO, "--watch"], FIRST_COPY_DEADLINE).await?;
     set_link(&lab, config.link)?;
 
+    let changed_bytes = config.variant.disk_bytes / CHANGED;
+    say(&format!("since that recovery point: rewriting blocks all over the files, {} MB", changed_bytes / 1_000_000));
+    loads::rewrite(&mut guest, changed_bytes).await?;
     say("warming the page cache, dirtying memory, writing files");
     let before = loads::begin(&mut guest, config.variant).await?;
     let session = match config.mode {
@@ -205,6 +219,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         "clean page cache: {} MB; now: pageportctl migrate {VM} --to b --watch",
         before.page_cache_bytes / 1_000_000
     ));
+    let reads = Reads::of(qemu_at(&lab, "a")?);
     watched(&lab, &["migrate", VM, "--to", "b", "--watch"], MIGRATE_DEADLINE).await?;
 
     say("checking the guest at b");
@@ -214,11 +229,14 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         None => None,
     };
     let guest_checks = loads::compare(&mut guest, &before, survived).await?;
-    let found = lab.qemu_pids(VM);
-    if !matches!(found[..], [("b", _)]) {
-        return Err(DemoError::WrongPlace { found });
-    }
+    qemu_at(&lab, "b")?;
     let pageport = record(&lab).await?;
+    let disk = DiskFigures {
+        disk_bytes: config.variant.disk_bytes,
+        changed_bytes,
+        wan_bytes: pageport["disk_wan_bytes"].as_u64().unwrap_or(0),
+        source_read_bytes: reads.total().await,
+    };
     let worker_peak_memory_bytes =
         WorkerMemory { source: peak_memory(&mut lab, "a")?, destination: peak_memory(&mut lab, "b")? };
 
@@ -242,6 +260,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         qemu_precopy,
         qemu_multifd_zstd,
         guest: guest_figures,
+        disk,
         link,
         worker_peak_memory_bytes,
         guest_checks,
@@ -306,6 +325,15 @@ async fn record(lab: &Lab) -> Result<Value, DemoError> {
     match newest.map(|migration| &migration["record"]) {
         Some(record) if record.is_object() => Ok(record.clone()),
         _ => Err(DemoError::NoRecord { answer: answer.to_string() }),
+    }
+}
+
+/// The VM's only QEMU, which must be there.
+fn qemu_at(lab: &Lab, site: &'static str) -> Result<i32, DemoError> {
+    let found = lab.qemu_pids(VM);
+    match found[..] {
+        [(at, pid)] if at == site => Ok(pid),
+        _ => Err(DemoError::WrongPlace { site, found }),
     }
 }
 

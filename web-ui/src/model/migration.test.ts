@@ -48,6 +48,12 @@ test("time left is shown only when it is known", () => {
   expect(labels(create(MigrationProgressSchema, { ...memory, etaMs: 3_400n }))).toContain("time left");
 });
 
+test("what the switchover waits for is shown while it is known", () => {
+  const waits = create(MigrationProgressSchema, { ...memory, waitsFor: "memory: 1.5 MB to send" });
+  expect(liveFigures(waits)).toContainEqual({ label: "switchover waits for", value: "memory: 1.5 MB to send" });
+  expect(liveFigures(memory).map(({ label }) => label)).not.toContain("switchover waits for");
+});
+
 test("a migration that will not converge says why", () => {
   expect(convergenceWarning(memory)).toBeUndefined();
   expect(convergenceWarning(create(MigrationProgressSchema, { ...memory, notConverging: true }))).toBe(

@@ -77,6 +77,7 @@ export function liveFigures(progress: MigrationProgress): Figure[] {
     { label: "elapsed", value: duration(progress.elapsedMs) },
   ];
   if (progress.etaMs !== undefined) figures.push({ label: "time left", value: duration(progress.etaMs) });
+  if (progress.waitsFor !== "") figures.push({ label: "switchover waits for", value: progress.waitsFor });
   return figures;
 }
 

@@ -96,7 +96,7 @@ async fn keep_replica(node: Arc<Node>, hello: DiskHello, mut reader: MessageRead
         Err(refused) => {
             let reason = crate::error::with_causes(&refused);
             tracing::warn!(reason, "disk stream refused");
-            let failure = DiskReply { kind: Some(disk_reply::Kind::Failure(DiskFailure { reason })) };
+            let failure = DiskReply { kind: Some(disk_reply::Kind::Failure(DiskFailure { reason, not_held: false })) };
             writer.send(&failure).await.map_err(Into::into)
         }
     };

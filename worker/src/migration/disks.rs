@@ -57,6 +57,17 @@ impl Disks {
         }
     }
 
+    /// What the guest has written and the replicas do not have yet, in bytes.
+    ///
+    /// # Errors
+    /// A mirror ended.
+    pub async fn lag_bytes(&self) -> Result<u64, DisksError> {
+        match self {
+            Self::Compared(copies) => Ok(copies.lag_bytes().await?),
+            Self::Standing(moving) => Ok(moving.lag_bytes().await?),
+        }
+    }
+
     /// Once ready and with the guest stopped: the last writes, on stable storage.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ pub mod outgoing;
 pub mod registry;
 pub mod source;
 pub mod stream;
+mod waits;
 pub mod window;
 
 use pageport_proto::v1;

@@ -26,6 +26,7 @@ use super::disks::{Disks, DisksError};
 use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
 use super::stream::{self, StreamError};
+use super::waits;
 use crate::clock::{self, Offset};
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
@@ -264,6 +265,7 @@ impl Move {
                 disk_wan_bytes: progress.wan_bytes,
                 rate_bps: progress.rate_bps,
                 elapsed_ms: (started.elapsed() + waited).as_millis() as u64,
+                waits_for: waits::for_replica(progress.done_bytes, progress.total_bytes),
                 ..MigrationProgress::default()
             });
         });
@@ -324,7 +326,13 @@ impl Move {
         let Some(outgoing) = &self.outgoing else { return Ok(()) };
         let (lately, peak) = outgoing.rates_bytes_per_s();
         let carried = peak.max(lately).max(connection.path_bytes_per_s()).max(RATE_FLOOR_BYTES_PER_S);
-        qemu.set_switchover_bandwidth(carried).await?;
+        let disk_lag_bytes = match &self.disks {
+            Some(disks) => disks.lag_bytes().await?,
+            None => 0,
+        };
+        let disks_lag = waits::disks_lag(disk_lag_bytes, carried);
+        // Planned for nothing, memory does not converge under a guest that writes.
+        qemu.set_switchover_bandwidth(if disks_lag { 0 } else { carried }).await?;
         let info = qemu.migration_info().await?;
         let Some(ram) = info.ram else { return Ok(()) };
         outgoing.set_left(ram.remaining);
@@ -339,6 +347,8 @@ impl Move {
             dirty_rate_bps: dirty_bytes_per_s * 8,
             eta_ms: (!not_converging).then_some((rest_s * 1000.0) as u64),
             not_converging,
+            disk_lag_bytes,
+            waits_for: if disks_lag { waits::for_disks(disk_lag_bytes) } else { waits::for_memory(ram.remaining) },
             round: ram.dirty_sync_count as u32,
             ..MigrationProgress::default()
         }));

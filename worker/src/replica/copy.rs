@@ -15,6 +15,7 @@ use pageport_common::telemetry;
 use pageport_proto::VmId;
 use pageport_proto::v1::{DiskHello, VmSpec};
 
+use super::CopiesFrom;
 use super::cap::Cap;
 use super::session::{DiskSession, SessionError};
 use super::store::{ReplicaError, image_bytes};
@@ -142,7 +143,8 @@ impl DiskCopies {
         cap: Arc<Cap>,
     ) -> Result<Arc<DiskSession>, CopyError> {
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
-        Ok(Arc::new(DiskSession::open(&self.connection, number, hello, traceparent, view, cap).await?))
+        let copies = CopiesFrom::Now;
+        Ok(Arc::new(DiskSession::open(&self.connection, number, hello, traceparent, view, copies, cap).await?))
     }
 
     /// Starts the mirror of a disk to `target`, which passes on to `session`.
@@ -212,6 +214,31 @@ impl DiskCopies {
         }
     }
 
+    /// Waits until the peer has on stable storage what has come to the sessions so far.
+    ///
+    /// # Errors
+    /// A session failed.
+    pub async fn flush(&self) -> Result<(), CopyError> {
+        for copy in &self.disks {
+            copy.session.flush().await.map_err(|error| copy.ended(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// What the mirrors have not copied yet, or the peer has not acknowledged, in bytes.
+    ///
+    /// # Errors
+    /// A mirror ended.
+    pub async fn lag_bytes(&self) -> Result<u64, CopyError> {
+        let mut lag_bytes = 0;
+        for copy in &self.disks {
+            let Some(mirror) = &copy.mirror else { continue };
+            let job = mirror.progress().await.map_err(|error| copy.explain(error))?;
+            lag_bytes += job.total_bytes.saturating_sub(job.done_bytes) + copy.session.in_flight_bytes();
+        }
+        Ok(lag_bytes)
+    }
+
     /// Once ready: ends the mirrors with their last writes, and brings the replicas to stable storage.
     ///
     /// # Errors
@@ -224,9 +251,8 @@ impl DiskCopies {
                 copy.mirror = Some(mirror);
                 return Err(copy.explain(error));
             }
-            let flushed = copy.session.flush().await;
-            flushed.map_err(|error| copy.ended(error.to_string()))?;
         }
+        self.flush().await?;
         for copy in &mut self.disks {
             if let Some(server) = copy.server.take() {
                 server.close().await;

@@ -10,7 +10,7 @@
 //! - [`points`], [`groups`]: their recovery points.
 //! - [`serve`]: the destination's end of a disk stream.
 //! - [`view`]: what the source knows of a replica: the block index that both the copies and the codec ask.
-//! - [`session`]: the source's end of a disk stream; an NBD target for QEMU's jobs.
+//! - [`session`]: the source's end of a disk stream; an NBD target for QEMU's jobs. [`planner`]: what it must send, or have copied.
 //! - [`merge`]: a mirror and a frozen point into one session.
 //! - [`change`]: a digest of what a session has sent. [`cap`]: how fast it may.
 //! - [`copy`]: all disks of a running VM at once, through the hypervisor's mirrors.
@@ -20,14 +20,19 @@
 //! overwritten. A replica is never written while this host may run the VM. A replica with recovery points can be brought to
 //! any of them at all times; one that was only seeded is a mixture while a seed is under way.
 
+mod blocks;
 pub mod cap;
 pub mod change;
 pub mod copy;
 pub mod groups;
+mod in_flight;
 pub mod merge;
+mod planner;
 pub mod points;
 pub mod seed;
 pub mod serve;
 pub mod session;
 pub mod store;
 pub mod view;
+
+pub use planner::CopiesFrom;

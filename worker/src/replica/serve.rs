@@ -3,7 +3,7 @@
 //! ```text
 //!   DiskHello ─▶ open ─▶ same state as the source remembers? ─yes─▶ Opened
 //!                                   └─no─▶ scan, Digests… ─▶ Opened
-//!   Write | Zero | Flush ─▶ done, in order ─▶ Done
+//!   Write | Zero | Copy | Flush ─▶ done, in order ─▶ Done
 //! ```
 //! Requests take effect in the order in which they came. After an error the stream ends with `Failure`, and the
 //! replica keeps what was written so far.
@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pageport_proto::v1::{
-    DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, disk_reply, disk_request,
+    DiskCopy, DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, DiskWrite, DiskZero,
+    disk_reply, disk_request,
 };
 use pageport_teleport::{BlockDigest, PAGE_SIZE, Page, is_zero};
 use tokio::sync::mpsc;
@@ -28,6 +29,8 @@ use crate::transport::{MessageError, MessageReader, MessageWriter};
 pub const MAX_WRITE_BYTES: usize = 1 << 20;
 /// Blocks of one `Digests` message: 64 KiB of digests.
 const DIGEST_RUN_BLOCKS: usize = 4096;
+/// Requests that are carried out together if they have come: one wait for stable storage serves them all.
+const BATCH: usize = 32;
 /// Messages of digests between the scan and the stream.
 const SCAN_QUEUE: usize = 4;
 /// How long a new session waits for the one before it to be noticed as dead.
@@ -54,12 +57,76 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The source is wrong about the replica.
+    #[error("the replica {disk} does not hold at byte {offset} what was to be copied from there; it is compared anew")]
+    NotHeld {
+        /// The replica's path.
+        disk: String,
+        /// Where, in bytes.
+        offset: u64,
+    },
     /// Its recovery points failed.
     #[error(transparent)]
     Points(#[from] PointError),
     /// Someone else writes it.
     #[error("another copy of the same disk is under way; it has not ended within {} s", TAKE_OVER_LIMIT.as_secs())]
     Busy,
+}
+
+/// A change of a disk.
+#[derive(Debug, Clone)]
+pub enum DiskChange {
+    /// `raw_length` bytes as one zstd frame.
+    Packed {
+        /// Place, in bytes.
+        offset: u64,
+        /// Bytes of the disk.
+        raw_length: u32,
+        /// The frame.
+        zstd: Bytes,
+    },
+    /// Bytes.
+    Data {
+        /// Place, in bytes.
+        offset: u64,
+        /// What is written.
+        data: Vec<u8>,
+    },
+    /// Zeros.
+    Zero {
+        /// Place, in bytes.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+impl DiskChange {
+    /// The same, its bytes unpacked.
+    ///
+    /// # Errors
+    /// [`ServeError::Hostile`].
+    pub fn unpacked(self) -> Result<Self, ServeError> {
+        match self {
+            Self::Packed { offset, raw_length, zstd } => {
+                Ok(Self::Data { offset, data: decompress(raw_length, &zstd)? })
+            }
+            unpacked => Ok(unpacked),
+        }
+    }
+}
+
+/// Makes a change in place.
+///
+/// # Errors
+/// It is not what it says, or the system's.
+pub fn change_in_place(replica: &ReplicaDisk, change: DiskChange) -> Result<(), ServeError> {
+    let changed = match change.unpacked()? {
+        DiskChange::Zero { offset, length } => replica.zero(offset, length),
+        DiskChange::Data { offset, data } => replica.write(offset, &data),
+        DiskChange::Packed { .. } => return Err(ServeError::Hostile { what: "a change that stays packed" }),
+    };
+    changed.map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
 }
 
 /// Where the changes of a disk stream go: into the replica in place, or wherever a replication session says.
@@ -70,17 +137,11 @@ pub trait DiskTarget: Send + Sync + 'static {
     /// Names its content.
     fn state(&self) -> ReplicaState;
 
-    /// Takes `raw_length` bytes as one zstd frame.
+    /// Takes changes, in their order.
     ///
     /// # Errors
-    /// It is not that, or cannot be taken.
-    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError>;
-
-    /// Takes a change to zeros.
-    ///
-    /// # Errors
-    /// It cannot be taken.
-    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError>;
+    /// One is not what it says, or cannot be taken; those before it may have been.
+    fn change(&self, changes: Vec<DiskChange>) -> Result<(), ServeError>;
 
     /// Brings to stable storage what is not kept elsewhere.
     ///
@@ -93,12 +154,6 @@ pub trait DiskTarget: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct InPlace(pub Arc<ReplicaDisk>);
 
-impl InPlace {
-    fn failed(&self, source: io::Error) -> ServeError {
-        ServeError::Disk { disk: self.0.to_string(), source }
-    }
-}
-
 impl DiskTarget for InPlace {
     fn replica(&self) -> &Arc<ReplicaDisk> {
         &self.0
@@ -108,17 +163,13 @@ impl DiskTarget for InPlace {
         ReplicaState { instance: self.0.instance(), version: self.0.version() }
     }
 
-    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
-        let data = decompress(raw_length, zstd)?;
-        self.0.write(offset, &data).map(drop).map_err(|source| self.failed(source))
-    }
-
-    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
-        self.0.zero(offset, length).map(drop).map_err(|source| self.failed(source))
+    fn change(&self, changes: Vec<DiskChange>) -> Result<(), ServeError> {
+        changes.into_iter().try_for_each(|change| change_in_place(&self.0, change))
     }
 
     fn flush(&self) -> Result<(), ServeError> {
-        self.0.flush().map(drop).map_err(|source| self.failed(source))
+        let failed = |source| ServeError::Disk { disk: self.0.to_string(), source };
+        self.0.flush().map(drop).map_err(failed)
     }
 }
 
@@ -135,8 +186,9 @@ pub async fn serve_disk(
     let outcome = serve(hello, &target, reader, writer).await;
     if let Err(error) = &outcome {
         let reason = crate::error::with_causes(error);
+        let not_held = matches!(error, ServeError::NotHeld { .. });
         // The peer may be the reason why the stream ended; then there is nobody to tell.
-        let _ = send(writer, disk_reply::Kind::Failure(DiskFailure { reason })).await;
+        let _ = send(writer, disk_reply::Kind::Failure(DiskFailure { reason, not_held })).await;
     }
     outcome
 }
@@ -157,17 +209,40 @@ async fn serve(
     }
     let opened = DiskOpened { instance: state.instance, version: state.version, digests_sent: !same };
     send(writer, disk_reply::Kind::Opened(opened)).await?;
-    loop {
-        let request: DiskRequest = match reader.receive().await {
-            Err(MessageError::Closed) => return Ok(()),
-            other => other?,
-        };
-        let kind = request.kind.ok_or(MessageError::Empty)?;
-        let target = target.clone();
-        let version = tokio::task::spawn_blocking(move || carry_out(&*target, kind))
-            .await
-            .map_err(|_| ServeError::Hostile { what: "a request that ended the thread that served it" })??;
-        send(writer, disk_reply::Kind::Done(DiskDone { version })).await?;
+    let (queue, mut requests) = mpsc::channel(BATCH);
+    let reading = async move {
+        loop {
+            let request: DiskRequest = match reader.receive().await {
+                Err(MessageError::Closed) => return Ok(()),
+                other => other?,
+            };
+            if queue.send(request.kind.ok_or(MessageError::Empty)?).await.is_err() {
+                return Ok(());
+            }
+        }
+    };
+    let working = async {
+        let mut batch = vec![];
+        while requests.recv_many(&mut batch, BATCH).await > 0 {
+            let (target, batch) = (target.clone(), std::mem::take(&mut batch));
+            let answers = batch.len();
+            let version = tokio::task::spawn_blocking(move || carry_out(&*target, batch))
+                .await
+                .map_err(|_| ServeError::Hostile { what: "a request that ended the thread that served it" })??;
+            for _ in 0..answers {
+                send(writer, disk_reply::Kind::Done(DiskDone { version })).await?;
+            }
+        }
+        Ok(())
+    };
+    tokio::pin!(working);
+    tokio::select! {
+        worked = &mut working => worked,
+        // However the stream ended, what has come is carried out before the turn ends.
+        read = reading => {
+            working.await?;
+            read
+        }
     }
 }
 
@@ -184,14 +259,48 @@ pub fn decompress(raw_length: u32, zstd: &[u8]) -> Result<Vec<u8>, ServeError> {
     data.ok_or(ServeError::Hostile { what: "a write that does not decompress to its length" })
 }
 
-/// Returns the version of the replica after the request.
-fn carry_out(target: &impl DiskTarget, kind: disk_request::Kind) -> Result<u64, ServeError> {
-    match kind {
-        disk_request::Kind::Write(write) => target.write(write.offset, write.raw_length, &write.zstd)?,
-        disk_request::Kind::Zero(zero) => target.zero(zero.offset, zero.length)?,
-        disk_request::Kind::Flush(_) => target.flush()?,
+/// Carries requests out in their order, and returns the version of the replica after the last. Changes are handed on together as
+/// far as nothing between them has to see those before it.
+fn carry_out(target: &impl DiskTarget, batch: Vec<disk_request::Kind>) -> Result<u64, ServeError> {
+    let mut changes = vec![];
+    for request in batch {
+        match request {
+            disk_request::Kind::Write(DiskWrite { offset, raw_length, zstd }) => {
+                changes.push(DiskChange::Packed { offset, raw_length, zstd });
+            }
+            disk_request::Kind::Zero(DiskZero { offset, length }) => changes.push(DiskChange::Zero { offset, length }),
+            disk_request::Kind::Copy(copy) => {
+                target.change(std::mem::take(&mut changes))?;
+                let data = read_verified(target.replica(), &copy)?;
+                changes.push(DiskChange::Data { offset: copy.offset, data });
+            }
+            disk_request::Kind::Flush(_) => {
+                target.change(std::mem::take(&mut changes))?;
+                target.flush()?;
+            }
+        }
     }
+    target.change(changes)?;
     Ok(target.state().version)
+}
+
+/// What is to be copied, if the replica holds it.
+fn read_verified(replica: &ReplicaDisk, copy: &DiskCopy) -> Result<Vec<u8>, ServeError> {
+    let (digests, rest) = copy.digests.as_chunks::<{ BlockDigest::LENGTH }>();
+    let length = digests.len() * PAGE_SIZE;
+    let aligned = copy.offset.is_multiple_of(BLOCK_BYTES) && copy.from_offset.is_multiple_of(BLOCK_BYTES);
+    let inside = copy.from_offset.checked_add(length as u64).is_some_and(|end| end <= replica.size_bytes());
+    if !rest.is_empty() || digests.is_empty() || length > MAX_WRITE_BYTES || !aligned || !inside {
+        return Err(ServeError::Hostile { what: "a copy that no write could be" });
+    }
+    let mut data = vec![0; length];
+    let failed = |source| ServeError::Disk { disk: replica.to_string(), source };
+    replica.read(copy.from_offset, &mut data).map_err(failed)?;
+    let (blocks, _) = data.as_chunks::<PAGE_SIZE>();
+    if blocks.iter().zip(digests).any(|(block, digest)| BlockDigest::of(block).0 != *digest) {
+        return Err(ServeError::NotHeld { disk: replica.to_string(), offset: copy.from_offset });
+    }
+    Ok(data)
 }
 
 async fn send(writer: &mut MessageWriter, kind: disk_reply::Kind) -> Result<(), MessageError> {

@@ -1,11 +1,11 @@
 //! The source's end of a disk stream: takes writes, sends only what the replica does not hold.
 //!
 //! ```text
-//!   write ─▶ plan: cut at block boundaries, compare digests with the view ─▶ held: nothing to do
-//!                                       └─▶ differs: forget in the view ─▶ send ─▶ done ─▶ confirm in the view
+//!   write ─▶ digests ─▶ plan: what differs (planner) ─▶ pack: compress ─▶ send ─▶ done ─▶ confirm in the view
+//!                       └─ in the order in which they are sent ─┘
 //! ```
-//! A write has taken effect when it returns: the peer has acknowledged it. `flush` returns when everything acknowledged
-//! is on stable storage there. When the stream ends, all that waits fails. What the view knows is then distrusted, or, within an
+//! A write returns once it is queued, with bounded bytes in flight. Changes take effect in their order; `flush` returns when all before it have,
+//! and are on stable storage there. When the stream ends, all that waits fails, and so does every later write and flush. What the view knows is then distrusted, or, within an
 //! attempt ([`super::view`]), left to who began the attempt.
 
 use std::io;
@@ -15,26 +15,31 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pageport_proto::v1::{
-    DiskFlush, DiskHello, DiskReply, DiskRequest, DiskWrite, DiskZero, StreamHello, disk_reply, disk_request,
+    DiskCopy, DiskFlush, DiskHello, DiskReply, DiskRequest, DiskWrite, DiskZero, StreamHello, disk_reply, disk_request,
     stream_hello,
 };
-use pageport_teleport::{BlockDigest, PAGE_SIZE, is_zero};
+use pageport_teleport::BlockDigest;
 use prost::Message as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::cap::Cap;
 use super::change::{Change, Changes};
+use super::in_flight::{InFlight, Number};
+use super::planner::{Action, CopiesFrom, Learned, Planner, Step, digests_of};
 use super::points::ChangeDigest;
-use super::serve::MAX_WRITE_BYTES;
 use super::store::BLOCK_BYTES;
 use super::view::{Confirmed, ReplicaState, ReplicaView};
 use crate::transport::{
     MessageError, MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority,
 };
 
-/// Requests sent and not yet acknowledged; the mirror's own limit is lower.
-const QUEUE: usize = 64;
+/// Bytes of changes that are queued or sent and not yet acknowledged: more than a link holds, 50 ms at 5 Gbit/s. The hypervisor itself
+/// has 16 requests in flight, which for small ones would leave most of a long link empty.
+pub const IN_FLIGHT_BYTES: u64 = 32 << 20;
+/// A change of less than a block counts as one.
+const IN_FLIGHT_UNITS: usize = (IN_FLIGHT_BYTES / BLOCK_BYTES) as usize;
 /// A peer that says nothing for this long while it owes an answer is given up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Cheap enough never to be slower than a fast link.
@@ -77,38 +82,34 @@ pub enum SessionError {
 /// What is sent, and what the view learns when it is acknowledged.
 #[derive(Debug)]
 struct Order {
-    step: Step,
-    done: oneshot::Sender<io::Result<()>>,
+    packed: JoinHandle<io::Result<Packed>>,
+    pending: Pending,
 }
 
-/// One request, and what comes of it.
+/// One request, ready to be sent.
 #[derive(Debug)]
-pub(super) struct Step {
+struct Packed {
     request: disk_request::Kind,
-    learned: Learned,
     change: Option<Change>,
-}
-
-#[derive(Debug)]
-enum Learned {
-    Nothing,
-    Zero { first_block: u64, blocks: u64 },
-    Digests { first_block: u64, digests: Vec<BlockDigest> },
 }
 
 #[derive(Debug)]
 struct Pending {
     learned: Learned,
+    number: Option<Number>,
     done: oneshot::Sender<io::Result<()>>,
+    _room: OwnedSemaphorePermit,
 }
 
 /// One disk's way to its replica.
 #[derive(Debug)]
 pub struct DiskSession {
-    disk: u16,
     size_bytes: u64,
-    view: Arc<ReplicaView>,
+    /// Held until what it planned is in the queue.
+    planner: Arc<tokio::sync::Mutex<Planner>>,
     orders: mpsc::Sender<Order>,
+    /// For what may be in flight.
+    room: Arc<Semaphore>,
     failure: Arc<Mutex<Option<String>>>,
     /// Changes that no flush has covered yet; a flush of nothing costs no round trip.
     unflushed: AtomicU64,
@@ -127,6 +128,7 @@ impl DiskSession {
         mut hello: DiskHello,
         traceparent: String,
         view: Arc<ReplicaView>,
+        copies: CopiesFrom,
         cap: Arc<Cap>,
     ) -> Result<Self, SessionError> {
         let known = view.state_of(disk, &hello.disk, hello.size_bytes);
@@ -138,17 +140,21 @@ impl DiskSession {
         writer.send(&StreamHello { protocol_version: PROTOCOL_VERSION, traceparent, kind }).await?;
         synchronise(&mut reader, disk, &name, size_bytes, known, &view).await?;
 
-        let (orders, queue) = mpsc::channel(QUEUE);
-        let (pending, acknowledged) = mpsc::channel(QUEUE);
+        let (orders, queue) = mpsc::channel(IN_FLIGHT_UNITS);
+        let (pending, acknowledged) = mpsc::channel(IN_FLIGHT_UNITS);
         let failure = Arc::new(Mutex::new(None));
         let sent = Arc::new(Mutex::new(Changes::new(&name, size_bytes)));
         let sending = tokio::spawn(send_orders(queue, pending, writer, sent.clone(), cap));
-        let receiving = tokio::spawn(receive_replies(acknowledged, reader, disk, view.clone(), failure.clone()));
+        let planner = Planner::new(view.clone(), disk, size_bytes, copies);
+        let learner = Learner { view, disk, in_flight: planner.in_flight() };
+        let receiving = tokio::spawn(receive_replies(acknowledged, reader, learner, failure.clone()));
         let tasks = [AbortOnDropHandle::new(sending), AbortOnDropHandle::new(receiving)];
         // An earlier session may have left changes unflushed.
         let unflushed = AtomicU64::new(1);
         let tasks = Mutex::new(Some(tasks));
-        Ok(Self { disk, size_bytes, view, orders, failure, unflushed, sent, tasks })
+        let planner = Arc::new(tokio::sync::Mutex::new(planner));
+        let room = Arc::new(Semaphore::new(IN_FLIGHT_UNITS));
+        Ok(Self { size_bytes, planner, orders, room, failure, unflushed, sent, tasks })
     }
 
     /// Digest of all changes sent so far, in their order.
@@ -181,35 +187,42 @@ impl DiskSession {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Brings the replica to hold `data` at `offset`.
+    /// Brings the replica to hold `data` at `offset`, behind whatever was written before; [`Self::flush`] tells when that is so.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let sent = self.send_all(self.planned_write(offset, data).await?).await?;
-        acknowledged(sent).await
+        let hashing = data.clone();
+        let digests = spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?;
+        let mut planner = self.planner.clone().lock_owned().await;
+        let planned =
+            spawn_blocking(move || planner.write(offset, &data, &digests).map(|steps| (steps, planner))).await;
+        // The planner is let go of once everything is in the queue.
+        let (steps, _planner) = planned.map_err(io::Error::other)??;
+        for step in steps {
+            self.send(step).await?;
+        }
+        Ok(())
     }
 
-    pub(super) async fn planned_write(&self, offset: u64, data: Bytes) -> io::Result<Planned> {
-        let (view, disk) = (self.view.clone(), self.disk);
-        let planned = tokio::task::spawn_blocking(move || plan_write(&view, disk, offset, &data)).await;
-        planned.map_err(io::Error::other)?
-    }
-
-    /// Brings the replica to hold zeros.
+    /// Brings the replica to hold zeros, as [`Self::write`] brings it to hold data.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        let sent = self.send_all(self.planned_zero(offset, length)?).await?;
-        acknowledged(sent).await
+        let mut planner = self.planner.lock().await;
+        for step in planner.zero(offset, length)? {
+            self.send(step).await?;
+        }
+        Ok(())
     }
 
-    pub(super) fn planned_zero(&self, offset: u64, length: u64) -> io::Result<Planned> {
-        plan_zero(&self.view, self.disk, offset, length)
+    /// Bytes of changes that the peer has not acknowledged yet, at most [`IN_FLIGHT_BYTES`].
+    pub fn in_flight_bytes(&self) -> u64 {
+        (IN_FLIGHT_UNITS - self.room.available_permits()) as u64 * BLOCK_BYTES
     }
 
-    /// Brings everything acknowledged so far to stable storage at the peer.
+    /// Waits for everything written so far, and brings it to stable storage at the peer.
     ///
     /// # Errors
     /// The session has ended: see [`Self::failure`].
@@ -218,38 +231,47 @@ impl DiskSession {
         if unflushed == 0 {
             return Ok(());
         }
-        let flush = disk_request::Kind::Flush(DiskFlush {});
-        let sent = self.send_all(vec![Step { request: flush, learned: Learned::Nothing, change: None }]).await?;
-        acknowledged(sent).await?;
+        let done = self.send(Step { action: Action::Flush, learned: Learned::Nothing, number: None }).await?;
+        done.await.map_err(|_| ended())??;
         // What came meanwhile is left for the next flush.
         self.unflushed.fetch_sub(unflushed, Ordering::AcqRel);
         Ok(())
     }
 
-    /// Sends in this order; what comes back ends when all is acknowledged.
-    pub(super) async fn send_all(&self, planned: Planned) -> io::Result<Sent> {
-        let mut waiting = Vec::with_capacity(planned.len());
-        for step in planned {
-            if step.change.is_some() {
-                self.unflushed.fetch_add(1, Ordering::AcqRel);
-            }
-            let (done, acknowledged) = oneshot::channel();
-            self.orders.send(Order { step, done }).await.map_err(|_| ended())?;
-            waiting.push(acknowledged);
+    /// Puts a step into the queue; what comes back ends when it is acknowledged.
+    async fn send(&self, Step { action, learned, number }: Step) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+        let units = action.bytes().div_ceil(BLOCK_BYTES).max(1) as u32;
+        let room = self.room.clone().acquire_many_owned(units).await.map_err(|_| ended())?;
+        if !matches!(action, Action::Flush) {
+            self.unflushed.fetch_add(1, Ordering::AcqRel);
         }
-        Ok(waiting)
+        let (done, acknowledged) = oneshot::channel();
+        let packed = spawn_blocking(move || pack(action));
+        let order = Order { packed, pending: Pending { learned, number, done, _room: room } };
+        self.orders.send(order).await.map_err(|_| ended())?;
+        Ok(acknowledged)
     }
 }
 
-/// What was sent and is not acknowledged yet.
-pub(super) type Sent = Vec<oneshot::Receiver<io::Result<()>>>;
-
-/// Waits until all of it is acknowledged.
-pub(super) async fn acknowledged(sent: Sent) -> io::Result<()> {
-    for one in sent {
-        one.await.map_err(|_| ended())??;
-    }
-    Ok(())
+/// Makes a request of a step.
+fn pack(action: Action) -> io::Result<Packed> {
+    let (request, change) = match action {
+        Action::Write { offset, data } => {
+            let zstd = zstd::bulk::compress(&data, COMPRESSION_LEVEL)?.into();
+            let request = DiskWrite { offset, raw_length: data.len() as u32, zstd };
+            (disk_request::Kind::Write(request), Some(Change::data(offset, &data)))
+        }
+        Action::Zero { offset, length } => {
+            (disk_request::Kind::Zero(DiskZero { offset, length }), Some(Change::zeros(offset, length)))
+        }
+        Action::Copy { offset, from_offset, data } => {
+            let digests = digests_of(offset, &data).iter().flat_map(|digest| digest.0).collect();
+            let request = DiskCopy { offset, from_offset, digests };
+            (disk_request::Kind::Copy(request), Some(Change::data(offset, &data)))
+        }
+        Action::Flush => (disk_request::Kind::Flush(DiskFlush {}), None),
+    };
+    Ok(Packed { request, change })
 }
 
 fn ended() -> io::Error {
@@ -315,11 +337,18 @@ async fn send_orders(
     sent: Arc<Mutex<Changes>>,
     cap: Arc<Cap>,
 ) {
-    while let Some(Order { step: Step { request, learned, change }, done }) = queue.recv().await {
+    while let Some(Order { packed, pending: waiting }) = queue.recv().await {
+        let Packed { request, change } = match packed.await.map_err(io::Error::other).and_then(|packed| packed) {
+            Ok(packed) => packed,
+            Err(error) => {
+                tracing::warn!(%error, "a change was not packed");
+                return;
+            }
+        };
         if let Some(change) = &change {
             sent.lock().unwrap_or_else(PoisonError::into_inner).add(change);
         }
-        if pending.send(Pending { learned, done }).await.is_err() {
+        if pending.send(waiting).await.is_err() {
             return;
         }
         let request = DiskRequest { kind: Some(request) };
@@ -334,17 +363,16 @@ async fn send_orders(
 async fn receive_replies(
     mut acknowledged: mpsc::Receiver<Pending>,
     mut reader: MessageReader,
-    disk: u16,
-    view: Arc<ReplicaView>,
+    learner: Learner,
     failure: Arc<Mutex<Option<String>>>,
 ) {
-    let reason = loop {
+    let (reason, refused) = loop {
         // None: the session was dropped, and nobody waits any more.
-        let Some(Pending { learned, done }) = acknowledged.recv().await else { return };
+        let Some(Pending { learned, number, done, _room }) = acknowledged.recv().await else { return };
         let reply: Result<DiskReply, _> = reader.receive_within(ANSWER_LIMIT).await;
         let reason = match reply {
             Ok(DiskReply { kind: Some(disk_reply::Kind::Done(answer)) }) => {
-                match learn(&view, disk, answer.version, &learned) {
+                match learner.learn(answer.version, number, &learned) {
                     Ok(()) => {
                         // Who asked may have given up; the view has learned all the same.
                         let _ = done.send(Ok(()));
@@ -353,199 +381,59 @@ async fn receive_replies(
                     Err(error) => crate::error::with_causes(&error),
                 }
             }
-            Ok(DiskReply { kind: Some(disk_reply::Kind::Failure(failure)) }) => failure.reason,
+            Ok(DiskReply { kind: Some(disk_reply::Kind::Failure(failure)) }) => {
+                if failure.not_held {
+                    learner.view.refute(learner.disk);
+                }
+                failure.reason
+            }
             Ok(_) => "the destination answered what was not asked".to_owned(),
             Err(error) => crate::error::with_causes(&error),
         };
-        break reason;
+        break (reason, done);
     };
-    tracing::warn!(disk, %reason, "disk stream ended");
-    view.distrust(disk);
+    tracing::warn!(disk = learner.disk, %reason, "disk stream ended");
+    learner.view.distrust(learner.disk);
     *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-    // All that waits finds its oneshot dropped.
+    // Only now all that waits finds its oneshot dropped, and can say why.
+    drop(refused);
 }
 
-fn learn(
-    view: &ReplicaView,
+/// Brings into the view what is acknowledged.
+struct Learner {
+    view: Arc<ReplicaView>,
     disk: u16,
-    version: u64,
-    learned: &Learned,
-) -> Result<(), pageport_teleport::index::IndexError> {
-    let state = ReplicaState { version, ..view.state(disk) };
-    let change = match learned {
-        Learned::Nothing => Confirmed::Nothing,
-        Learned::Zero { first_block, blocks } => Confirmed::Zero { first_block: *first_block, blocks: *blocks },
-        Learned::Digests { first_block, digests } => Confirmed::Digests { first_block: *first_block, digests },
-    };
-    view.confirm(disk, state, change)
+    in_flight: Arc<Mutex<InFlight>>,
 }
 
-pub(super) type Planned = Vec<Step>;
-
-/// What must be sent so that the replica holds `data` at `offset`. Blocks that are to change are forgotten in the view.
-fn plan_write(view: &ReplicaView, disk: u16, offset: u64, data: &[u8]) -> io::Result<Planned> {
-    let mut planned = Vec::new();
-    let head = ((BLOCK_BYTES - offset % BLOCK_BYTES) % BLOCK_BYTES).min(data.len() as u64) as usize;
-    let (head_data, rest) = data.split_at(head);
-    let (blocks, tail_data) = rest.as_chunks::<PAGE_SIZE>();
-    let first_block = (offset + head as u64) / BLOCK_BYTES;
-    plan_part_of_block(view, disk, offset, head_data, &mut planned)?;
-
-    let mut at = 0;
-    while at < blocks.len() {
-        let block = first_block + at as u64;
-        let digest = BlockDigest::of(&blocks[at]);
-        if view.holds(disk, block, &digest) {
-            at += 1;
-        } else if is_zero(&blocks[at]) {
-            let zeros = blocks[at..].iter().take_while(|page| is_zero(page)).count();
-            planned.extend(plan_zero(view, disk, block * BLOCK_BYTES, zeros as u64 * BLOCK_BYTES)?);
-            at += zeros;
-        } else {
-            let mut digests = vec![digest];
-            for (next, page) in (block + 1..).zip(&blocks[at + 1..]) {
-                let digest = BlockDigest::of(page);
-                let ends = digests.len() * PAGE_SIZE == MAX_WRITE_BYTES || is_zero(page);
-                if ends || view.holds(disk, next, &digest) {
-                    break;
+impl Learner {
+    /// A request is done.
+    fn learn(
+        &self,
+        version: u64,
+        number: Option<Number>,
+        learned: &Learned,
+    ) -> Result<(), pageport_teleport::index::IndexError> {
+        let Self { view, disk, in_flight } = self;
+        let state = ReplicaState { version, ..view.state(*disk) };
+        // Held until the view has learned: what is planned meanwhile is forgotten after this.
+        let mut in_flight = in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        for part in number.map(|number| in_flight.end(number)).unwrap_or_default() {
+            let blocks = part.end - part.start;
+            let change = match learned {
+                Learned::Nothing => Confirmed::Nothing,
+                Learned::Zero => Confirmed::Zero { first_block: part.start, blocks },
+                Learned::Digests { first_block, digests } => {
+                    let skipped = (part.start - first_block) as usize;
+                    let digests = digests.get(skipped..skipped + blocks as usize).unwrap_or_default();
+                    Confirmed::Digests { first_block: part.start, digests }
                 }
-                digests.push(digest);
-            }
-            let run = blocks[at..at + digests.len()].as_flattened();
-            at += digests.len();
-            view.forget_blocks(disk, block, digests.len() as u64).map_err(io::Error::other)?;
-            planned.push(write_step(block * BLOCK_BYTES, run, Learned::Digests { first_block: block, digests })?);
+            };
+            view.confirm(*disk, state, change)?;
         }
+        view.confirm(*disk, state, Confirmed::Nothing)
     }
-    plan_part_of_block(view, disk, (first_block + blocks.len() as u64) * BLOCK_BYTES, tail_data, &mut planned)?;
-    Ok(planned)
-}
-
-/// A part of a block is always sent; of the block as a whole nothing is known afterwards.
-fn plan_part_of_block(
-    view: &ReplicaView,
-    disk: u16,
-    offset: u64,
-    data: &[u8],
-    planned: &mut Planned,
-) -> io::Result<()> {
-    if !data.is_empty() {
-        view.forget_blocks(disk, offset / BLOCK_BYTES, 1).map_err(io::Error::other)?;
-        planned.push(write_step(offset, data, Learned::Nothing)?);
-    }
-    Ok(())
-}
-
-fn write_step(offset: u64, data: &[u8], learned: Learned) -> io::Result<Step> {
-    let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL)?.into();
-    let request = disk_request::Kind::Write(DiskWrite { offset, raw_length: data.len() as u32, zstd });
-    Ok(Step { request, learned, change: Some(Change::data(offset, data)) })
-}
-
-fn plan_zero(view: &ReplicaView, disk: u16, offset: u64, length: u64) -> io::Result<Planned> {
-    let mut planned = Vec::new();
-    let end = offset + length;
-    let first_whole = offset.div_ceil(BLOCK_BYTES);
-    let end_whole = (end / BLOCK_BYTES).max(first_whole);
-    let head_end = end.min(first_whole * BLOCK_BYTES);
-    let zeros = [0; PAGE_SIZE];
-    plan_part_of_block(view, disk, offset, &zeros[..(head_end - offset) as usize], &mut planned)?;
-    let mut block = first_whole;
-    while block < end_whole {
-        if view.holds_zeros(disk, block, 1) {
-            block += 1;
-            continue;
-        }
-        let run = (block..end_whole).take_while(|block| !view.holds_zeros(disk, *block, 1)).count() as u64;
-        view.forget_blocks(disk, block, run).map_err(io::Error::other)?;
-        let (offset, length) = (block * BLOCK_BYTES, run * BLOCK_BYTES);
-        planned.push(Step {
-            request: disk_request::Kind::Zero(DiskZero { offset, length }),
-            learned: Learned::Zero { first_block: block, blocks: run },
-            change: Some(Change::zeros(offset, length)),
-        });
-        block += run;
-    }
-    let tail_start = end_whole * BLOCK_BYTES;
-    if end > tail_start && tail_start >= offset {
-        plan_part_of_block(view, disk, tail_start, &zeros[..(end - tail_start) as usize], &mut planned)?;
-    }
-    Ok(planned)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DISK: u16 = 0;
-
-    fn view_of(blocks: u64) -> ReplicaView {
-        let view = ReplicaView::default();
-        view.start_over(DISK, "root", blocks * BLOCK_BYTES).unwrap();
-        view
-    }
-
-    fn acknowledge(view: &ReplicaView, planned: &Planned) {
-        for step in planned {
-            learn(view, DISK, 1, &step.learned).unwrap();
-        }
-    }
-
-    /// Carries requests out on a plain buffer, as the destination would.
-    fn apply(planned: &Planned, replica: &mut [u8]) {
-        for step in planned {
-            match &step.request {
-                disk_request::Kind::Write(write) => {
-                    let data = zstd::bulk::decompress(&write.zstd, write.raw_length as usize).unwrap();
-                    replica[write.offset as usize..][..data.len()].copy_from_slice(&data);
-                }
-                disk_request::Kind::Zero(zero) => replica[zero.offset as usize..][..zero.length as usize].fill(0),
-                disk_request::Kind::Flush(_) => {}
-            }
-        }
-    }
-
-    #[test]
-    fn what_the_replica_holds_is_not_sent_again() {
-        let view = view_of(8);
-        let data: Vec<u8> = (0..4 * PAGE_SIZE).map(|at| (at / PAGE_SIZE) as u8).collect();
-        let first = plan_write(&view, DISK, BLOCK_BYTES, &data).unwrap();
-        assert_eq!(first.len(), 1, "block 0 of the data is zero and held; the other three are one write");
-        acknowledge(&view, &first);
-        assert!(plan_write(&view, DISK, BLOCK_BYTES, &data).unwrap().is_empty());
-        assert_eq!(plan_zero(&view, DISK, 0, 8 * BLOCK_BYTES).unwrap().len(), 1);
-    }
-
-    #[test]
-    fn an_unacknowledged_write_is_sent_again() {
-        let view = view_of(2);
-        let data = [1; PAGE_SIZE];
-        plan_write(&view, DISK, 0, &data).unwrap();
-        assert_eq!(plan_write(&view, DISK, 0, &data).unwrap().len(), 1);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn any_sequence_of_writes_leaves_the_replica_equal_to_the_disk(
-            steps in proptest::collection::vec((0u64..16 * BLOCK_BYTES, 0usize..3 * PAGE_SIZE, 0u8..4, proptest::bool::ANY), 1..40)
-        ) {
-            let size = 16 * BLOCK_BYTES;
-            let view = view_of(16);
-            let (mut disk, mut replica) = (vec![0; size as usize], vec![0; size as usize]);
-            for (offset, length, fill, aligned) in steps {
-                let offset = if aligned { offset - offset % BLOCK_BYTES } else { offset };
-                let length = length.min((size - offset) as usize);
-                let planned = if fill == 3 {
-                    disk[offset as usize..][..length].fill(0);
-                    plan_zero(&view, DISK, offset, length as u64).unwrap()
-                } else {
-                    disk[offset as usize..][..length].fill(fill);
-                    plan_write(&view, DISK, offset, &vec![fill; length]).unwrap()
-                };
-                apply(&planned, &mut replica);
-                acknowledge(&view, &planned);
-            }
-            proptest::prop_assert!(disk == replica);
-        }
-    }
-}
+mod tests;

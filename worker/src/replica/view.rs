@@ -104,9 +104,19 @@ impl ReplicaView {
         self.write().set_state(disk, ReplicaState::default());
     }
 
+    /// The peer does not hold what the view says: whatever becomes of the attempt, the next session asks for everything.
+    pub fn refute(&self, disk: u16) {
+        self.write().give_up(disk);
+    }
+
     /// Whether the peer surely holds this digest at this block.
     pub fn holds(&self, disk: u16, block: u64, digest: &BlockDigest) -> bool {
         self.read().seen().holds(BlockRef { disk, block }, digest)
+    }
+
+    /// A block of this disk in which the peer surely holds this digest, if one is known.
+    pub fn elsewhere(&self, disk: u16, digest: &BlockDigest) -> Option<u64> {
+        self.read().seen().find(digest).filter(|found| found.disk == disk).map(|found| found.block)
     }
 
     /// Whether the peer surely holds zeros in all these blocks.

@@ -59,6 +59,9 @@ pub enum FrozenCopyError {
         /// What is to be left.
         reserve_bytes: u64,
     },
+    /// What was copied did not reach the destination.
+    #[error("bring what was copied to the destination")]
+    Sessions(#[source] std::io::Error),
     /// Nothing moved.
     #[error("the copy did not get on for {} s", limit.as_secs())]
     Stalled {

@@ -171,9 +171,19 @@ impl MovingDisks {
                 });
             })
             .await?;
+            // The copy has handed all over; now it is there.
+            self.copies.flush().await?;
         }
         self.release_last().await?;
         Ok(self.copies.wait_ready(limit, progress).await?)
+    }
+
+    /// What the mirrors have not copied yet, or the peer has not acknowledged, in bytes.
+    ///
+    /// # Errors
+    /// A mirror ended.
+    pub async fn lag_bytes(&self) -> Result<u64, CopyError> {
+        self.copies.lag_bytes().await
     }
 
     /// Once ready and with the guest stopped: the last writes, on stable storage.

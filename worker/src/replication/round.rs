@@ -26,6 +26,7 @@ use crate::hypervisor::freeze::Outcome;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::BlockTarget;
 use crate::node::Node;
+use crate::replica::CopiesFrom;
 use crate::replica::copy::{CopyError, hello};
 use crate::replica::points::ChangeDigest;
 use crate::replica::session::{DiskSession, SessionError};
@@ -145,7 +146,8 @@ impl Round<'_> {
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
         let lineage = control.begin(begin).await?;
         let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker).await;
-        let streams = self.open_streams(connection, hellos, &view).await?;
+        let copies = if plan.in_place { CopiesFrom::Now } else { CopiesFrom::Before };
+        let streams = self.open_streams(connection, hellos, &view, copies).await?;
         let attempt = (!plan.in_place).then(|| tokio::task::block_in_place(|| view.begin_attempt()));
         let next = Mark { worker: self.order.peer_worker.clone(), lineage, point: plan.number }.to_string();
         let copied = self.copy(connection, &plan, &next, &streams, interrupt, progress).await;
@@ -195,7 +197,12 @@ impl Round<'_> {
             let tell = |Copied { done_bytes, total_bytes }| {
                 progress(Progress { full, done_bytes, total_bytes, wan_bytes: connection.sent_bytes() });
             };
-            frozen.wait(throttle.clone(), tell).await
+            frozen.wait(throttle.clone(), tell).await?;
+            // The copy has handed all over; now it is there.
+            for stream in streams {
+                stream.session.flush().await.map_err(FrozenCopyError::Sessions)?;
+            }
+            Ok(())
         };
         let copied = tokio::select! {
             biased;
@@ -231,13 +238,14 @@ impl Round<'_> {
         connection: &PeerConnection,
         hellos: Vec<DiskHello>,
         view: &Arc<ReplicaView>,
+        copies: CopiesFrom,
     ) -> Result<Vec<DiskStream>, RoundError> {
         let mut streams = vec![];
         for (number, hello) in (0u16..).zip(hellos) {
             let name = hello.disk.clone();
             let traceparent = telemetry::traceparent_of(&tracing::Span::current());
             let cap = self.node.caps.towards(&self.order.to_site);
-            let opened = DiskSession::open(connection, number, hello, traceparent, view.clone(), cap).await?;
+            let opened = DiskSession::open(connection, number, hello, traceparent, view.clone(), copies, cap).await?;
             streams.push(DiskStream { name, session: Arc::new(opened) });
         }
         Ok(streams)

@@ -27,7 +27,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::node::Node;
 use crate::replica::groups::Points;
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
-use crate::replica::serve::{DiskTarget, ServeError, decompress};
+use crate::replica::serve::{DiskChange, DiskTarget, ServeError, change_in_place};
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replica::view::ReplicaState;
 use crate::transport::{MessageError, MessageReader, MessageWriter};
@@ -131,28 +131,20 @@ impl DiskTarget for SessionDisk {
         }
     }
 
-    fn write(&self, offset: u64, raw_length: u32, zstd: &[u8]) -> Result<(), ServeError> {
+    fn change(&self, changes: Vec<DiskChange>) -> Result<(), ServeError> {
+        if changes.is_empty() {
+            return Ok(());
+        }
         match &*self.session.target() {
             Target::Nowhere => Err(NOWHERE),
             Target::InPlace { .. } => {
-                let data = decompress(raw_length, zstd)?;
-                self.in_place(|replica| replica.write(offset, &data))
+                changes.into_iter().try_for_each(|change| change_in_place(self.replica(), change))
             }
-            Target::Journal(journal) => Ok(journal.write(self.name(), offset, raw_length, zstd)?),
+            Target::Journal(journal) => changes.iter().try_for_each(|change| self.keep(journal, change)),
             Target::Layer => {
-                let data = decompress(raw_length, zstd)?;
-                Ok(self.session.points.change(&[LayerChange::Write { disk: self.name(), offset, data: &data }])?)
-            }
-        }
-    }
-
-    fn zero(&self, offset: u64, length: u64) -> Result<(), ServeError> {
-        match &*self.session.target() {
-            Target::Nowhere => Err(NOWHERE),
-            Target::InPlace { .. } => self.in_place(|replica| replica.zero(offset, length)),
-            Target::Journal(journal) => Ok(journal.zero(self.name(), offset, length)?),
-            Target::Layer => {
-                Ok(self.session.points.change(&[LayerChange::Zero { disk: self.name(), offset, length }])?)
+                let changes: Vec<_> = changes.into_iter().map(DiskChange::unpacked).collect::<Result<_, _>>()?;
+                let changes: Vec<_> = changes.iter().filter_map(|change| self.in_layer(change)).collect();
+                Ok(self.session.points.change(&changes)?)
             }
         }
     }
@@ -161,11 +153,15 @@ impl DiskTarget for SessionDisk {
         match &*self.session.target() {
             // What is journalled is on stable storage once it is committed.
             Target::Nowhere | Target::Journal(_) => Ok(()),
-            Target::InPlace { .. } | Target::Layer => self.in_place(ReplicaDisk::flush),
+            Target::InPlace { .. } | Target::Layer => {
+                self.replica().flush().map(drop).map_err(|source| self.failed(source))
+            }
         }
     }
 }
 
+/// Of what is journalled here and did not come compressed.
+const COMPRESSION_LEVEL: i32 = 1;
 const NOWHERE: ServeError = ServeError::Hostile { what: "a change that belongs to nothing" };
 
 impl SessionDisk {
@@ -173,9 +169,32 @@ impl SessionDisk {
         &self.session.disks[self.number].0
     }
 
-    fn in_place(&self, change: impl FnOnce(&ReplicaDisk) -> io::Result<u64>) -> Result<(), ServeError> {
-        let replica = self.replica();
-        change(replica).map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+    /// Into the journal; what came packed is kept as it came.
+    fn keep(&self, journal: &JournalWriter, change: &DiskChange) -> Result<(), ServeError> {
+        match change {
+            DiskChange::Packed { offset, raw_length, zstd } => {
+                Ok(journal.write(self.name(), *offset, *raw_length, zstd)?)
+            }
+            DiskChange::Data { offset, data } => {
+                let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL).map_err(|source| self.failed(source))?;
+                Ok(journal.write(self.name(), *offset, data.len() as u32, &zstd)?)
+            }
+            DiskChange::Zero { offset, length } => Ok(journal.zero(self.name(), *offset, *length)?),
+        }
+    }
+
+    /// As the layer takes it; [`None`]: it is still packed.
+    fn in_layer<'a>(&'a self, change: &'a DiskChange) -> Option<LayerChange<'a>> {
+        let disk = self.name();
+        match change {
+            DiskChange::Packed { .. } => None,
+            DiskChange::Data { offset, data } => Some(LayerChange::Write { disk, offset: *offset, data }),
+            DiskChange::Zero { offset, length } => Some(LayerChange::Zero { disk, offset: *offset, length: *length }),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> ServeError {
+        ServeError::Disk { disk: self.replica().to_string(), source }
     }
 }
 
@@ -274,7 +293,7 @@ pub async fn serve(node: Arc<Node>, hello: ReplicationHello, mut reader: Message
         let reason = crate::error::with_causes(&error);
         tracing::warn!(reason, "replication session ended early");
         // The peer may be the reason why the stream ended; then there is nobody to tell.
-        let _ = say(&mut writer, replication_reply::Kind::Failure(DiskFailure { reason })).await;
+        let _ = say(&mut writer, replication_reply::Kind::Failure(DiskFailure { reason, not_held: false })).await;
     }
     node.changed.notify_one();
 }

@@ -17,7 +17,7 @@ pub use endpoint::{PeerConnection, PeerEndpoint, TransportError};
 pub use message::{MessageError, MessageReader, MessageWriter};
 
 /// Version of the messages between workers that this build speaks and accepts.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Stream priorities of the memory connection; quinn sends the highest first.
 pub mod priority {

@@ -58,6 +58,9 @@ pub fn migration(migration: &Migration) -> String {
         }
         _ => parts.push(format!("{} so far", units::duration(progress.elapsed_ms))),
     }
+    if !progress.waits_for.is_empty() && !has_ended(migration) {
+        parts.push(format!("switchover waits for {}", progress.waits_for));
+    }
     if !migration.reason.is_empty() {
         parts.push(migration.reason.clone());
     }
@@ -203,6 +206,17 @@ mod tests {
              will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s  1.02 GiB of 1.96 GiB  \
              35.2 MiB sent at 142 Mbit/s  zero 210 MiB, teleported 790 MiB, literal 20.0 MiB, fallback 4.00 KiB"
         );
+    }
+
+    #[test]
+    fn what_the_switchover_waits_for_is_said_until_the_migration_has_ended() {
+        let waits_for = "the disks: 2.0 MB of the guest's writes to copy".to_owned();
+        let mut migrating = running(MigrationProgress { waits_for, ..memory() });
+        assert!(
+            migration(&migrating).ends_with("switchover waits for the disks: 2.0 MB of the guest's writes to copy")
+        );
+        migrating.ended_unix_ms = 1;
+        assert!(!migration(&migrating).contains("waits for"));
     }
 
     #[test]

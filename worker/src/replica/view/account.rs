@@ -255,7 +255,8 @@ impl Account {
         }
     }
 
-    fn give_up(&mut self, disk: u16) {
+    /// Nothing is known of a disk any more, whatever becomes of an attempt under way: only digests from the peer make it known again.
+    pub(super) fn give_up(&mut self, disk: u16) {
         let blocks = self.index.blocks(disk).unwrap_or(0);
         if let Err(error) = self.index.add_disk_in(disk, blocks, Digests::heap(blocks)) {
             tracing::warn!(disk, %error, "nothing can be known of the replica");
