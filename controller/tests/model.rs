@@ -49,7 +49,7 @@ fn client_order() -> impl Strategy<Value = ClientOrder> {
             vm: vm(number),
             site: site(index),
             worker: worker(index),
-            terms: Terms { rpo_ms: 30_000, keep_points: 1 + u32::from(move_number) },
+            terms: Terms { rpo_ms: 30_000, keep_points: 1 + u32::from(move_number), quiesce: false },
         },
         7 if move_number == 0 => ClientOrder::Unprotect { vm: vm(number), site: site(index) },
         8 if move_number == 0 => {

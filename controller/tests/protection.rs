@@ -18,7 +18,7 @@ use pageport_proto::v1;
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
-const TERMS: Terms = Terms { rpo_ms: 30_000, keep_points: 10 };
+const TERMS: Terms = Terms { rpo_ms: 30_000, keep_points: 10, quiesce: false };
 
 fn site(name: &str) -> SiteName {
     name.parse().unwrap()
@@ -181,10 +181,11 @@ fn terms_are_validated_at_the_edge_and_what_is_left_out_gets_its_default() {
     assert_eq!(terms(0, 0), Ok(TERMS));
     assert_eq!(terms(5_000, 1).map(|terms| (terms.rpo_ms, terms.keep_points)), Ok((5_000, 1)));
     assert!(terms(86_400_000, 256).is_ok());
-    assert_eq!(
-        Terms::try_from(v1::Protection { quiesce: true, ..v1::Protection::default() }),
-        Err(TermsError::Quiesce)
-    );
+    let quiesced = v1::Protection { quiesce: true, ..v1::Protection::default() };
+    assert_eq!(Terms::try_from(quiesced), Ok(Terms { quiesce: true, ..TERMS }));
+    assert!(v1::Protection::from(Terms { quiesce: true, ..TERMS }).quiesce);
+    let before = serde_json::json!({ "rpo_ms": 30_000, "keep_points": 10 });
+    assert_eq!(serde_json::from_value::<Terms>(before).unwrap(), TERMS, "an order of an earlier version");
     for rpo_ms in [4_999, 86_400_001] {
         assert_eq!(terms(rpo_ms, 1), Err(TermsError::Rpo { rpo_ms }));
     }

@@ -53,6 +53,9 @@ async fn orders_carry_their_terms_and_are_confirmed_in_words() {
     let asked = fake.script().protected[0].clone();
     let terms = v1::Protection { rpo_ms: 60_000, keep_points: 24, quiesce: false };
     assert_eq!((asked.protection, asked.to_site.as_str()), (Some(terms), "b"));
+    let done = run(&authority, &at, &["protect", "web", "--to", "b", "--quiesce"]).await.succeeded();
+    assert!(done.stdout.contains("quiesced where the guest's agent answers"), "{}", done.stdout);
+    assert!(fake.script().protected[1].protection.is_some_and(|terms| terms.quiesce));
     let done = run(&authority, &at, &["unprotect", "web", "--site", "b"]).await.succeeded();
     assert_eq!(done.stdout, "web is no longer protected at b; its replica there stays as it is\n");
     let refused = run(&authority, &at, &["unprotect", "web", "--site", "c"]).await;

@@ -40,6 +40,9 @@ pub struct Terms {
     pub rpo_ms: u64,
     /// Recovery points that are kept, the newest included.
     pub keep_points: u32,
+    /// Points are taken with the guest's file systems at rest, where its agent can do that.
+    #[serde(default)]
+    pub quiesce: bool,
 }
 
 /// What was asked for, and the number of the order.
@@ -75,9 +78,6 @@ pub enum TermsError {
         /// What was asked for.
         keep_points: u32,
     },
-    /// Points of file systems at rest.
-    #[error("no worker of this version can bring a guest's file systems to rest: ask for points without that")]
-    Quiesce,
     /// The cap.
     #[error("a link cannot be capped at {cap_bps} bit/s: give at least 100 kbit/s, or 0 for no cap")]
     Cap {
@@ -92,9 +92,6 @@ impl TryFrom<v1::Protection> for Terms {
     /// What is zero gets its default.
     fn try_from(asked: v1::Protection) -> Result<Self, TermsError> {
         let v1::Protection { rpo_ms, keep_points, quiesce } = asked;
-        if quiesce {
-            return Err(TermsError::Quiesce);
-        }
         let rpo_ms = if rpo_ms == 0 { DEFAULT_RPO_MS } else { rpo_ms };
         let keep_points = if keep_points == 0 { DEFAULT_KEEP_POINTS } else { keep_points };
         if !RPO_MS.contains(&rpo_ms) {
@@ -103,14 +100,14 @@ impl TryFrom<v1::Protection> for Terms {
         if !KEEP_POINTS.contains(&keep_points) {
             return Err(TermsError::KeepPoints { keep_points });
         }
-        Ok(Self { rpo_ms, keep_points })
+        Ok(Self { rpo_ms, keep_points, quiesce })
     }
 }
 
 impl From<Terms> for v1::Protection {
     fn from(terms: Terms) -> Self {
-        let Terms { rpo_ms, keep_points } = terms;
-        Self { rpo_ms, keep_points, quiesce: false }
+        let Terms { rpo_ms, keep_points, quiesce } = terms;
+        Self { rpo_ms, keep_points, quiesce }
     }
 }
 

@@ -16,6 +16,11 @@ test("a protected replica shows its lag against the target and the worst it has 
   expect(protectionLook(worst)).toEqual({ word: "up to date", tone: "good" });
 });
 
+test("points that are not quiesced as ordered have a reason", () => {
+  const facts = protectionFacts(replica({ quiesceProblem: "no guest agent answers" }));
+  expect(facts).toBe("point 41, 12.3 s behind, target 30.0 s; quiescing: no guest agent answers");
+});
+
 test("a missed target is what the badge says, whatever the phase", () => {
   for (const phase of [ReplicationPhase.IDLE, ReplicationPhase.WAITING, ReplicationPhase.INCREMENT]) {
     expect(protectionLook(replica({ phase, rpoMissed: true }))).toEqual({ word: "target missed", tone: "bad" });

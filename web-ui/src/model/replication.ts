@@ -22,7 +22,7 @@ export function protectionLook(replica: Replica): Look | undefined {
   return PHASE[phase] ?? PHASE[ReplicationPhase.UNSPECIFIED];
 }
 
-/** Lag against the target, and the worst it has been; empty for a replica that is left as it is. */
+/** Lag against the target, the worst it has been, and why points are not quiesced as ordered; empty for a replica that is left as it is. */
 export function protectionFacts(replica: Replica): string {
   const { protection, replication } = replica;
   if (protection === undefined) return "";
@@ -33,5 +33,6 @@ export function protectionFacts(replica: Replica): string {
     return `no recovery point yet, ${copied}${target}`;
   }
   const worst = replication.windowMs === 0n ? "" : `, worst ${duration(replication.worstRpoMs)} in ${duration(replication.windowMs)}`;
-  return `point ${replication.newest.number}, ${duration(replication.lagMs)} behind, ${target}${worst}`;
+  const quiescing = replication.quiesceProblem === "" ? "" : `; quiescing: ${replication.quiesceProblem}`;
+  return `point ${replication.newest.number}, ${duration(replication.lagMs)} behind, ${target}${worst}${quiescing}`;
 }

@@ -16,6 +16,7 @@
 //! - The images are opened through the host's page cache: at the destination the worker has written the replica through
 //!   the same cache, and QEMU flushes and lets go of its image before the other side may run.
 //! - The balloon is there for its free-page hints; those need an iothread.
+//! - Every VM has a port for a guest agent, so that one that is installed later is found.
 //! - QEMU may not start programs or change its privileges (seccomp).
 
 use std::collections::BTreeMap;
@@ -41,6 +42,8 @@ pub const MAX_NICS: usize = 8;
 /// Longest disk name.
 pub const MAX_DISK_NAME_BYTES: usize = 20;
 const BALLOON_SLOT: usize = 2;
+/// The guest agent's port; its controller is there whether the guest has an agent or not.
+const AGENT_SLOT: usize = 3;
 const FIRST_DISK_SLOT: usize = 4;
 const FIRST_NIC_SLOT: usize = 16;
 /// Virtio's limit for serial numbers.
@@ -206,6 +209,9 @@ pub fn arguments(
     option("-object", "iothread,id=balloon-io".into());
     let balloon = format!("virtio-balloon-pci,id=balloon,free-page-hint=on,iothread=balloon-io,addr={BALLOON_SLOT:#x}");
     option("-device", balloon);
+    option("-chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent())));
+    option("-device", format!("virtio-serial-pci,id=ports,max_ports=2,addr={AGENT_SLOT:#x}"));
+    option("-device", "virtserialport,id=agent-port,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0".into());
     for (index, disk) in spec.disks.iter().enumerate() {
         let name = &disk.name;
         let image = launch.disk_path(name, &disk.path);
@@ -291,6 +297,8 @@ mod tests {
             values(&argv, "-device"),
             [
                 "virtio-balloon-pci,id=balloon,free-page-hint=on,iothread=balloon-io,addr=0x2",
+                "virtio-serial-pci,id=ports,max_ports=2,addr=0x3",
+                "virtserialport,id=agent-port,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0",
                 "virtio-blk-pci,id=blk-root,drive=top-root,serial=root,addr=0x4,bootindex=1",
                 "virtio-blk-pci,id=blk-data,drive=top-data,serial=data,addr=0x5,bootindex=2",
                 "virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:12:34:56,romfile=,addr=0x10",

@@ -10,6 +10,7 @@
 //!   block          nodes and block jobs                    bitmap    what the guest has written since a moment
 //!   mirror         a disk copied to an NBD server          freeze    all disks as they were at one moment, copied likewise
 //!   migrate        the two ends of a live migration        console   the serial port, for many viewers
+//!   guest_agent    the guest's file systems at rest for a moment
 //!   stats          counts of the guest's writes
 //! ```
 //!
@@ -24,6 +25,7 @@ pub mod console;
 mod error;
 pub mod event;
 pub mod freeze;
+pub mod guest_agent;
 pub mod keeper;
 pub mod migrate;
 pub mod mirror;
@@ -41,7 +43,7 @@ pub use command_line::{Launch, SpecError, StartMode, check_spec};
 pub use console::Console;
 pub use error::HypervisorError;
 pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
-pub use freeze::{CopyHandle, CopyProgress, CopyTarget, FreezeDisk, Frozen, Outcome};
+pub use freeze::{Consistency, CopyHandle, CopyProgress, CopyTarget, FreezeDisk, Frozen, Outcome};
 pub use mirror::{MirrorHandle, MirrorSync};
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;

@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | `qmp.sock` | QEMU | the worker's control connection; takes one client at a time |
 //! | `console.sock` | QEMU | the guest's serial port |
+//! | `agent.sock` | QEMU | the guest agent's port, if the guest has an agent; takes one client at a time |
+//! | `frozen` | the worker | the guest's file systems may be frozen: whoever adopts the VM thaws them |
 //! | `incoming.sock` | QEMU | the migration stream at the destination |
 //! | `outgoing.sock` | the worker | the migration stream at the source |
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
@@ -48,6 +50,16 @@ impl VmPaths {
     /// The serial port's socket.
     pub fn console(&self) -> PathBuf {
         self.dir.join("console.sock")
+    }
+
+    /// The guest agent's port.
+    pub fn agent(&self) -> PathBuf {
+        self.dir.join("agent.sock")
+    }
+
+    /// There while the guest's file systems may be frozen.
+    pub fn frozen(&self) -> PathBuf {
+        self.dir.join("frozen")
     }
 
     /// Where a destination QEMU listens for the migration stream.

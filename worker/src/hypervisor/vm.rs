@@ -123,6 +123,7 @@ struct Inner {
     keeper: Arc<Process>,
     lease: Mutex<()>,
     frozen: Arc<tokio::sync::Mutex<()>>,
+    agent: Arc<tokio::sync::Mutex<()>>,
     graph: Arc<tokio::sync::Mutex<()>>,
     qmp: Qmp,
     end_ordered: Arc<AtomicBool>,
@@ -193,7 +194,7 @@ impl Vm {
         }
     }
 
-    /// Takes over a QEMU that an earlier worker started.
+    /// Takes over a QEMU that an earlier worker started. A guest that it left with frozen file systems is thawed.
     pub async fn adopt(runtime_dir: &Path, vm: VmId) -> Result<Self, HypervisorError> {
         let paths = VmPaths::new(runtime_dir, vm);
         let Some(process) = keeper::settle(vm, &paths).await? else { return Err(HypervisorError::NotRunning { vm }) };
@@ -208,7 +209,9 @@ impl Vm {
         };
         let connection = Qmp::connect(&paths.qmp(), ADOPT_DEADLINE).await?;
         tracing::info!(vm_id = %vm, pid = process.pid(), keeper = keeper.pid(), "QEMU adopted");
-        Ok(Self::watched(vm, paths, (process, keeper, connection), None))
+        let adopted = Self::watched(vm, paths, (process, keeper, connection), None);
+        super::guest_agent::thaw_what_is_left(&adopted);
+        Ok(adopted)
     }
 
     fn watched(
@@ -242,6 +245,7 @@ impl Vm {
             keeper,
             lease: Mutex::new(()),
             frozen: Arc::default(),
+            agent: Arc::default(),
             graph: Arc::default(),
             qmp,
             end_ordered,
@@ -332,6 +336,11 @@ impl Vm {
         Arc::clone(&self.inner.frozen).try_lock_owned().ok()
     }
 
+    /// Held by who talks to the guest's agent, which takes one client at a time; `None`: someone does.
+    pub(super) fn take_agent_turn(&self) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        Arc::clone(&self.inner.agent).try_lock_owned().ok()
+    }
+
     /// Held by who holds the block jobs while it changes the block graph.
     pub(super) async fn graph_turn(&self) -> tokio::sync::OwnedMutexGuard<()> {
         Arc::clone(&self.inner.graph).lock_owned().await
@@ -345,6 +354,11 @@ impl Vm {
     /// How QEMU ended, if it has.
     pub fn exited(&self) -> Option<ExitReport> {
         self.inner.exit.borrow().clone()
+    }
+
+    /// For who waits for QEMU's end without a handle on it.
+    pub(super) fn exit_watch(&self) -> watch::Receiver<Option<ExitReport>> {
+        self.inner.exit.clone()
     }
 
     /// Waits for QEMU's end.

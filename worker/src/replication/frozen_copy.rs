@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::hypervisor::freeze::{CopyHandle, CopyTarget, FreezeDisk, Frozen, Outcome};
+use crate::hypervisor::freeze::{Consistency, CopyHandle, CopyTarget, FreezeDisk, Frozen, Outcome};
+use crate::hypervisor::guest_agent::Quiescence;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{BlockTarget, ExportError, NbdServer};
 use crate::node::Node;
@@ -126,6 +127,7 @@ impl FrozenCopy {
         names: &[String],
         since: Option<&str>,
         next: &str,
+        consistency: Consistency,
     ) -> Result<Self, FrozenCopyError> {
         let limits = &node.config.replication;
         let bounds = Bounds {
@@ -136,8 +138,13 @@ impl FrozenCopy {
         bounds.check(0)?;
         let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: node.scratch(qemu.id(), name) };
         let disks: Vec<_> = names.iter().map(disk).collect();
-        let frozen = qemu.freeze(&disks, since, next).await?;
+        let frozen = qemu.freeze_with(&disks, since, next, consistency).await?;
         Ok(Self { qemu: qemu.clone(), frozen, disks: vec![], bounds })
+    }
+
+    /// Whether the guest's file systems were at rest at the moment; the second time nothing.
+    pub fn take_quiescence(&mut self) -> Quiescence {
+        self.frozen.take_quiescence()
     }
 
     /// A time at or just before the frozen moment.

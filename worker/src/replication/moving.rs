@@ -18,7 +18,7 @@ use super::control::{Control, ControlError};
 use super::frozen_copy::{FrozenCopy, FrozenCopyError};
 use super::mark::Mark;
 use super::plan::Plan;
-use crate::hypervisor::freeze::Outcome;
+use crate::hypervisor::freeze::{Consistency, Outcome};
 use crate::hypervisor::mirror::MirrorSync;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::node::Node;
@@ -146,7 +146,9 @@ impl MovingDisks {
         targets: Vec<(String, PointTarget)>,
     ) -> Result<(), MovingError> {
         let names: Vec<String> = targets.iter().map(|(name, _)| name.clone()).collect();
-        let last = self.last.insert(FrozenCopy::freeze(node, qemu, &names, Some(since), end).await?);
+        // No point: the guest itself moves, with whatever it had not written yet.
+        let frozen = FrozenCopy::freeze(node, qemu, &names, Some(since), end, Consistency::Crash).await?;
+        let last = self.last.insert(frozen);
         let targets = targets.into_iter().map(|(name, target)| (name, Arc::new(target))).collect();
         Ok(last.start(targets, None).await?)
     }

@@ -5,7 +5,7 @@
 //!                │                                        │           └─ failed ─▶ view rolled back, bitmaps merged back
 //!                └─ which bitmap goes on from the newest point?       └─ answer lost ─▶ both bitmaps stay complete
 //! ```
-//! Guarantees: no guest write waits for anything but local scratch; a round that fails leaves bitmaps from which the next one goes on, and
+//! Guarantees: no guest write waits for anything but local scratch and, where quiescing is ordered, the guest's own agent, a few seconds at most; a round that fails leaves bitmaps from which the next one goes on, and
 //! a view that says what the replica's newest point holds; scratch stays within its bound.
 
 use std::io;
@@ -15,14 +15,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use pageport_common::telemetry;
-use pageport_proto::v1::{BeginPoint, CommitPoint, DiskHello, RecoveryPoint, ReplicationAssignment, VmSpec};
+use pageport_proto::v1::{
+    BeginPoint, CommitPoint, DiskHello, Protection, RecoveryPoint, ReplicationAssignment, VmSpec,
+};
 
 use super::control::{Control, ControlError};
 use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
 use super::mark::Mark;
 use super::plan::Plan;
 use super::throttle::Throttle;
-use crate::hypervisor::freeze::Outcome;
+use crate::hypervisor::freeze::{Consistency, Outcome};
+use crate::hypervisor::guest_agent::NotQuiesced;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::BlockTarget;
 use crate::node::Node;
@@ -81,6 +84,8 @@ pub struct Taken {
     pub at: Instant,
     /// Bytes of the disks that changed with it.
     pub changed_bytes: u64,
+    /// The guest's file systems were at rest.
+    pub quiesced: bool,
     /// The bitmap of what the guest has written since.
     pub mark: String,
 }
@@ -96,6 +101,15 @@ pub struct Progress {
     pub total_bytes: u64,
     /// Sent by the transport in this round.
     pub wan_bytes: u64,
+}
+
+/// What a round tells while it goes on.
+#[derive(Debug)]
+pub enum News {
+    /// How far it is.
+    Progress(Progress),
+    /// The moment was taken; what an operator should know of the guest's file systems then.
+    Moment(Option<NotQuiesced>),
 }
 
 /// What a round needs.
@@ -118,17 +132,17 @@ struct DiskStream {
 }
 
 impl Round<'_> {
-    /// Takes one point. `interrupt` ends it early; `progress` is told how it goes.
+    /// Takes one point. `interrupt` ends it early; `tell` hears how it goes.
     ///
     /// # Errors
     /// [`RoundError`]; the next round goes on from what was there before.
     pub async fn take(
         &self,
         interrupt: impl Future<Output = ()>,
-        mut progress: impl FnMut(Progress),
+        mut tell: impl FnMut(News),
     ) -> Result<Taken, RoundError> {
         let connection = self.node.endpoint.connect(&self.order.peer_worker, &self.order.peer_address).await?;
-        let taken = self.over(&connection, interrupt, &mut progress).await;
+        let taken = self.over(&connection, interrupt, &mut tell).await;
         connection.close("replication round ended");
         taken
     }
@@ -137,7 +151,7 @@ impl Round<'_> {
         &self,
         connection: &PeerConnection,
         interrupt: impl Future<Output = ()>,
-        progress: &mut impl FnMut(Progress),
+        tell: &mut impl FnMut(News),
     ) -> Result<Taken, RoundError> {
         let session = rand::random::<u64>().max(1);
         let hellos = self.hellos(session)?;
@@ -150,7 +164,7 @@ impl Round<'_> {
         let streams = self.open_streams(connection, hellos, &view, copies).await?;
         let attempt = (!plan.in_place).then(|| tokio::task::block_in_place(|| view.begin_attempt()));
         let next = Mark { worker: self.order.peer_worker.clone(), lineage, point: plan.number }.to_string();
-        let copied = self.copy(connection, &plan, &next, &streams, interrupt, progress).await;
+        let copied = self.copy(connection, &plan, &next, &streams, interrupt, tell).await;
         let (outcome, committed, frozen) = match copied {
             Err((error, frozen)) => (Outcome::Failed, Err(error), frozen),
             Ok((taken, frozen)) => match control.commit(self.commit_of(&streams, &taken, plan.in_place)).await {
@@ -184,20 +198,24 @@ impl Round<'_> {
         next: &str,
         streams: &[DiskStream],
         interrupt: impl Future<Output = ()>,
-        progress: &mut impl FnMut(Progress),
+        tell: &mut impl FnMut(News),
     ) -> Result<(Taken, FrozenCopy), (RoundError, Option<FrozenCopy>)> {
         let full = plan.since.is_none();
         let throttle = if full { Some(self.throttle().await.map_err(|error| (error, None))?) } else { None };
         let at = Instant::now();
-        let frozen = FrozenCopy::freeze(self.node, self.qemu, &self.names(), plan.since.as_deref(), next).await;
+        let (names, since) = (self.names(), plan.since.as_deref());
+        let frozen = FrozenCopy::freeze(self.node, self.qemu, &names, since, next, self.consistency()).await;
         let mut frozen = frozen.map_err(|error| (error.into(), None))?;
+        let quiescence = frozen.take_quiescence();
+        tell(News::Moment(quiescence.problem));
         let copied = async {
             let sink = |stream: &DiskStream| (stream.name.clone(), Arc::new(PointSink(stream.session.clone())));
             frozen.start(streams.iter().map(sink).collect(), throttle.as_ref()).await?;
-            let tell = |Copied { done_bytes, total_bytes }| {
-                progress(Progress { full, done_bytes, total_bytes, wan_bytes: connection.sent_bytes() });
+            let progress = |Copied { done_bytes, total_bytes }| {
+                let wan_bytes = connection.sent_bytes();
+                tell(News::Progress(Progress { full, done_bytes, total_bytes, wan_bytes }));
             };
-            frozen.wait(throttle.clone(), tell).await?;
+            frozen.wait(throttle.clone(), progress).await?;
             // The copy has handed all over; now it is there.
             for stream in streams {
                 stream.session.flush().await.map_err(FrozenCopyError::Sessions)?;
@@ -217,9 +235,16 @@ impl Round<'_> {
             Ok(()) => {
                 let changed_bytes = streams.iter().map(|stream| stream.session.changed_bytes()).sum();
                 let taken_unix_ms = unix_ms(frozen.moment());
-                let taken = Taken { number: plan.number, taken_unix_ms, at, changed_bytes, mark: next.to_owned() };
-                Ok((taken, frozen))
+                let (number, quiesced, mark) = (plan.number, quiescence.quiesced, next.to_owned());
+                Ok((Taken { number, taken_unix_ms, at, changed_bytes, quiesced, mark }, frozen))
             }
+        }
+    }
+
+    fn consistency(&self) -> Consistency {
+        match self.order.protection {
+            Some(Protection { quiesce: true, .. }) => Consistency::FileSystems,
+            _ => Consistency::Crash,
         }
     }
 
@@ -259,13 +284,13 @@ impl Round<'_> {
     }
 
     fn commit_of(&self, streams: &[DiskStream], taken: &Taken, in_place: bool) -> CommitPoint {
-        let Taken { number, taken_unix_ms, changed_bytes, .. } = *taken;
+        let Taken { number, taken_unix_ms, changed_bytes, quiesced, .. } = *taken;
         let mut digest = ChangeDigest::default();
         for stream in streams {
             digest.join(stream.session.change_digest());
         }
         CommitPoint {
-            point: Some(RecoveryPoint { number, taken_unix_ms, changed_bytes, quiesced: false }),
+            point: Some(RecoveryPoint { number, taken_unix_ms, changed_bytes, quiesced }),
             digest: if in_place { Bytes::new() } else { digest.finish().to_vec().into() },
             keep_points: self.order.protection.as_ref().map_or(1, |it| it.keep_points),
         }

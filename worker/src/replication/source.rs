@@ -14,9 +14,10 @@ use pageport_proto::v1::{RecoveryPoint, ReplicationAssignment, ReplicationPhase,
 use tokio::sync::watch;
 
 use super::registry::Entry;
-use super::round::{Progress, Round, RoundError, Taken};
+use super::round::{News, Progress, Round, RoundError, Taken};
 use super::schedule::{Ages, Schedule};
 use crate::error::with_causes;
+use crate::hypervisor::guest_agent::NotQuiesced;
 use crate::node::Node;
 use crate::vms::ManagedVm;
 
@@ -129,7 +130,11 @@ impl Replication {
             }
         };
         let mut rate = Rate::default();
-        let taken = round.take(interrupt, |progress| self.tell_progress(progress, &mut rate)).await;
+        let tell = |news| match news {
+            News::Progress(progress) => self.tell_progress(progress, &mut rate),
+            News::Moment(problem) => self.tell_quiescence(problem),
+        };
+        let taken = round.take(interrupt, tell).await;
         match taken {
             Ok(taken) => self.committed(taken, wanted, began),
             Err(error) => self.failed(&error),
@@ -165,7 +170,7 @@ impl Replication {
             number: taken.number,
             taken_unix_ms: taken.taken_unix_ms,
             changed_bytes: taken.changed_bytes,
-            quiesced: false,
+            quiesced: taken.quiesced,
         };
         self.newest = Some(taken);
         self.tell(|status| {
@@ -190,6 +195,23 @@ impl Replication {
             status.phase = ReplicationPhase::Waiting.into();
             status.problem = reason;
             (status.rate_bps, status.eta_low_ms, status.eta_high_ms) = (0, 0, 0);
+        });
+    }
+
+    /// Points go on without file systems at rest; the log hears of it when it changes.
+    fn tell_quiescence(&self, problem: Option<NotQuiesced>) {
+        let now =
+            problem.as_ref().map(|problem| problem as &dyn std::error::Error).map(with_causes).unwrap_or_default();
+        self.tell(|status| {
+            if status.quiesce_problem == now {
+                return;
+            }
+            if now.is_empty() {
+                tracing::info!(vm_id = %self.vm.id(), "what kept recovery points from being quiesced is over");
+            } else {
+                tracing::warn!(vm_id = %self.vm.id(), problem = now, "recovery points are not quiesced");
+            }
+            status.quiesce_problem = now;
         });
     }
 

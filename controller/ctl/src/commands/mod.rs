@@ -45,8 +45,8 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,
-        Command::Protect { vm, to, rpo, keep, watch } => {
-            let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce: false };
+        Command::Protect { vm, to, rpo, keep, quiesce, watch } => {
+            let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce };
             protection::protect(&mut context, vm, to, terms, watch).await
         }
         Command::Unprotect { vm, site } => protection::unprotect(&mut context, vm, site).await,

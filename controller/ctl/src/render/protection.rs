@@ -83,11 +83,16 @@ fn phase(status: &ReplicationStatus) -> String {
 }
 
 fn problem(status: &ReplicationStatus) -> String {
-    match (status.rpo_missed, status.problem.as_str()) {
+    let late = match (status.rpo_missed, status.problem.as_str()) {
         (true, "") => "TARGET MISSED".to_owned(),
         (true, problem) => format!("TARGET MISSED: {problem}"),
         (false, problem) => problem.to_owned(),
-    }
+    };
+    let not_quiesced = match status.quiesce_problem.as_str() {
+        "" => String::new(),
+        problem => format!("quiescing: {problem}"),
+    };
+    [late, not_quiesced].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 /// One line after `protect`.
@@ -95,7 +100,8 @@ pub fn protect_line(vm: &str, replica: &Replica) -> String {
     let terms = replica.protection.unwrap_or_default();
     let keep = units::count(terms.keep_points.into());
     let rpo = Span(terms.rpo_ms);
-    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept", replica.site)
+    let quiesced = if terms.quiesce { ", quiesced where the guest's agent answers" } else { "" };
+    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesced}", replica.site)
 }
 
 /// `recovery-point list`
@@ -185,6 +191,14 @@ mod tests {
     }
 
     #[test]
+    fn points_that_are_not_quiesced_as_ordered_have_a_reason() {
+        let status = ReplicationStatus { quiesce_problem: "no guest agent answers".into(), ..idle() };
+        assert!(statuses(&web(status.clone())).trim_end().ends_with("-     quiescing: no guest agent answers"));
+        let both = ReplicationStatus { rpo_missed: true, ..status };
+        assert!(statuses(&web(both)).trim_end().ends_with("TARGET MISSED; quiescing: no guest agent answers"));
+    }
+
+    #[test]
     fn a_first_copy_says_how_far_it_is_and_how_long_it_takes() {
         let copying = ReplicationStatus {
             phase: ReplicationPhase::FullCopy.into(),
@@ -213,6 +227,9 @@ mod tests {
             protect_line("web", &vms.vms[0].replicas[0]),
             "web is protected at b: a recovery point at least every 30s, 10 are kept"
         );
+        let terms = Protection { rpo_ms: 30_000, keep_points: 10, quiesce: true };
+        let quiesced = Replica { protection: Some(terms), ..vms.vms[0].replicas[0].clone() };
+        assert!(protect_line("web", &quiesced).ends_with("10 are kept, quiesced where the guest's agent answers"));
         let link = |cap_bps| Link { from_site: "a".into(), to_site: "b".into(), cap_bps };
         assert_eq!(link_line(&link(0)), "replication and seeds from a to b: no cap");
         assert_eq!(link_line(&link(100_000_000)), "replication and seeds from a to b: at most 100 Mbit/s");

@@ -41,10 +41,18 @@ pub enum BuildError {
         meta: &'static str,
     },
     /// The unpacked package lacks a file.
-    #[error("find {what} in the kernel package")]
+    #[error("find {what} in its package")]
     NotInPackage {
         /// What is missing.
         what: String,
+    },
+    /// A library of the guest agent is not on this machine.
+    #[error(
+        "find {library}, which the guest agent needs, on this machine (tools/setup.sh installs QEMU, which needs it too)"
+    )]
+    NoLibrary {
+        /// What the agent calls it.
+        library: String,
     },
     /// The machine has too little to copy.
     #[error("collect {wanted} bytes of files below /usr: there are only {found}")]

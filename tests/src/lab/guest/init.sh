@@ -22,6 +22,16 @@ tries=0
 while [ ! -b /dev/vda ] && [ $tries -lt 50 ]; do usleep 100000; tries=$((tries + 1)); done
 mount -t ext4 -o noatime /dev/vda /data || echo "pageport: the disk did not mount" >/dev/console
 pageport-guest /data $control &
+if [ -x /bin/qemu-ga ]; then
+    tries=0
+    while [ -z "$port" ] && [ $tries -lt 50 ]; do
+        port="$(grep -lx org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name 2>/dev/null)"
+        [ -n "$port" ] || usleep 100000
+        tries=$((tries + 1))
+    done
+    port="${port%/name}"
+    qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /tmp >/dev/null 2>&1 &
+fi
 # It looks for input devices once, so it comes after the button's module.
 acpid -f -l /dev/null -p /tmp/acpid.pid &
 echo "pageport: guest is up" >/dev/console

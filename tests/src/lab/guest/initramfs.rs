@@ -1,7 +1,8 @@
 //! The guest's root file system: busybox, modules, the lab's helper and an init script, as a `newc` archive.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::{BuildError, Named};
 
@@ -10,8 +11,22 @@ pub const INIT: &str = include_str!("init.sh");
 /// What the power button starts.
 const POWER_BUTTON: &str = include_str!("power-button.sh");
 
-/// Builds the archive in memory.
-pub fn build(busybox: &Path, helper: &Path, modules: &[impl AsRef<Path>]) -> Result<Vec<u8>, BuildError> {
+/// A file of this machine, and where the guest has it.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// Here.
+    pub file: PathBuf,
+    /// There, without the first slash.
+    pub name: String,
+}
+
+/// Builds the archive in memory; `programs` come on top of what every guest has.
+pub fn build(
+    busybox: &Path,
+    helper: &Path,
+    modules: &[impl AsRef<Path>],
+    programs: &[Program],
+) -> Result<Vec<u8>, BuildError> {
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "tmp", "data", "modules", "etc", "etc/acpi", "etc/acpi/PWRF"] {
         archive.add(folder, Entry::Folder);
@@ -26,6 +41,16 @@ pub fn build(busybox: &Path, helper: &Path, modules: &[impl AsRef<Path>]) -> Res
         let path = module.as_ref();
         // The shell loads them in the order of their names.
         archive.add(&format!("modules/{n:02}.ko"), Entry::Program(&fs::read(path).named("read", path)?));
+    }
+    let mut folders = BTreeSet::new();
+    for Program { file, name } in programs {
+        let above: Vec<&str> = name.match_indices('/').map(|(at, _)| &name[..at]).collect();
+        for folder in above.into_iter().filter(|folder| *folder != "bin") {
+            if folders.insert(folder) {
+                archive.add(folder, Entry::Folder);
+            }
+        }
+        archive.add(name, Entry::Program(&fs::read(file).named("read", file)?));
     }
     Ok(archive.finish())
 }

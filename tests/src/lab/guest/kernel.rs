@@ -31,25 +31,35 @@ pub fn fetch(folder: &Path) -> Result<Kernel, BuildError> {
                 line.trim().strip_prefix("Depends: linux-image-").map(|rest| format!("linux-image-{rest}"))
             })
             .ok_or(BuildError::NoKernelPackage { meta: META_PACKAGE })?;
-        // apt sometimes loses a shared temporary folder.
-        let scratch = tempfile::tempdir_in(folder).named("make a folder in", folder)?;
-        run(Command::new("apt-get")
-            .args(["download", "-q", "-o", "APT::Sandbox::User=root", &package])
-            .env("TMPDIR", scratch.path())
-            .current_dir(scratch.path()))?;
-        let archive = find(scratch.path(), &|name| name.ends_with(".deb"))
-            .ok_or_else(|| BuildError::NotInPackage { what: package.clone() })?;
-        let contents = scratch.path().join("contents");
-        run(Command::new("dpkg").arg("-x").arg(archive).arg(&contents))?;
-        fs::rename(&contents, &unpacked).named("move into place", &unpacked)?;
+        unpack(&package, folder, &unpacked)?;
     }
     let image = find(&unpacked.join("boot"), &|name| name.starts_with("vmlinuz-"))
         .ok_or_else(|| BuildError::NotInPackage { what: "vmlinuz".into() })?;
-    Ok(Kernel { image, modules: in_load_order(&unpacked.join("lib/modules"), &MODULES)? })
+    Ok(Kernel { image, modules: modules(folder, &MODULES)? })
+}
+
+/// Modules of the unpacked kernel, after what they depend on.
+pub fn modules(folder: &Path, wanted: &[&str]) -> Result<Vec<PathBuf>, BuildError> {
+    in_load_order(&folder.join("kernel/lib/modules"), wanted)
+}
+
+/// Downloads a package and unpacks it to `unpacked`, by way of a folder within `folder`.
+pub fn unpack(package: &str, folder: &Path, unpacked: &Path) -> Result<(), BuildError> {
+    // apt sometimes loses a shared temporary folder.
+    let scratch = tempfile::tempdir_in(folder).named("make a folder in", folder)?;
+    run(Command::new("apt-get")
+        .args(["download", "-q", "-o", "APT::Sandbox::User=root", package])
+        .env("TMPDIR", scratch.path())
+        .current_dir(scratch.path()))?;
+    let archive = find(scratch.path(), &|name| name.ends_with(".deb"))
+        .ok_or_else(|| BuildError::NotInPackage { what: package.to_owned() })?;
+    let contents = scratch.path().join("contents");
+    run(Command::new("dpkg").arg("-x").arg(archive).arg(&contents))?;
+    fs::rename(&contents, unpacked).named("move into place", unpacked)
 }
 
 /// The first file below `folder` whose name fits.
-fn find(folder: &Path, fits: &dyn Fn(&str) -> bool) -> Option<PathBuf> {
+pub fn find(folder: &Path, fits: &dyn Fn(&str) -> bool) -> Option<PathBuf> {
     let mut entries: Vec<_> = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).collect();
     entries.sort();
     entries.iter().find_map(|path| {

@@ -4,6 +4,7 @@
 //! kernel (apt-get download, dpkg -x) ─▶ vmlinuz ──────────────┐
 //!                                    └▶ modules ─┐            ├─▶ GuestImages ─▶ a VM's own copy of the disk
 //! busybox-static, pageport-guest (static), init.sh ─▶ initrd ─┤
+//!                      qemu-ga (apt-get download), its libraries ─▶ initrd of a guest with an agent
 //! /usr of this machine, generated files ─▶ mkfs.ext4 -d ─▶ disk┘
 //! ```
 //! Everything lies below `target/lab/guest`; images are made once per set of inputs, under a lock, so tests may run side by
@@ -13,6 +14,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+mod agent;
 mod disk;
 mod error;
 mod initramfs;
@@ -37,6 +39,13 @@ pub struct Variant {
     pub file_bytes: u64,
     /// Bytes to read so that the page cache is full but nothing is pushed out.
     pub warm_bytes: u64,
+}
+
+/// Whether a guest runs an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Agent {
+    None,
+    Qemu,
 }
 
 /// The demo's guest: 2 GiB, of which about 1.6 GiB become page cache.
@@ -66,7 +75,7 @@ impl GuestImages {
     /// # Errors
     /// When a package cannot be had, a tool fails, or there is no room.
     pub fn build(variant: Variant) -> Result<Self, BuildError> {
-        Self::build_with(variant, disk::Content::Mixed)
+        Self::build_with(variant, disk::Content::Mixed, Agent::None)
     }
 
     /// As [`GuestImages::build`], with a disk that holds nothing but files of this machine.
@@ -74,10 +83,18 @@ impl GuestImages {
     /// # Errors
     /// As [`GuestImages::build`], and when this machine has too few files.
     pub fn build_with_tree(variant: Variant) -> Result<Self, BuildError> {
-        Self::build_with(variant, disk::Content::Tree)
+        Self::build_with(variant, disk::Content::Tree, Agent::None)
     }
 
-    fn build_with(variant: Variant, content: disk::Content) -> Result<Self, BuildError> {
+    /// As [`GuestImages::build`], and the guest runs Debian's QEMU guest agent.
+    ///
+    /// # Errors
+    /// As [`GuestImages::build`], and when this machine lacks a library that the agent needs.
+    pub fn build_with_agent(variant: Variant) -> Result<Self, BuildError> {
+        Self::build_with(variant, disk::Content::Mixed, Agent::Qemu)
+    }
+
+    fn build_with(variant: Variant, content: disk::Content, agent: Agent) -> Result<Self, BuildError> {
         let folder = paths::lab().join("guest");
         fs::create_dir_all(&folder).named("make", &folder)?;
         let lock = folder.join("lock");
@@ -86,7 +103,13 @@ impl GuestImages {
 
         let kernel = kernel::fetch(&folder)?;
         let busybox = Path::new("/bin/busybox");
-        let archive = initramfs::build(busybox, &build_helper()?, &kernel.modules)?;
+        let (mut modules, mut programs) = (kernel.modules, Vec::new());
+        if agent == Agent::Qemu {
+            programs = agent::fetch(&folder)?;
+            let wanted: Vec<&str> = kernel::MODULES.into_iter().chain(agent::MODULES).collect();
+            modules = kernel::modules(&folder, &wanted)?;
+        }
+        let archive = initramfs::build(busybox, &build_helper()?, &modules, &programs)?;
         let key = blake3::hash(&archive).to_hex();
         let initrd = folder.join(format!("initrd-{}", &key[..16]));
         if !initrd.exists() {

@@ -12,8 +12,10 @@
 //! ```
 //! | step | why there |
 //! |---|---|
+//! | the guest's file systems come to rest, if wanted | the last thing that may take time |
 //! | bitmap `next` begins | before the moment: no write after it is missed |
 //! | one `blockdev-reopen` puts every top node over its filter | this is the moment, one for all disks |
+//! | they are thawed | at once: the guest's writes wait since they came to rest |
 //! | `since` is merged into a bitmap of the point | after the moment: no write before it is missed |
 //!
 //! `since` records through all of it, so whatever happens loses nothing, a worker's end included: that leaves both bitmaps
@@ -47,12 +49,22 @@ use super::bitmap::BitmapSource;
 use super::block::NodeInfo;
 use super::command_line::disk_node;
 use super::error::HypervisorError;
+use super::guest_agent::Quiescence;
 use super::vm::Vm;
 
 /// Time for jobs under way to come to rest; the guest does not wait for that.
 const REST_DEADLINE: Duration = Duration::from_secs(5);
 /// What a copy moves at once: QEMU's smallest. A point's bitmap has it as its granularity, and so says what will be copied.
 const COPY_CLUSTER_BYTES: u32 = 64 * 1024;
+
+/// What a moment has to be, beside the same for all disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// As after a power cut.
+    Crash,
+    /// With the guest's file systems at rest, if its agent brings them there in time; or else as after a power cut.
+    FileSystems,
+}
 
 /// A disk to freeze.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +95,7 @@ pub struct Frozen {
     since: Option<String>,
     next: String,
     moment: SystemTime,
+    quiescence: Quiescence,
     /// Until it is released.
     turn: Option<OwnedMutexGuard<()>>,
 }
@@ -108,9 +121,23 @@ impl Vm {
         since: Option<&str>,
         next: &str,
     ) -> Result<Frozen, HypervisorError> {
+        self.freeze_with(disks, since, next, Consistency::Crash).await
+    }
+
+    /// As [`Self::freeze`], with the guest's file systems at rest if that is wanted and works: see [`Frozen::take_quiescence`].
+    ///
+    /// # Errors
+    /// As there. That the file systems are not at rest is none.
+    pub async fn freeze_with(
+        &self,
+        disks: &[FreezeDisk],
+        since: Option<&str>,
+        next: &str,
+        consistency: Consistency,
+    ) -> Result<Frozen, HypervisorError> {
         let turn = self.take_freeze_turn().ok_or(HypervisorError::AlreadyFrozen { vm: self.id() })?;
         let held = self.hold_jobs(REST_DEADLINE).await?;
-        let frozen = self.freeze_held(disks, since, next, turn).await;
+        let frozen = self.freeze_held(disks, since, next, consistency, turn).await;
         held.resume().await;
         frozen
     }
@@ -120,6 +147,7 @@ impl Vm {
         disks: &[FreezeDisk],
         since: Option<&str>,
         next: &str,
+        consistency: Consistency,
         turn: OwnedMutexGuard<()>,
     ) -> Result<Frozen, HypervisorError> {
         self.dismantle(REST_DEADLINE).await?;
@@ -134,9 +162,19 @@ impl Vm {
                 let scratch = self.add_filter(disk, size).await?;
                 frozen.push(FrozenDisk { name: disk.name.clone(), scratch, copy_bytes: size });
             }
+            // As late as can be. Whatever fails from here on drops it, which thaws.
+            let at_rest = match consistency {
+                Consistency::Crash => None,
+                Consistency::FileSystems => Some(self.quiesce().await),
+            };
             self.add_bitmap(&names, next).await?;
             let moment = SystemTime::now();
             self.put_filters_in(&names).await?;
+            let quiescence = match at_rest {
+                None => Quiescence::default(),
+                Some(Ok(guest)) => guest.thaw().await,
+                Some(Err(problem)) => problem.into(),
+            };
             for disk in &names {
                 self.add_point(disk).await?;
                 if let Some(since) = since {
@@ -152,13 +190,13 @@ impl Vm {
                     disk.copy_bytes = dirty_bytes(&nodes, &graph::point_node(&disk.name), since);
                 }
             }
-            Ok((moment, frozen))
+            Ok((moment, quiescence, frozen))
         };
         let result = frozen.await;
         match result {
-            Ok((moment, disks)) => {
-                let since = since.map(str::to_owned);
-                Ok(Frozen { vm: self.clone(), disks, since, next: next.to_owned(), moment, turn: Some(turn) })
+            Ok((moment, quiescence, disks)) => {
+                let (since, next) = (since.map(str::to_owned), next.to_owned());
+                Ok(Frozen { vm: self.clone(), disks, since, next, moment, quiescence, turn: Some(turn) })
             }
             Err(error) => {
                 self.undo_freeze(disks, (!began_before).then_some(next)).await;
@@ -221,6 +259,11 @@ impl Frozen {
     /// A time at or just before the moment: everything that the guest had written by then is in it.
     pub fn moment(&self) -> SystemTime {
         self.moment
+    }
+
+    /// Whether the guest's file systems were at rest at the moment, and what an operator should know of that; the second time nothing.
+    pub fn take_quiescence(&mut self) -> Quiescence {
+        std::mem::take(&mut self.quiescence)
     }
 
     /// What the copies of all disks have to look at, in whole clusters.
