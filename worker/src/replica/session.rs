@@ -98,7 +98,7 @@ struct Pending {
     learned: Learned,
     number: Option<Number>,
     done: oneshot::Sender<io::Result<()>>,
-    _room: OwnedSemaphorePermit,
+    room: OwnedSemaphorePermit,
 }
 
 /// One disk's way to its replica.
@@ -247,7 +247,7 @@ impl DiskSession {
         }
         let (done, acknowledged) = oneshot::channel();
         let packed = spawn_blocking(move || pack(action));
-        let order = Order { packed, pending: Pending { learned, number, done, _room: room } };
+        let order = Order { packed, pending: Pending { learned, number, done, room } };
         self.orders.send(order).await.map_err(|_| ended())?;
         Ok(acknowledged)
     }
@@ -368,12 +368,13 @@ async fn receive_replies(
 ) {
     let (reason, refused) = loop {
         // None: the session was dropped, and nobody waits any more.
-        let Some(Pending { learned, number, done, _room }) = acknowledged.recv().await else { return };
+        let Some(Pending { learned, number, done, room }) = acknowledged.recv().await else { return };
         let reply: Result<DiskReply, _> = reader.receive_within(ANSWER_LIMIT).await;
         let reason = match reply {
             Ok(DiskReply { kind: Some(disk_reply::Kind::Done(answer)) }) => {
                 match learner.learn(answer.version, number, &learned) {
                     Ok(()) => {
+                        drop(room);
                         // Who asked may have given up; the view has learned all the same.
                         let _ = done.send(Ok(()));
                         continue;
