@@ -242,13 +242,15 @@ impl DiskSession {
     async fn send(&self, Step { action, learned, number }: Step) -> io::Result<oneshot::Receiver<io::Result<()>>> {
         let units = action.bytes().div_ceil(BLOCK_BYTES).max(1) as u32;
         let room = self.room.clone().acquire_many_owned(units).await.map_err(|_| ended())?;
-        if !matches!(action, Action::Flush) {
-            self.unflushed.fetch_add(1, Ordering::AcqRel);
-        }
+        let changes = !matches!(action, Action::Flush);
         let (done, acknowledged) = oneshot::channel();
         let packed = spawn_blocking(move || pack(action));
         let order = Order { packed, pending: Pending { learned, number, done, room } };
         self.orders.send(order).await.map_err(|_| ended())?;
+        if changes {
+            // Only now: a flush that counts it is behind it.
+            self.unflushed.fetch_add(1, Ordering::AcqRel);
+        }
         Ok(acknowledged)
     }
 }
