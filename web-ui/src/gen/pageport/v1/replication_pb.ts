@@ -65,7 +65,7 @@ export type Replica = Message<"pageport.v1.Replica"> & {
   protection?: Protection | undefined;
 
   /**
-   * How replication stands; set while the VM is protected there and its worker is connected.
+   * How replication stands; set while the VM is protected there.
    *
    * @generated from field: optional pageport.v1.ReplicationStatus replication = 9;
    */
