@@ -36,7 +36,9 @@ fn find_at(lab: &Lab, vm: &str, site: &str, owns: bool) -> Vec<String> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let expected = path == runtime.join("guard")
             || match owns {
-                true => ["qmp.sock", "console.sock", "pid", "taps", "deadline", "qemu.log"].contains(&&*name),
+                true => {
+                    ["qmp.sock", "console.sock", "agent.sock", "pid", "taps", "deadline", "qemu.log"].contains(&&*name)
+                }
                 false => name == "qemu.log",
             };
         if !expected {
@@ -78,7 +80,8 @@ fn is_workers_own(path: &Path, data: &Path) -> bool {
     let Ok(inside) = path.strip_prefix(data) else { return false };
     let mut parts = inside.components().map(|part| part.as_os_str().to_string_lossy().into_owned());
     match parts.next().as_deref() {
-        Some("store" | "lock") => true,
+        // The index: what is known of replicas elsewhere.
+        Some("store" | "lock" | "index") => true,
         Some("replicas") => path.extension().is_some_and(|extension| extension == "raw"),
         _ => false,
     }
