@@ -46,7 +46,7 @@ fn find_at(lab: &Lab, vm: &str, site: &str, owns: bool) -> Vec<String> {
         }
     }
     let data = lab.worker_data(site);
-    let foreign = files_below(&data).into_iter().filter(|path| !is_workers_own(path, &data));
+    let foreign = files_below(&data).into_iter().filter(|path| !is_workers_own(path, &data, owns));
     found.extend(foreign.map(|path| path.display().to_string()));
     found
 }
@@ -76,12 +76,13 @@ fn taps(namespace: &str) -> Vec<String> {
 }
 
 /// The store, and complete files of replicas.
-fn is_workers_own(path: &Path, data: &Path) -> bool {
+fn is_workers_own(path: &Path, data: &Path, owns: bool) -> bool {
     let Ok(inside) = path.strip_prefix(data) else { return false };
     let mut parts = inside.components().map(|part| part.as_os_str().to_string_lossy().into_owned());
     match parts.next().as_deref() {
-        // The index: what is known of replicas elsewhere.
-        Some("store" | "lock" | "index") => true,
+        Some("store" | "lock") => true,
+        // What is known of replicas elsewhere, as long as the VM is here.
+        Some("index") => owns,
         Some("replicas") => path.extension().is_some_and(|extension| extension == "raw"),
         _ => false,
     }

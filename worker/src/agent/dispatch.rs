@@ -82,6 +82,7 @@ fn keep_vms(node: &Arc<Node>, keepers: &mut HashMap<VmId, Keeper>, assignment: &
 }
 
 async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignment>) {
+    let mut was_owned = true;
     loop {
         let wanted = assigned.borrow_and_update().clone();
         let gone = async {
@@ -94,7 +95,6 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         };
         match gone.await {
             Ok(Converged::Gone) => {
-                node.views.forget(id).await;
                 node.vms.forget(id);
                 node.changed.notify_one();
             }
@@ -107,6 +107,12 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
                 }
             }
         }
+        let owned = node.vms.get(id).is_some_and(|vm| vm.status().record.owned().is_some());
+        if was_owned && !owned {
+            // However it left: what was known of its replicas is of no use any more.
+            node.views.forget(id).await;
+        }
+        was_owned = owned;
         let mut status = node.vms.get(id).map(|vm| vm.watch());
         let changed = async {
             match &mut status {

@@ -441,7 +441,6 @@ impl Move {
             tracing::error!(%error, "the guest that was handed over could not be ended");
         } else {
             self.keep_as_replica();
-            self.order.node.views.forget(self.order.vm.id()).await;
         }
         self.close("migration complete");
         tracing::info!(
