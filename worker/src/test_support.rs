@@ -1,7 +1,31 @@
-//! For this crate's unit tests: an authority that issues worker certificates.
+//! For this crate's unit tests: an authority that issues worker certificates, and two workers that are connected.
 
 use pageport_common::tls::{Identity, TlsPaths, worker_name};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+
+use crate::transport::{PeerConnection, PeerEndpoint};
+
+/// Two workers' endpoints on the loopback, and what connects the first to the second.
+pub(crate) struct ConnectedPair {
+    /// As the first sees it.
+    pub(crate) source: PeerConnection,
+    /// As the second sees it.
+    pub(crate) destination: PeerConnection,
+    _endpoints: [PeerEndpoint; 2],
+}
+
+impl ConnectedPair {
+    pub(crate) async fn new() -> Self {
+        let authority = Authority::new();
+        let loopback = "127.0.0.1:0".parse().expect("address");
+        let server = PeerEndpoint::bind(loopback, &authority.worker("worker-b")).expect("server");
+        let client = PeerEndpoint::bind(loopback, &authority.worker("worker-a")).expect("client");
+        let address = server.local_address().expect("address").to_string();
+        let (source, destination) = tokio::join!(client.connect("worker-b", &address), server.accept());
+        let (source, destination) = (source.expect("connect"), destination.expect("accept"));
+        Self { source, destination, _endpoints: [server, client] }
+    }
+}
 
 /// A certificate authority made for one test.
 pub(crate) struct Authority {

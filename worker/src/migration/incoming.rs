@@ -256,8 +256,7 @@ mod tests {
     use pageport_teleport::{Encoder, EncoderParams, wire};
 
     use super::*;
-    use crate::test_support::Authority;
-    use crate::transport::PeerEndpoint;
+    use crate::test_support::ConnectedPair;
 
     const STREAM: &[u8] = b"what a hypervisor says that the parser does not know";
 
@@ -275,13 +274,7 @@ mod tests {
 
     /// Sends these bytes over QUIC as the memory stream; hands back how it ended and what reached the hypervisor.
     async fn receive(memory_bytes: &[u8]) -> (Result<StreamDigest, IncomingError>, Vec<u8>) {
-        let authority = Authority::new();
-        let loopback = "127.0.0.1:0".parse().unwrap();
-        let server = PeerEndpoint::bind(loopback, &authority.worker("worker-b")).unwrap();
-        let client = PeerEndpoint::bind(loopback, &authority.worker("worker-a")).unwrap();
-        let address = server.local_address().unwrap().to_string();
-        let (source, destination) = tokio::join!(client.connect("worker-b", &address), server.accept());
-        let (source, destination) = (source.unwrap(), destination.unwrap());
+        let ConnectedPair { source, destination, .. } = &ConnectedPair::new().await;
         let (mut memory, mut fallback) = (source.open_uni(0).await.unwrap(), source.open_uni(0).await.unwrap());
         memory.write_all(memory_bytes).await.unwrap();
         memory.finish().unwrap();

@@ -9,17 +9,15 @@ use pageport_teleport::PAGE_SIZE;
 use super::*;
 use crate::replica::serve::{InPlace, serve_disk};
 use crate::replica::store::{BLOCK_BYTES, ReplicaDisk, ReplicaStore};
-use crate::test_support::Authority;
-use crate::transport::PeerEndpoint;
+use crate::test_support::ConnectedPair;
 
 const BLOCKS: u64 = 1024;
 
 /// A replica, its destination, and a connection to it.
 struct Pair {
     replica: Arc<ReplicaDisk>,
-    connection: PeerConnection,
+    workers: ConnectedPair,
     view: Arc<ReplicaView>,
-    _endpoints: [PeerEndpoint; 2],
     _folder: tempfile::TempDir,
 }
 
@@ -29,13 +27,8 @@ impl Pair {
         let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
         let replicas = ReplicaStore::new(store, folder.path());
         let replica = replicas.open_for_writing(VmId::generate(), "root", BLOCKS * BLOCK_BYTES, 0).unwrap();
-        let authority = Authority::new();
-        let loopback = "127.0.0.1:0".parse().unwrap();
-        let server = PeerEndpoint::bind(loopback, &authority.worker("worker-b")).unwrap();
-        let client = PeerEndpoint::bind(loopback, &authority.worker("worker-a")).unwrap();
-        let address = server.local_address().unwrap().to_string();
-        let (source, destination) = tokio::join!(client.connect("worker-b", &address), server.accept());
-        let (connection, destination) = (source.unwrap(), destination.unwrap());
+        let workers = ConnectedPair::new().await;
+        let destination = workers.destination.clone();
         let target = Arc::new(InPlace(replica.clone()));
         tokio::spawn(async move {
             while let Ok((send, recv)) = destination.accept_bi().await {
@@ -46,13 +39,13 @@ impl Pair {
                 let _ = serve_disk(&hello, target.clone(), &mut reader, &mut writer).await;
             }
         });
-        Self { replica, connection, view: Arc::default(), _endpoints: [server, client], _folder: folder }
+        Self { replica, workers, view: Arc::default(), _folder: folder }
     }
 
     async fn session(&self) -> DiskSession {
         let hello = DiskHello { disk: "root".into(), size_bytes: BLOCKS * BLOCK_BYTES, ..DiskHello::default() };
         let (view, cap) = (self.view.clone(), Arc::new(Cap::none()));
-        DiskSession::open(&self.connection, 0, hello, String::new(), view, CopiesFrom::Now, cap).await.unwrap()
+        DiskSession::open(&self.workers.source, 0, hello, String::new(), view, CopiesFrom::Now, cap).await.unwrap()
     }
 
     fn read(&self, block: u64, blocks: usize) -> Vec<u8> {
@@ -74,10 +67,10 @@ async fn content_that_lies_elsewhere_on_the_disk_crosses_the_link_as_digests() {
     let data = noise(256);
     session.write(0, data.clone()).await.unwrap();
     session.flush().await.unwrap();
-    let before = pair.connection.sent_bytes();
+    let before = pair.workers.source.sent_bytes();
     session.write(512 * BLOCK_BYTES, data.clone()).await.unwrap();
     session.flush().await.unwrap();
-    let sent = pair.connection.sent_bytes() - before;
+    let sent = pair.workers.source.sent_bytes() - before;
     assert!(sent < data.len() as u64 / 50, "{sent} bytes for {} that were there", data.len());
     assert!(pair.read(512, 256) == *data);
     assert_eq!(session.changed_bytes(), 2 * data.len() as u64);
