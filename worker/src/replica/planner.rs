@@ -47,11 +47,12 @@ pub(super) enum Action {
         offset: u64,
         length: u64,
     },
-    /// `data` lies at `from_offset` already.
+    /// `data`, whose blocks have these digests, lies at `from_offset` already.
     Copy {
         offset: u64,
         from_offset: u64,
         data: Bytes,
+        digests: Vec<BlockDigest>,
     },
     Flush,
 }
@@ -155,14 +156,16 @@ impl Planner {
             let block = first_block + at as u64;
             let data = data.slice(head + at * PAGE_SIZE..head + (at + blocks) * PAGE_SIZE);
             let offset = block * BLOCK_BYTES;
-            let digests = Learned::Digests { first_block: block, digests: digests[at..at + blocks].to_vec() };
+            let digests = || digests[at..at + blocks].to_vec();
+            let learned = || Learned::Digests { first_block: block, digests: digests() };
             let step = match fates[at] {
                 Fate::Held => None,
                 Fate::Zero => Some((Action::Zero { offset, length: data.len() as u64 }, Learned::Zero)),
                 Fate::Elsewhere(from) => {
-                    Some((Action::Copy { offset, from_offset: from * BLOCK_BYTES, data }, digests))
+                    let from_offset = from * BLOCK_BYTES;
+                    Some((Action::Copy { offset, from_offset, data, digests: digests() }, learned()))
                 }
-                Fate::New => Some((Action::Write { offset, data }, digests)),
+                Fate::New => Some((Action::Write { offset, data }, learned())),
             };
             if let Some((action, learned)) = step {
                 steps.push(self.step(action, learned)?);
@@ -304,7 +307,7 @@ mod tests {
             match &step.action {
                 Action::Write { offset, data } => replica[*offset as usize..][..data.len()].copy_from_slice(data),
                 Action::Zero { offset, length } => replica[*offset as usize..][..*length as usize].fill(0),
-                Action::Copy { offset, from_offset, data } => {
+                Action::Copy { offset, from_offset, data, .. } => {
                     let copied = before.unwrap_or(replica)[*from_offset as usize..][..data.len()].to_vec();
                     assert!(copied == **data, "what is to be copied is not there");
                     replica[*offset as usize..][..data.len()].copy_from_slice(&copied);
@@ -325,7 +328,7 @@ mod tests {
         let one = |step: &Step| match &step.action {
             Action::Write { offset, data } => format!("write {} at {}", count(data), at(offset)),
             Action::Zero { offset, length } => format!("zero {} at {}", length / BLOCK_BYTES, at(offset)),
-            Action::Copy { offset, from_offset, data } => {
+            Action::Copy { offset, from_offset, data, .. } => {
                 format!("copy {} from {} to {}", count(data), at(from_offset), at(offset))
             }
             Action::Flush => "flush".to_owned(),

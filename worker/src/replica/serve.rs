@@ -29,6 +29,8 @@ use crate::transport::{MessageError, MessageReader, MessageWriter};
 pub const MAX_WRITE_BYTES: usize = 1 << 20;
 /// Blocks of one `Digests` message: 64 KiB of digests.
 const DIGEST_RUN_BLOCKS: usize = 4096;
+/// Cheap enough never to be slower than a fast link.
+const COMPRESSION_LEVEL: i32 = 1;
 /// Requests that are carried out together if they have come: one wait for stable storage serves them all.
 const BATCH: usize = 32;
 /// Messages of digests between the scan and the stream.
@@ -73,7 +75,7 @@ pub enum ServeError {
     Busy,
 }
 
-/// A change of a disk.
+/// A change of a disk, as it comes.
 #[derive(Debug, Clone)]
 pub enum DiskChange {
     /// `raw_length` bytes as one zstd frame.
@@ -85,6 +87,13 @@ pub enum DiskChange {
         /// The frame.
         zstd: Bytes,
     },
+    /// One that is not packed.
+    Raw(RawChange),
+}
+
+/// A change of a disk, as it is carried out.
+#[derive(Debug, Clone)]
+pub enum RawChange {
     /// Bytes.
     Data {
         /// Place, in bytes.
@@ -102,31 +111,32 @@ pub enum DiskChange {
 }
 
 impl DiskChange {
-    /// The same, its bytes unpacked.
+    /// Its bytes, unpacked.
     ///
     /// # Errors
     /// [`ServeError::Hostile`].
-    pub fn unpacked(self) -> Result<Self, ServeError> {
+    pub fn unpack(self) -> Result<RawChange, ServeError> {
         match self {
             Self::Packed { offset, raw_length, zstd } => {
-                Ok(Self::Data { offset, data: decompress(raw_length, &zstd)? })
+                Ok(RawChange::Data { offset, data: decompress(raw_length, &zstd)? })
             }
-            unpacked => Ok(unpacked),
+            Self::Raw(raw) => Ok(raw),
         }
     }
 }
 
-/// Makes a change in place.
+/// Makes changes in place, in their order.
 ///
 /// # Errors
-/// It is not what it says, or the system's.
-pub fn change_in_place(replica: &ReplicaDisk, change: DiskChange) -> Result<(), ServeError> {
-    let changed = match change.unpacked()? {
-        DiskChange::Zero { offset, length } => replica.zero(offset, length),
-        DiskChange::Data { offset, data } => replica.write(offset, &data),
-        DiskChange::Packed { .. } => return Err(ServeError::Hostile { what: "a change that stays packed" }),
-    };
-    changed.map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+/// One is not what it says, or the system's.
+pub fn change_in_place(replica: &ReplicaDisk, changes: Vec<DiskChange>) -> Result<(), ServeError> {
+    changes.into_iter().try_for_each(|change| {
+        let changed = match change.unpack()? {
+            RawChange::Zero { offset, length } => replica.zero(offset, length),
+            RawChange::Data { offset, data } => replica.write(offset, &data),
+        };
+        changed.map(drop).map_err(|source| ServeError::Disk { disk: replica.to_string(), source })
+    })
 }
 
 /// Where the changes of a disk stream go: into the replica in place, or wherever a replication session says.
@@ -164,7 +174,7 @@ impl DiskTarget for InPlace {
     }
 
     fn change(&self, changes: Vec<DiskChange>) -> Result<(), ServeError> {
-        changes.into_iter().try_for_each(|change| change_in_place(&self.0, change))
+        change_in_place(&self.0, changes)
     }
 
     fn flush(&self) -> Result<(), ServeError> {
@@ -246,6 +256,14 @@ async fn serve(
     }
 }
 
+/// One zstd frame of these bytes, as a write carries them.
+///
+/// # Errors
+/// The library's.
+pub fn compress(data: &[u8]) -> io::Result<Vec<u8>> {
+    zstd::bulk::compress(data, COMPRESSION_LEVEL)
+}
+
 /// The bytes of a write.
 ///
 /// # Errors
@@ -268,11 +286,13 @@ fn carry_out(target: &impl DiskTarget, batch: Vec<disk_request::Kind>) -> Result
             disk_request::Kind::Write(DiskWrite { offset, raw_length, zstd }) => {
                 changes.push(DiskChange::Packed { offset, raw_length, zstd });
             }
-            disk_request::Kind::Zero(DiskZero { offset, length }) => changes.push(DiskChange::Zero { offset, length }),
+            disk_request::Kind::Zero(DiskZero { offset, length }) => {
+                changes.push(DiskChange::Raw(RawChange::Zero { offset, length }));
+            }
             disk_request::Kind::Copy(copy) => {
                 target.change(std::mem::take(&mut changes))?;
                 let data = read_verified(target.replica(), &copy)?;
-                changes.push(DiskChange::Data { offset: copy.offset, data });
+                changes.push(DiskChange::Raw(RawChange::Data { offset: copy.offset, data }));
             }
             disk_request::Kind::Flush(_) => {
                 target.change(std::mem::take(&mut changes))?;

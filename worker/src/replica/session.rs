@@ -29,6 +29,7 @@ use super::change::{Change, Changes};
 use super::in_flight::{InFlight, Number};
 use super::planner::{Action, CopiesFrom, Learned, Planner, Step, digests_of};
 use super::points::ChangeDigest;
+use super::serve::compress;
 use super::store::BLOCK_BYTES;
 use super::view::{Confirmed, ReplicaState, ReplicaView};
 use crate::transport::{
@@ -42,8 +43,6 @@ pub const IN_FLIGHT_BYTES: u64 = 32 << 20;
 const IN_FLIGHT_UNITS: usize = (IN_FLIGHT_BYTES / BLOCK_BYTES) as usize;
 /// A peer that says nothing for this long while it owes an answer is given up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// Cheap enough never to be slower than a fast link.
-const COMPRESSION_LEVEL: i32 = 1;
 
 /// Why a disk session could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -259,15 +258,15 @@ impl DiskSession {
 fn pack(action: Action) -> io::Result<Packed> {
     let (request, change) = match action {
         Action::Write { offset, data } => {
-            let zstd = zstd::bulk::compress(&data, COMPRESSION_LEVEL)?.into();
+            let zstd = compress(&data)?.into();
             let request = DiskWrite { offset, raw_length: data.len() as u32, zstd };
             (disk_request::Kind::Write(request), Some(Change::data(offset, &data)))
         }
         Action::Zero { offset, length } => {
             (disk_request::Kind::Zero(DiskZero { offset, length }), Some(Change::zeros(offset, length)))
         }
-        Action::Copy { offset, from_offset, data } => {
-            let digests = digests_of(offset, &data).iter().flat_map(|digest| digest.0).collect();
+        Action::Copy { offset, from_offset, data, digests } => {
+            let digests = digests.iter().flat_map(|digest| digest.0).collect();
             let request = DiskCopy { offset, from_offset, digests };
             (disk_request::Kind::Copy(request), Some(Change::data(offset, &data)))
         }

@@ -27,7 +27,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::node::Node;
 use crate::replica::groups::Points;
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
-use crate::replica::serve::{DiskChange, DiskTarget, ServeError, change_in_place};
+use crate::replica::serve::{DiskChange, DiskTarget, RawChange, ServeError, change_in_place, compress};
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replica::view::ReplicaState;
 use crate::transport::{MessageError, MessageReader, MessageWriter};
@@ -137,13 +137,11 @@ impl DiskTarget for SessionDisk {
         }
         match &*self.session.target() {
             Target::Nowhere => Err(NOWHERE),
-            Target::InPlace { .. } => {
-                changes.into_iter().try_for_each(|change| change_in_place(self.replica(), change))
-            }
+            Target::InPlace { .. } => change_in_place(self.replica(), changes),
             Target::Journal(journal) => changes.iter().try_for_each(|change| self.keep(journal, change)),
             Target::Layer => {
-                let changes: Vec<_> = changes.into_iter().map(DiskChange::unpacked).collect::<Result<_, _>>()?;
-                let changes: Vec<_> = changes.iter().filter_map(|change| self.in_layer(change)).collect();
+                let changes: Vec<_> = changes.into_iter().map(DiskChange::unpack).collect::<Result<_, _>>()?;
+                let changes: Vec<_> = changes.iter().map(|change| self.in_layer(change)).collect();
                 Ok(self.session.points.change(&changes)?)
             }
         }
@@ -160,8 +158,6 @@ impl DiskTarget for SessionDisk {
     }
 }
 
-/// Of what is journalled here and did not come compressed.
-const COMPRESSION_LEVEL: i32 = 1;
 const NOWHERE: ServeError = ServeError::Hostile { what: "a change that belongs to nothing" };
 
 impl SessionDisk {
@@ -175,21 +171,20 @@ impl SessionDisk {
             DiskChange::Packed { offset, raw_length, zstd } => {
                 Ok(journal.write(self.name(), *offset, *raw_length, zstd)?)
             }
-            DiskChange::Data { offset, data } => {
-                let zstd = zstd::bulk::compress(data, COMPRESSION_LEVEL).map_err(|source| self.failed(source))?;
+            DiskChange::Raw(RawChange::Data { offset, data }) => {
+                let zstd = compress(data).map_err(|source| self.failed(source))?;
                 Ok(journal.write(self.name(), *offset, data.len() as u32, &zstd)?)
             }
-            DiskChange::Zero { offset, length } => Ok(journal.zero(self.name(), *offset, *length)?),
+            DiskChange::Raw(RawChange::Zero { offset, length }) => Ok(journal.zero(self.name(), *offset, *length)?),
         }
     }
 
-    /// As the layer takes it; [`None`]: it is still packed.
-    fn in_layer<'a>(&'a self, change: &'a DiskChange) -> Option<LayerChange<'a>> {
+    /// As the layer takes it.
+    fn in_layer<'a>(&'a self, change: &'a RawChange) -> LayerChange<'a> {
         let disk = self.name();
         match change {
-            DiskChange::Packed { .. } => None,
-            DiskChange::Data { offset, data } => Some(LayerChange::Write { disk, offset: *offset, data }),
-            DiskChange::Zero { offset, length } => Some(LayerChange::Zero { disk, offset: *offset, length: *length }),
+            RawChange::Data { offset, data } => LayerChange::Write { disk, offset: *offset, data },
+            RawChange::Zero { offset, length } => LayerChange::Zero { disk, offset: *offset, length: *length },
         }
     }
 
