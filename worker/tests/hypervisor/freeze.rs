@@ -406,7 +406,7 @@ async fn random_writes_cost_a_cluster_each_and_discards_become_holes() {
     for piece in 0..32 {
         side.io("big", &format!("discard {} {}", piece * size / 32, size / 32)).await;
     }
-    let to = CopyTarget { disk: "big".into(), nbd_socket: server.socket().to_owned(), export: "big".into() };
+    let to = CopyTarget { disk: "big".into(), nbd_socket: vm.paths().copy("big"), export: "big".into() };
     let mut copies = frozen.copy(&[to], None).await.unwrap();
     copies[0].wait(SOON, |_| {}).await.unwrap();
     let copied = changed_bytes(std::slice::from_ref(&target));
