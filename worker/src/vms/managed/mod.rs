@@ -33,6 +33,7 @@ use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, StartMode, Vm};
 use crate::replica::groups::{Groups, GroupsError};
+use crate::replica::points::LeaseEnd;
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
 /// How long a guest has to shut down when asked; then it is asked again.
@@ -364,7 +365,7 @@ impl ManagedVm {
         let Shared { store, replicas, groups, .. } = &*self.shared;
         let id = self.id;
         tokio::task::block_in_place(|| {
-            groups.forget(id)?;
+            groups.forget(id, &LeaseEnd::Removed)?;
             replicas.remove(id)?;
             records::remove(store, id)?;
             Ok(())
