@@ -8,6 +8,7 @@ use tokio::sync::Notify;
 
 use crate::agent::controllers::Controllers;
 use crate::config::Config;
+use crate::drill::exports::Exports;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::migration::registry::Registry;
@@ -36,6 +37,8 @@ pub struct Node {
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
     pub groups: Arc<Groups>,
+    /// Those that are open for reading.
+    pub exports: Exports,
     /// What is known of replicas elsewhere.
     pub views: Views,
     /// What replication and seeds may send.

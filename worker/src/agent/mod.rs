@@ -10,11 +10,12 @@
 //! - [`lease`]: keeps the lease of VMs that fence themselves.
 //! - [`dispatch`]: from an assignment to tasks.
 //! - [`peers`]: what other workers ask of this one.
-//! - [`console`]: what operators ask of this one.
+//! - [`console`]: what operators ask of this one. [`drills`]: of it, recovery points that are to be read.
 
 pub mod console;
 pub mod controllers;
 pub mod dispatch;
+pub mod drills;
 pub mod lease;
 pub mod link;
 pub mod peers;
@@ -31,6 +32,8 @@ use tokio_util::sync::CancellationToken;
 use self::controllers::Controllers;
 use crate::clock;
 use crate::config::{AcceleratorChoice, Config};
+use crate::drill::export::Grounds;
+use crate::drill::exports::Exports;
 use crate::hypervisor::{self, Accelerator, accel};
 use crate::migration::registry::Registry;
 use crate::node::Node;
@@ -67,6 +70,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(stop.clone().run_until_cancelled_owned(lease::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(drills::restore(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
     stop.cancelled().await;
     tasks.close();
@@ -98,8 +102,11 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
-    let limits =
-        Limits { points_bytes: config.replication.points_bytes, reserve_bytes: config.replication.reserve_bytes };
+    let limits = Limits {
+        points_bytes: config.replication.points_bytes,
+        held_bytes: config.drill.held_bytes,
+        reserve_bytes: config.replication.reserve_bytes,
+    };
     let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
@@ -108,12 +115,19 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         groups: groups.clone(),
         changed: changed.clone(),
     });
+    let grounds = Grounds {
+        store: store.clone(),
+        replicas: replicas.clone(),
+        groups: groups.clone(),
+        folder: config.runtime_dir.join("points"),
+    };
     let node = Node {
         store: identity_of_store,
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
         groups,
+        exports: Exports::new(grounds, changed.clone()),
         views: Views::new(&config.data_dir),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEiqwIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbiJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIItsCChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCRIXCg9xdWllc2NlX3Byb2JsZW0YDiABKAkiXwoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkiSAoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludCI7CgRMaW5rEhEKCWZyb21fc2l0ZRgBIAEoCRIPCgd0b19zaXRlGAIgASgJEg8KB2NhcF9icHMYAyABKAQiSAoRU2V0TGlua0NhcFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIfCgRsaW5rGAIgASgLMhEucGFnZXBvcnQudjEuTGluayI1ChJTZXRMaW5rQ2FwUmVzcG9uc2USHwoEbGluaxgBIAEoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiEgoQTGlzdExpbmtzUmVxdWVzdCI1ChFMaXN0TGlua3NSZXNwb25zZRIgCgVsaW5rcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiRQoSU2VlZFJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCSI8ChNTZWVkUmVwbGljYVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIiEKE0xpc3RSZXBsaWNhc1JlcXVlc3QSCgoCdm0YASABKAkiPgoUTGlzdFJlcGxpY2FzUmVzcG9uc2USJgoIcmVwbGljYXMYASADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkQKFERlbGV0ZVJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIXChVEZWxldGVSZXBsaWNhUmVzcG9uc2UqmAEKDFJlcGxpY2FTdGF0ZRIdChlSRVBMSUNBX1NUQVRFX1VOU1BFQ0lGSUVEEAASGQoVUkVQTElDQV9TVEFURV9TRUVESU5HEAESGAoUUkVQTElDQV9TVEFURV9TRUVERUQQAhIYChRSRVBMSUNBX1NUQVRFX0ZBSUxFRBADEhoKFlJFUExJQ0FfU1RBVEVfT1VUREFURUQQBCrTAQoQUmVwbGljYXRpb25QaGFzZRIhCh1SRVBMSUNBVElPTl9QSEFTRV9VTlNQRUNJRklFRBAAEh0KGVJFUExJQ0FUSU9OX1BIQVNFX1dBSVRJTkcQARIfChtSRVBMSUNBVElPTl9QSEFTRV9GVUxMX0NPUFkQAhIfChtSRVBMSUNBVElPTl9QSEFTRV9JTkNSRU1FTlQQAxIaChZSRVBMSUNBVElPTl9QSEFTRV9JRExFEAQSHwobUkVQTElDQVRJT05fUEhBU0VfTUlHUkFUSU5HEAUyswUKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEiuwIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEg4KBndvcmtlchg8IAEoCUINCgtfcHJvdGVjdGlvbkIOCgxfcmVwbGljYXRpb24iQgoKUHJvdGVjdGlvbhIOCgZycG9fbXMYASABKAQSEwoLa2VlcF9wb2ludHMYAiABKA0SDwoHcXVpZXNjZRgDIAEoCCLbAgoRUmVwbGljYXRpb25TdGF0dXMSLAoFcGhhc2UYASABKA4yHS5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblBoYXNlEioKBm5ld2VzdBgCIAEoCzIaLnBhZ2Vwb3J0LnYxLlJlY292ZXJ5UG9pbnQSDgoGbGFnX21zGAMgASgEEhEKCWxhZ19ieXRlcxgEIAEoBBISCgpkb25lX2J5dGVzGAUgASgEEhMKC3RvdGFsX2J5dGVzGAYgASgEEhAKCHJhdGVfYnBzGAcgASgEEhQKDHdvcnN0X3Jwb19tcxgIIAEoBBIRCgl3aW5kb3dfbXMYCSABKAQSEgoKZXRhX2xvd19tcxgKIAEoBBITCgtldGFfaGlnaF9tcxgLIAEoBBISCgpycG9fbWlzc2VkGAwgASgIEg8KB3Byb2JsZW0YDSABKAkSFwoPcXVpZXNjZV9wcm9ibGVtGA4gASgJIl8KDVJlY292ZXJ5UG9pbnQSDgoGbnVtYmVyGAEgASgEEhUKDXRha2VuX3VuaXhfbXMYAiABKAMSFQoNY2hhbmdlZF9ieXRlcxgDIAEoBBIQCghxdWllc2NlZBgEIAEoCCJwChBQcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIrCgpwcm90ZWN0aW9uGAQgASgLMhcucGFnZXBvcnQudjEuUHJvdGVjdGlvbiI6ChFQcm90ZWN0Vm1SZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSJCChJVbnByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhUKE1VucHJvdGVjdFZtUmVzcG9uc2UiNQoZTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBIKCgJ2bRgBIAEoCRIMCgRzaXRlGAIgASgJInMKGkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEioKBnBvaW50cxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLlJlY292ZXJ5UG9pbnQSKQoHZXhwb3J0cxg8IAMoCzIYLnBhZ2Vwb3J0LnYxLlBvaW50RXhwb3J0Iu0BCgtQb2ludEV4cG9ydBINCgV2bV9pZBgBIAEoCRIOCgZudW1iZXIYAiABKAQSFQoNdGFrZW5fdW5peF9tcxgDIAEoAxIsCgVzdGF0ZRgEIAEoDjIdLnBhZ2Vwb3J0LnYxLlBvaW50RXhwb3J0U3RhdGUSFgoOb3BlbmVkX3VuaXhfbXMYBSABKAMSFAoMZW5kc191bml4X21zGAYgASgDEg4KBnJlYXNvbhgHIAEoCRISCgpoZWxkX2J5dGVzGAggASgEEigKBWRpc2tzGAkgAygLMhkucGFnZXBvcnQudjEuRXhwb3J0ZWREaXNrIj4KDEV4cG9ydGVkRGlzaxIMCgRuYW1lGAEgASgJEhIKCnNpemVfYnl0ZXMYAiABKAQSDAoEdXJscxgDIAMoCSI7CgRMaW5rEhEKCWZyb21fc2l0ZRgBIAEoCRIPCgd0b19zaXRlGAIgASgJEg8KB2NhcF9icHMYAyABKAQiSAoRU2V0TGlua0NhcFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIfCgRsaW5rGAIgASgLMhEucGFnZXBvcnQudjEuTGluayI1ChJTZXRMaW5rQ2FwUmVzcG9uc2USHwoEbGluaxgBIAEoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiEgoQTGlzdExpbmtzUmVxdWVzdCI1ChFMaXN0TGlua3NSZXNwb25zZRIgCgVsaW5rcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiRQoSU2VlZFJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCSI8ChNTZWVkUmVwbGljYVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIiEKE0xpc3RSZXBsaWNhc1JlcXVlc3QSCgoCdm0YASABKAkiPgoUTGlzdFJlcGxpY2FzUmVzcG9uc2USJgoIcmVwbGljYXMYASADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkQKFERlbGV0ZVJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIXChVEZWxldGVSZXBsaWNhUmVzcG9uc2UqmAEKDFJlcGxpY2FTdGF0ZRIdChlSRVBMSUNBX1NUQVRFX1VOU1BFQ0lGSUVEEAASGQoVUkVQTElDQV9TVEFURV9TRUVESU5HEAESGAoUUkVQTElDQV9TVEFURV9TRUVERUQQAhIYChRSRVBMSUNBX1NUQVRFX0ZBSUxFRBADEhoKFlJFUExJQ0FfU1RBVEVfT1VUREFURUQQBCrTAQoQUmVwbGljYXRpb25QaGFzZRIhCh1SRVBMSUNBVElPTl9QSEFTRV9VTlNQRUNJRklFRBAAEh0KGVJFUExJQ0FUSU9OX1BIQVNFX1dBSVRJTkcQARIfChtSRVBMSUNBVElPTl9QSEFTRV9GVUxMX0NPUFkQAhIfChtSRVBMSUNBVElPTl9QSEFTRV9JTkNSRU1FTlQQAxIaChZSRVBMSUNBVElPTl9QSEFTRV9JRExFEAQSHwobUkVQTElDQVRJT05fUEhBU0VfTUlHUkFUSU5HEAUqcQoQUG9pbnRFeHBvcnRTdGF0ZRIiCh5QT0lOVF9FWFBPUlRfU1RBVEVfVU5TUEVDSUZJRUQQABIbChdQT0lOVF9FWFBPUlRfU1RBVEVfT1BFThABEhwKGFBPSU5UX0VYUE9SVF9TVEFURV9FTkRFRBACMrMFChJSZXBsaWNhdGlvblNlcnZpY2USUAoLU2VlZFJlcGxpY2ESHy5wYWdlcG9ydC52MS5TZWVkUmVwbGljYVJlcXVlc3QaIC5wYWdlcG9ydC52MS5TZWVkUmVwbGljYVJlc3BvbnNlElMKDExpc3RSZXBsaWNhcxIgLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1JlcXVlc3QaIS5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXNwb25zZRJKCglQcm90ZWN0Vm0SHS5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVzcG9uc2USUAoLVW5wcm90ZWN0Vm0SHy5wYWdlcG9ydC52MS5VbnByb3RlY3RWbVJlcXVlc3QaIC5wYWdlcG9ydC52MS5VbnByb3RlY3RWbVJlc3BvbnNlEmUKEkxpc3RSZWNvdmVyeVBvaW50cxImLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QaJy5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRJNCgpTZXRMaW5rQ2FwEh4ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlcXVlc3QaHy5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVzcG9uc2USSgoJTGlzdExpbmtzEh0ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1Jlc3BvbnNlElYKDURlbGV0ZVJlcGxpY2ESIS5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVxdWVzdBoiLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXNwb25zZWIGcHJvdG8z");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -70,6 +70,13 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: optional pageport.v1.ReplicationStatus replication = 9;
    */
   replication?: ReplicationStatus | undefined;
+
+  /**
+   * The worker that holds it.
+   *
+   * @generated from field: string worker = 60;
+   */
+  worker: string;
 };
 
 /**
@@ -372,6 +379,13 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
    * @generated from field: repeated pageport.v1.RecoveryPoint points = 1;
    */
   points: RecoveryPoint[];
+
+  /**
+   * Points of the VM that are open for reading at the site, listed or not, and those that ended lately.
+   *
+   * @generated from field: repeated pageport.v1.PointExport exports = 60;
+   */
+  exports: PointExport[];
 };
 
 /**
@@ -380,6 +394,98 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 9);
+
+/**
+ * A recovery point that is open for reading over NBD (HostService.OpenPoint).
+ *
+ * @generated from message pageport.v1.PointExport
+ */
+export type PointExport = Message<"pageport.v1.PointExport"> & {
+  /**
+   * @generated from field: string vm_id = 1;
+   */
+  vmId: string;
+
+  /**
+   * @generated from field: uint64 number = 2;
+   */
+  number: bigint;
+
+  /**
+   * @generated from field: int64 taken_unix_ms = 3;
+   */
+  takenUnixMs: bigint;
+
+  /**
+   * @generated from field: pageport.v1.PointExportState state = 4;
+   */
+  state: PointExportState;
+
+  /**
+   * @generated from field: int64 opened_unix_ms = 5;
+   */
+  openedUnixMs: bigint;
+
+  /**
+   * When it ends at the latest, or when it ended, by the clock of the replica's host.
+   *
+   * @generated from field: int64 ends_unix_ms = 6;
+   */
+  endsUnixMs: bigint;
+
+  /**
+   * @generated from field: string reason = 7;
+   */
+  reason: string;
+
+  /**
+   * What the replica keeps of older states for this export and those of later points, and would not keep otherwise.
+   *
+   * @generated from field: uint64 held_bytes = 8;
+   */
+  heldBytes: bigint;
+
+  /**
+   * @generated from field: repeated pageport.v1.ExportedDisk disks = 9;
+   */
+  disks: ExportedDisk[];
+};
+
+/**
+ * Describes the message pageport.v1.PointExport.
+ * Use `create(PointExportSchema)` to create a new message.
+ */
+export const PointExportSchema: GenMessage<PointExport> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 10);
+
+/**
+ * @generated from message pageport.v1.ExportedDisk
+ */
+export type ExportedDisk = Message<"pageport.v1.ExportedDisk"> & {
+  /**
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * @generated from field: uint64 size_bytes = 2;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * Where it is read, as qemu-img takes it: the unix socket, then TCP if there is that.
+   *
+   * @generated from field: repeated string urls = 3;
+   */
+  urls: string[];
+};
+
+/**
+ * Describes the message pageport.v1.ExportedDisk.
+ * Use `create(ExportedDiskSchema)` to create a new message.
+ */
+export const ExportedDiskSchema: GenMessage<ExportedDisk> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 11);
 
 /**
  * @generated from message pageport.v1.Link
@@ -408,7 +514,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 10);
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -430,7 +536,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -447,7 +553,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -460,7 +566,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -477,7 +583,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -504,7 +610,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -521,7 +627,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -538,7 +644,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -555,7 +661,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -582,7 +688,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -595,7 +701,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 22);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
@@ -687,6 +793,34 @@ export enum ReplicationPhase {
  */
 export const ReplicationPhaseSchema: GenEnum<ReplicationPhase> = /*@__PURE__*/
   enumDesc(file_pageport_v1_replication, 1);
+
+/**
+ * @generated from enum pageport.v1.PointExportState
+ */
+export enum PointExportState {
+  /**
+   * @generated from enum value: POINT_EXPORT_STATE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * @generated from enum value: POINT_EXPORT_STATE_OPEN = 1;
+   */
+  OPEN = 1,
+
+  /**
+   * `reason` says why.
+   *
+   * @generated from enum value: POINT_EXPORT_STATE_ENDED = 2;
+   */
+  ENDED = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.PointExportState.
+ */
+export const PointExportStateSchema: GenEnum<PointExportState> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_replication, 2);
 
 /**
  * @generated from service pageport.v1.ReplicationService
