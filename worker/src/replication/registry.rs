@@ -72,6 +72,8 @@ struct EntryState {
     report: ReplicationReport,
     /// The bitmap of what the guest has written since the newest point.
     mark: Option<String>,
+    /// Blocks of the replica are known not to be what they should, whatever the bitmap says.
+    damaged: bool,
 }
 
 impl Entry {
@@ -88,6 +90,11 @@ impl Entry {
     /// See [`Self::mark`].
     pub fn set_mark(&self, mark: Option<String>) {
         self.state().mark = mark;
+    }
+
+    /// The replica has damage that no point has put right yet.
+    pub fn set_damaged(&self, damaged: bool) {
+        self.state().damaged = damaged;
     }
 
     /// Changes what is reported.
@@ -128,7 +135,7 @@ impl Replications {
             protect_seq,
             ..ReplicationReport::default()
         };
-        let state = Mutex::new(EntryState { report, mark: None });
+        let state = Mutex::new(EntryState { report, ..EntryState::default() });
         let entry = Arc::new(Entry { turn: self.turn(vm), state, changed: self.changed.clone() });
         self.lock().insert((vm, to_site.to_owned()), entry.clone());
         entry
@@ -143,6 +150,11 @@ impl Replications {
     pub fn turn(&self, vm: VmId) -> Arc<Turn> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         turns.entry(vm).or_insert_with(|| Arc::new(Turn::new())).clone()
+    }
+
+    /// Whether a replica of the VM has damage that no point has put right yet.
+    pub fn has_damage(&self, vm: VmId) -> bool {
+        self.lock().iter().any(|((of, _), entry)| *of == vm && entry.state().damaged)
     }
 
     /// What is reported.
