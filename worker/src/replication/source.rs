@@ -90,11 +90,11 @@ enum Due {
     },
 }
 
-/// Ends when a migration wants the turn, or the order is withdrawn. A changed order waits; a withdrawn one does not.
-async fn interrupted(turn: &Turn, news: &mut watch::Receiver<Wanted>) {
+/// Ends when the turn is wanted, or the order is withdrawn. A changed order waits; a withdrawn one does not.
+async fn interrupted(wanted: impl Future<Output = ()>, news: &mut watch::Receiver<Wanted>) {
     let withdrawn = async { while news.changed().await.is_ok() {} };
     tokio::select! {
-        () = turn.wanted() => {}
+        () = wanted => {}
         () = withdrawn => {}
     }
 }
@@ -127,7 +127,7 @@ impl Replication {
             // Where rounds follow each other without a pause, passes take turns with them.
             let takes_turns = self.schedule.is_tight() && !self.passed;
             let enough = |left: Duration| left >= SHORTEST_PASS || takes_turns;
-            self.retry.is_none() && self.newest.is_some() && enough(due.saturating_duration_since(*at))
+            self.retry.is_none() && self.newest.is_some() && enough(due.saturating_duration_since(now.max(*at)))
         });
         let until = pass.unwrap_or(due).min(due);
         while Instant::now() < until {
@@ -170,7 +170,7 @@ impl Replication {
         let repairs = self.scrub.differences();
         let round = Round { node: &self.node, qemu: &qemu, spec: &wanted.spec, order: &wanted.order, repairs };
         let began = Instant::now();
-        let interrupt = interrupted(&turn, news);
+        let interrupt = interrupted(turn.wanted(), news);
         let mut rate = Rate::default();
         let tell = |news| match news {
             News::Progress(progress) => self.tell_progress(progress, &mut rate),
@@ -196,7 +196,7 @@ impl Replication {
         let pass = Pass { node: &self.node, qemu: &qemu, spec: &wanted.spec, order: &wanted.order, until };
         let entry = self.entry.clone();
         let tell = |progress: &_| entry.update(|status| status.scrub = Some(ScrubStatus::from(progress)));
-        self.scrub.compare(&pass, interrupted(&turn, news), tell).await;
+        self.scrub.compare(&pass, interrupted(turn.contended(), news), tell).await;
         self.passed = true;
         self.entry.set_damaged(!self.scrub.differences().is_empty());
         self.tell(|_| {});

@@ -42,7 +42,7 @@ const THROTTLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Why a pass compared nothing more.
 #[derive(Debug, thiserror::Error)]
 pub enum ScrubError {
-    /// A migration needs the turn, or the order was withdrawn.
+    /// A migration or the round of another replica needs the turn, or the order was withdrawn.
     #[error("interrupted")]
     Interrupted,
     /// Without the bitmap of the newest point a change of the guest cannot be told from damage.
