@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::FreezeDisk;
 use super::copy::copy_job;
-use crate::hypervisor::command_line::{disk_node, top_layer};
+use crate::hypervisor::disk::{disk_node, top_layer};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::vm::Vm;
 

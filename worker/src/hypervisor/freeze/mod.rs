@@ -47,7 +47,7 @@ pub use graph::SCRATCH_SECONDS;
 
 use super::bitmap::BitmapSource;
 use super::block::NodeInfo;
-use super::command_line::disk_node;
+use super::disk::disk_node;
 use super::error::HypervisorError;
 use super::guest_agent::Quiescence;
 use super::vm::Vm;
