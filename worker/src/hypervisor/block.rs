@@ -55,14 +55,6 @@ pub(crate) struct JobInfo {
     pub len: u64,
     pub offset: u64,
     pub ready: bool,
-    status: String,
-}
-
-impl JobInfo {
-    /// Has it done its work, and waits to be dismissed?
-    pub(super) fn pending(&self) -> bool {
-        self.status == "pending"
-    }
 }
 
 /// What `query-jobs` says of one job.
@@ -75,7 +67,7 @@ pub(crate) struct JobState {
 impl JobState {
     /// Is nothing of it in flight?
     fn rests(&self) -> bool {
-        matches!(self.status.as_str(), "paused" | "standby" | "pending" | "concluded")
+        matches!(self.status.as_str(), "paused" | "standby" | "concluded")
     }
 }
 
@@ -159,7 +151,7 @@ impl Vm {
         for job in self.block_jobs().await? {
             match self.execute(&JobPause { id: job.device.clone() }).await {
                 Ok(Ignored {}) => held.jobs.push(job.device),
-                // It has ended since, or is pending.
+                // It has ended since.
                 Err(HypervisorError::Qmp(QmpError::Refused { .. })) => {}
                 Err(error) => return Err(error),
             }
@@ -245,8 +237,6 @@ pub(super) struct BlockJob {
 pub(super) enum JobEvent {
     /// It has caught up.
     Ready,
-    /// It has done its work, and waits to be dismissed.
-    Pending,
     /// It has done its work, and is gone.
     Completed,
     /// It has failed, or was cancelled, and is gone.
@@ -257,10 +247,6 @@ impl BlockJob {
     /// A job that is to be, or is, under way.
     pub(super) fn new(vm: &Vm, id: String, target: String) -> Self {
         Self { vm: vm.clone(), id, target, events: vm.events() }
-    }
-
-    pub(super) fn vm(&self) -> &Vm {
-        &self.vm
     }
 
     pub(super) fn id(&self) -> &str {
@@ -308,7 +294,7 @@ impl BlockJob {
         let mut under_way = self.order_end(true).await?;
         while under_way {
             match self.next_event((Instant::now() + LOOK_INTERVAL).min(until)).await? {
-                Some(JobEvent::Ready | JobEvent::Pending) => {}
+                Some(JobEvent::Ready) => {}
                 Some(JobEvent::Completed | JobEvent::Failed(_)) => under_way = false,
                 None if Instant::now() >= until => return Err(self.late("cancellation of a block job", deadline)),
                 // Its events may have been lost.
@@ -334,7 +320,6 @@ impl BlockJob {
             match kind {
                 VmEventKind::Exited(_) => return Err(self.vm_ended()),
                 VmEventKind::BlockJobReady { job } if job == self.id => return Ok(Some(JobEvent::Ready)),
-                VmEventKind::BlockJobPending { job } if job == self.id => return Ok(Some(JobEvent::Pending)),
                 VmEventKind::BlockJobCompleted { job, error: None } if job == self.id => {
                     return Ok(Some(JobEvent::Completed));
                 }

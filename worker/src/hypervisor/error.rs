@@ -101,14 +101,6 @@ pub enum HypervisorError {
         /// QEMU's words.
         reason: String,
     },
-    /// A copy of a frozen point ended, or never began, for a reason.
-    #[error("copy of frozen disk {disk} failed: {reason}")]
-    Copy {
-        /// Which disk.
-        disk: String,
-        /// QEMU's words.
-        reason: String,
-    },
     /// The guest wrote more than the scratch space holds, or that failed: the frozen point is lost, the guest's writes are not.
     #[error("frozen point of disk {disk} broke: its scratch space is full or failed")]
     PointBroken {

@@ -47,11 +47,6 @@ pub enum VmEventKind {
         /// Its id.
         job: String,
     },
-    /// A block job has done its work, and waits to be dismissed.
-    BlockJobPending {
-        /// Its id.
-        job: String,
-    },
     /// A block job has ended.
     BlockJobCompleted {
         /// Its id.
@@ -168,7 +163,6 @@ pub(crate) fn translate(event: &RawEvent, received: Instant) -> Option<VmEvent> 
         }
         "MIGRATION_PASS" => VmEventKind::MigrationPass(event.data.get("pass")?.as_u64()?),
         "BLOCK_JOB_READY" => VmEventKind::BlockJobReady { job: text("device")? },
-        "BLOCK_JOB_PENDING" => VmEventKind::BlockJobPending { job: text("id")? },
         "BLOCK_JOB_COMPLETED" => VmEventKind::BlockJobCompleted { job: text("device")?, error: text("error") },
         "BLOCK_JOB_CANCELLED" => VmEventKind::BlockJobCancelled { job: text("device")? },
         "BLOCK_JOB_ERROR" => {
@@ -214,11 +208,6 @@ mod tests {
                 Some(K::BlockJobCompleted { job: job(), error: Some("Input/output error".into()) }),
             ),
             ("BLOCK_JOB_CANCELLED", json!({"device": "mirror-root"}), Some(K::BlockJobCancelled { job: job() })),
-            (
-                "BLOCK_JOB_PENDING",
-                json!({"type": "backup", "id": "mirror-root"}),
-                Some(K::BlockJobPending { job: job() }),
-            ),
             ("JOB_STATUS_CHANGE", json!({"id": "mirror-root", "status": "paused"}), Some(K::JobChanged { job: job() })),
             ("BLOCK_JOB_READY", json!({"device": 7}), None),
             ("RTC_CHANGE", json!({"offset": 1}), None),

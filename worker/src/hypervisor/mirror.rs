@@ -202,7 +202,7 @@ impl MirrorHandle {
         let until = Instant::now() + deadline;
         loop {
             match self.job.next_event(until).await? {
-                Some(JobEvent::Ready | JobEvent::Pending) => {}
+                Some(JobEvent::Ready) => {}
                 Some(JobEvent::Completed) => return self.job.remove_target().await,
                 Some(ended) => return Err(self.ended(ended).await),
                 None => return Err(self.job.late("last part of the mirror", deadline)),
@@ -221,7 +221,7 @@ impl MirrorHandle {
         }
         match event {
             JobEvent::Failed(reason) => self.failed(&reason),
-            JobEvent::Ready | JobEvent::Pending | JobEvent::Completed => self.failed("it ended too early"),
+            JobEvent::Ready | JobEvent::Completed => self.failed("it ended too early"),
         }
     }
 

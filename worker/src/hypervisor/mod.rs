@@ -44,7 +44,7 @@ pub use command_line::{Launch, SpecError, StartMode, check_spec};
 pub use console::Console;
 pub use error::HypervisorError;
 pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
-pub use freeze::{Consistency, CopyHandle, CopyProgress, CopyTarget, FreezeDisk, Frozen, Outcome};
+pub use freeze::{Consistency, FreezeDisk, Frozen, Outcome};
 pub use mirror::{MirrorHandle, MirrorSync};
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;

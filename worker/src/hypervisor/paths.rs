@@ -9,7 +9,7 @@
 //! | `incoming.sock` | QEMU | the migration stream at the destination |
 //! | `outgoing.sock` | the worker | the migration stream at the source |
 //! | `nbd-<disk>.sock` | the worker | the target of a disk's mirror |
-//! | `copy-<disk>.sock` | the worker | the target of a copy of a disk's frozen point |
+//! | `points.sock` | QEMU | its frozen disks, while they are being copied |
 //! | `pid` | QEMU | finding a running VM again |
 //! | `deadline` | the worker | the lease that the keeper enforces, and the keeper's word when it did |
 //! | `taps` | the worker | tap devices to remove when the VM ends, one name per line |
@@ -77,9 +77,9 @@ impl VmPaths {
         self.dir.join(format!("nbd-{disk}.sock"))
     }
 
-    /// Where the worker's NBD server for a copy of a disk's frozen point listens.
-    pub fn copy(&self, disk: &str) -> PathBuf {
-        self.dir.join(format!("copy-{disk}.sock"))
+    /// Where QEMU's NBD server offers its frozen disks.
+    pub fn points(&self) -> PathBuf {
+        self.dir.join("points.sock")
     }
 
     /// The mirrors' NBD sockets that are there, with the disks that they are for.

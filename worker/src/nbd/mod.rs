@@ -1,20 +1,22 @@
-//! A disk offered to QEMU over NBD, on a unix socket of the worker.
+//! Both ends of NBD between the worker and a local QEMU, on unix sockets.
 //!
 //! ```text
 //!   QEMU's mirror ──unix──▶ server (accept) ─▶ connection (one per client) ─▶ BlockTarget
 //!                              negotiate            ≤ 16 requests, ≤ 32 MiB in flight
+//!   client ──unix──▶ QEMU's frozen disks
 //! ```
 //!
-//! Guarantees: requests run concurrently within named bounds; FLUSH waits for everything that was sent before it; a FUA
+//! Guarantees of the server: requests run concurrently within named bounds; FLUSH waits for everything that was sent before it; a FUA
 //! write is answered only after the target has flushed; a request that the target does not do within its deadline is
 //! answered with an error (its call is dropped); bytes that are no NBD end the connection, and nothing else.
 //!
-//! Does not speak TLS, structured replies or TRIM: the one client is a local QEMU, and it needs none of them. A
+//! It does not speak TLS, structured replies or TRIM: the one client is a local QEMU, and it needs none of them. A
 //! target's error reaches the client as that request's error, and QEMU then ends its job.
 //!
 //! Why not a crate: `nbd` (0.3) is synchronous and an early version; `tokio-nbd` (0.3) is GPL and answers one
 //! request at a time, so a mirror over a WAN would wait a round trip for each.
 
+mod client;
 mod connection;
 mod negotiation;
 mod protocol;
@@ -25,6 +27,7 @@ use std::io;
 
 use bytes::Bytes;
 
+pub use client::{ClientError, Content, Extent, NbdClient, State, States};
 pub use protocol::{MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, block_size};
 pub use server::{ExportError, NbdServer};
 
@@ -46,4 +49,13 @@ pub trait BlockTarget: Send + Sync + 'static {
 
     /// Makes everything that was answered before stable.
     fn flush(&self) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+/// Takes what is read of an export. Calls come concurrently, for ranges that do not overlap.
+pub trait Sink: Send + Sync + 'static {
+    /// Takes bytes.
+    fn write(&self, offset: u64, data: Bytes) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Takes a range of zeroes.
+    fn zero(&self, offset: u64, length: u64) -> impl Future<Output = io::Result<()>> + Send;
 }

@@ -1,4 +1,5 @@
-//! NBD's bytes: what is parsed and formatted, and the limits. Pure. All integers are big-endian.
+//! NBD's bytes: what is parsed and formatted, and the limits. Pure. All integers are big-endian. This is the server's half; [`client`] is the
+//! other.
 //!
 //! ```text
 //!   server ▶ "NBDMAGIC" "IHAVEOPT" u16 flags                 (fixed newstyle, no zeroes)
@@ -9,6 +10,8 @@
 //!   client ▶ u32 magic, u16 flags, u16 type, u64 cookie, u64 offset, u32 length, data
 //!   server ▶ u32 magic, u32 error, u64 cookie, data          (simple replies, in any order)
 //! ```
+
+pub mod client;
 
 /// Most bytes that a request may read or write.
 pub const MAX_PAYLOAD_BYTES: u32 = 32 * 1024 * 1024;
@@ -80,6 +83,18 @@ pub enum ProtocolError {
     /// The client does not ask for an export in the way served here.
     #[error("the NBD client uses the old EXPORT_NAME option")]
     ExportName,
+    /// The server does not speak fixed newstyle.
+    #[error("NBD server flags {flags:#x} do not fit")]
+    ServerFlags {
+        /// What came.
+        flags: u16,
+    },
+    /// Data that is too short, or of no known type.
+    #[error("NBD {what} has no known form")]
+    Malformed {
+        /// What.
+        what: &'static str,
+    },
 }
 
 /// The server's first bytes.

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 
 use super::blocks::Blocks;
 use super::session::DiskSession;
-use crate::nbd::BlockTarget;
+use crate::nbd::{BlockTarget, Sink};
 
 /// What both sources share.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl BlockTarget for MirrorTarget {
     }
 
     async fn read(&self, _offset: u64, _length: u32) -> io::Result<Bytes> {
-        Err(not_read())
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a replica is not read back over the link"))
     }
 
     async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
@@ -68,15 +68,7 @@ impl BlockTarget for MirrorTarget {
     }
 }
 
-impl BlockTarget for PointTarget {
-    fn size(&self) -> u64 {
-        self.0.session.size_bytes()
-    }
-
-    async fn read(&self, _offset: u64, _length: u32) -> io::Result<Bytes> {
-        Err(not_read())
-    }
-
+impl Sink for PointTarget {
     async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
         let newer = self.0.newer.lock().await;
         for (start, length) in newer.not_noted(offset, data.len() as u64) {
@@ -86,20 +78,11 @@ impl BlockTarget for PointTarget {
         Ok(())
     }
 
-    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         let newer = self.0.newer.lock().await;
-        for (start, length) in newer.not_noted(offset, length.into()) {
+        for (start, length) in newer.not_noted(offset, length) {
             self.0.session.zero(start, length).await?;
         }
         Ok(())
     }
-
-    /// A flush would be waited for by the guest when the target is removed; the mirror's last one covers this too.
-    async fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn not_read() -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, "a replica is not read back over the link")
 }

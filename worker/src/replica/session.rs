@@ -32,6 +32,7 @@ use super::points::ChangeDigest;
 use super::serve::compress;
 use super::store::BLOCK_BYTES;
 use super::view::{Confirmed, ReplicaState, ReplicaView};
+use crate::nbd::Sink;
 use crate::transport::{
     MessageError, MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority,
 };
@@ -41,6 +42,8 @@ use crate::transport::{
 pub const IN_FLIGHT_BYTES: u64 = 32 << 20;
 /// A change of less than a block counts as one.
 const IN_FLIGHT_UNITS: usize = (IN_FLIGHT_BYTES / BLOCK_BYTES) as usize;
+/// Less than this is hashed where it is rather than handed to another thread.
+const HASHED_AT_ONCE_BYTES: usize = 64 << 10;
 /// A peer that says nothing for this long while it owes an answer is given up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
@@ -191,8 +194,12 @@ impl DiskSession {
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let hashing = data.clone();
-        let digests = spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?;
+        let digests = if data.len() <= HASHED_AT_ONCE_BYTES {
+            digests_of(offset, &data)
+        } else {
+            let hashing = data.clone();
+            spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?
+        };
         let mut planner = self.planner.clone().lock_owned().await;
         let planned =
             spawn_blocking(move || planner.write(offset, &data, &digests).map(|steps| (steps, planner))).await;
@@ -251,6 +258,16 @@ impl DiskSession {
             self.unflushed.fetch_add(1, Ordering::AcqRel);
         }
         Ok(acknowledged)
+    }
+}
+
+impl Sink for DiskSession {
+    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        Self::write(self, offset, data).await
+    }
+
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        Self::zero(self, offset, length).await
     }
 }
 

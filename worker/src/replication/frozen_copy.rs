@@ -1,32 +1,34 @@
 //! The disks of a frozen point on their way into disk sessions: what a round and the last increment of a migration have in common.
 //!
 //! ```text
-//!   frozen point ─ job copy-DISK ─▶ NbdServer ─▶ target ─▶ DiskSession        one of each per disk
+//!   frozen point ─ export ─▶ QEMU's NBD server ─▶ pull ─▶ sink ─▶ DiskSession        a pull and a sink per disk
 //! ```
 //! Guarantees: scratch stays within its bound; a copy that does not get on is given up; [`FrozenCopy::release`] leaves nothing behind.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::hypervisor::freeze::{Consistency, CopyHandle, CopyTarget, FreezeDisk, Frozen, Outcome};
+use tokio::task::JoinSet;
+
+use super::pull::{PullError, pull};
+use super::throttle::Throttle;
+use crate::hypervisor::freeze::{Consistency, FreezeDisk, Frozen, Outcome};
 use crate::hypervisor::guest_agent::Quiescence;
 use crate::hypervisor::{HypervisorError, Vm};
-use crate::nbd::{BlockTarget, ExportError, NbdServer};
+use crate::nbd::{ClientError, NbdClient, Sink, States};
 use crate::node::Node;
+use crate::replica::cap::Cap;
 use crate::replica::store::free_bytes;
 
-use super::throttle::Throttle;
-
-/// Between two looks at the copies.
+/// Between two looks at scratch and progress.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// A copy that does not get on for so long is given up.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// Between two looks at how the guest's writes fare.
 const THROTTLE_INTERVAL: Duration = Duration::from_secs(1);
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
-/// What its sockets are called, so that they stand beside those of mirrors.
-const SOCKET_SUFFIX: &str = "point";
 
 /// Why a frozen point was not copied.
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +36,15 @@ pub enum FrozenCopyError {
     /// The hypervisor.
     #[error("copy a frozen point")]
     Hypervisor(#[from] HypervisorError),
-    /// The NBD server did not start.
-    #[error(transparent)]
-    Export(#[from] ExportError),
+    /// The hypervisor's server.
+    #[error("read frozen disk {disk}")]
+    Read {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: ClientError,
+    },
     /// Scratch cannot be looked at.
     #[error("look at the scratch of a frozen point")]
     LookAtScratch(#[source] std::io::Error),
@@ -85,7 +93,9 @@ pub struct Copied {
 pub struct FrozenCopy {
     qemu: Vm,
     frozen: Frozen,
-    disks: Vec<Disk>,
+    pulls: JoinSet<Result<(), FrozenCopyError>>,
+    done_bytes: Arc<AtomicU64>,
+    pace: Arc<Cap>,
     bounds: Bounds,
 }
 
@@ -106,14 +116,6 @@ impl Bounds {
         let reserve_bytes = self.reserve_bytes;
         if free_bytes < reserve_bytes { Err(FrozenCopyError::NoSpace { free_bytes, reserve_bytes }) } else { Ok(()) }
     }
-}
-
-#[derive(Debug)]
-struct Disk {
-    name: String,
-    server: Option<NbdServer>,
-    copy: Option<CopyHandle>,
-    copied: Copied,
 }
 
 impl FrozenCopy {
@@ -139,7 +141,8 @@ impl FrozenCopy {
         let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: node.scratch(qemu.id(), name) };
         let disks: Vec<_> = names.iter().map(disk).collect();
         let frozen = qemu.freeze_with(&disks, since, next, consistency).await?;
-        Ok(Self { qemu: qemu.clone(), frozen, disks: vec![], bounds })
+        let (pulls, done_bytes, pace) = (JoinSet::new(), Arc::default(), Arc::new(Cap::none()));
+        Ok(Self { qemu: qemu.clone(), frozen, pulls, done_bytes, pace, bounds })
     }
 
     /// Whether the guest's file systems were at rest at the moment; the second time nothing.
@@ -152,27 +155,26 @@ impl FrozenCopy {
         self.frozen.moment()
     }
 
-    /// Starts to copy disks, each to its target; all in one call, so that none waits for what the others have in flight.
+    /// Starts to copy disks, each to its sink.
     ///
     /// # Errors
     /// The hypervisor refuses.
-    pub async fn start<T: BlockTarget>(
+    pub async fn start<T: Sink>(
         &mut self,
-        targets: Vec<(String, Arc<T>)>,
+        sinks: Vec<(String, Arc<T>)>,
         throttle: Option<&Throttle>,
     ) -> Result<(), FrozenCopyError> {
-        let mut served = vec![];
-        for (name, target) in targets {
-            let socket = self.qemu.paths().nbd(&format!("{name}-{SOCKET_SUFFIX}"));
-            let server = Some(NbdServer::bind(&socket, &name, target)?);
-            let total_bytes = self.frozen.dirty_bytes_of(&name).unwrap_or_default();
-            let copied = Copied { done_bytes: 0, total_bytes };
-            served.push(CopyTarget { disk: name.clone(), nbd_socket: socket, export: name.clone() });
-            self.disks.push(Disk { name, server, copy: None, copied });
-        }
-        let copies = self.frozen.copy(&served, throttle.map(Throttle::bytes_per_s)).await?;
-        for (disk, copy) in self.disks.iter_mut().zip(copies) {
-            disk.copy = Some(copy);
+        self.set_pace(throttle);
+        let socket = self.frozen.export().await?;
+        for (disk, sink) in sinks {
+            let states =
+                self.frozen.since().map_or(States::Zeroes, |bitmap| States::Dirty { bitmap: bitmap.to_owned() });
+            let client = match NbdClient::connect(&socket, &disk, states).await {
+                Ok(client) => client,
+                Err(source) => return Err(FrozenCopyError::Read { disk, source }),
+            };
+            let pulled = pull(client, sink, self.pace.clone(), self.done_bytes.clone());
+            self.pulls.spawn(async move { pulled.await.map_err(|error| explain(disk, error)) });
         }
         Ok(())
     }
@@ -180,93 +182,60 @@ impl FrozenCopy {
     /// Waits until all disks are copied. Cancel-safe.
     ///
     /// # Errors
-    /// A copy ended, does not get on, or scratch is full.
+    /// A copy failed, does not get on, or scratch is full.
     pub async fn wait(
         &mut self,
         mut throttle: Option<Throttle>,
         mut progress: impl FnMut(Copied),
     ) -> Result<(), FrozenCopyError> {
         let (mut advanced, mut throttled) = ((Instant::now(), 0), Instant::now());
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
         loop {
-            let ended = self.look().await?;
-            let sum = self.copied();
-            progress(sum);
-            if ended {
-                return Ok(());
-            }
-            let used = self.frozen.scratch_bytes().await.map_err(FrozenCopyError::LookAtScratch)?;
-            self.bounds.check(used)?;
-            if sum.done_bytes > advanced.1 {
-                advanced = (Instant::now(), sum.done_bytes);
-            } else if advanced.0.elapsed() > STALL_LIMIT {
-                return Err(FrozenCopyError::Stalled { limit: STALL_LIMIT });
-            }
-            if let Some(throttle) = &mut throttle
-                && throttled.elapsed() >= THROTTLE_INTERVAL
-            {
-                throttled = Instant::now();
-                self.set_speed(throttle).await?;
-            }
-        }
-    }
-
-    /// Waits a little for the copies; `true`: all have ended.
-    async fn look(&mut self) -> Result<bool, HypervisorError> {
-        let mut all_ended = true;
-        for disk in &mut self.disks {
-            let Disk { copy, copied, .. } = disk;
-            let Some(handle) = copy else { continue };
-            let waited = handle.wait(LOOK_INTERVAL, |now| {
-                *copied = Copied { done_bytes: now.done_bytes, total_bytes: now.total_bytes };
-            });
-            match waited.await {
-                Ok(()) => {
-                    copied.done_bytes = copied.total_bytes;
-                    *copy = None;
-                }
-                Err(HypervisorError::Deadline { .. }) => {
-                    if let Ok(now) = handle.progress().await {
-                        *copied = Copied { done_bytes: now.done_bytes, total_bytes: now.total_bytes };
+            tokio::select! {
+                pulled = self.pulls.join_next() => match pulled {
+                    // A copy that panicked, or whose runtime ends, has not passed everything on.
+                    Some(pulled) => pulled.map_err(|error| FrozenCopyError::Sessions(error.into()))??,
+                    None => {
+                        progress(self.copied());
+                        return Ok(());
                     }
-                    all_ended = false;
+                },
+                _ = look.tick() => {
+                    let copied = self.copied();
+                    progress(copied);
+                    let used = self.frozen.scratch_bytes().await.map_err(FrozenCopyError::LookAtScratch)?;
+                    self.bounds.check(used)?;
+                    if copied.done_bytes > advanced.1 {
+                        advanced = (Instant::now(), copied.done_bytes);
+                    } else if advanced.0.elapsed() > STALL_LIMIT {
+                        return Err(FrozenCopyError::Stalled { limit: STALL_LIMIT });
+                    }
+                    if let Some(throttle) = &mut throttle
+                        && throttled.elapsed() >= THROTTLE_INTERVAL
+                    {
+                        throttled = Instant::now();
+                        if throttle.look(self.qemu.write_count().await?).is_some() {
+                            self.set_pace(Some(throttle));
+                        }
+                    }
                 }
-                Err(error) => return Err(error),
             }
         }
-        Ok(all_ended)
     }
 
-    fn copied(&self) -> Copied {
-        self.disks.iter().fold(Copied::default(), |sum, disk| Copied {
-            done_bytes: sum.done_bytes + disk.copied.done_bytes,
-            total_bytes: sum.total_bytes + disk.copied.total_bytes,
-        })
+    /// How far the copies are.
+    pub fn copied(&self) -> Copied {
+        let done_bytes = self.done_bytes.load(Ordering::Relaxed);
+        Copied { done_bytes, total_bytes: self.frozen.dirty_bytes().max(done_bytes) }
     }
 
-    async fn set_speed(&self, throttle: &mut Throttle) -> Result<(), HypervisorError> {
-        let Some(bytes_per_s) = throttle.look(self.qemu.write_count().await?) else { return Ok(()) };
-        for copy in self.disks.iter().filter_map(|disk| disk.copy.as_ref()) {
-            // One that has just ended has no speed.
-            if let Err(error) = copy.set_speed(Some(bytes_per_s)).await {
-                tracing::debug!(%error, "speed not set");
-            }
-        }
-        Ok(())
+    fn set_pace(&self, throttle: Option<&Throttle>) {
+        self.pace.set(throttle.map_or(0, |throttle| throttle.bytes_per_s().saturating_mul(8)));
     }
 
     /// Ends copies that are not to be completed: from now on no session is written to.
     pub async fn close(&mut self) {
-        for disk in &mut self.disks {
-            // The socket goes first: a peer that hangs must not hold up the hypervisor.
-            if let Some(server) = disk.server.take() {
-                server.close().await;
-            }
-            if let Some(mut copy) = disk.copy.take()
-                && let Err(error) = copy.cancel(RELEASE_LIMIT).await
-            {
-                tracing::warn!(disk = disk.name, error = %crate::error::with_causes(&error), "copy not cancelled");
-            }
-        }
+        self.pulls.shutdown().await;
     }
 
     /// Takes the frozen point out of the hypervisor, and settles its bitmaps.
@@ -274,9 +243,16 @@ impl FrozenCopy {
     /// # Errors
     /// The hypervisor does not do so in time; the next freeze does it then.
     pub async fn release(mut self, outcome: Outcome) -> Result<(), HypervisorError> {
-        // Copies that are complete let go of their servers only now.
-        let released = self.frozen.release(outcome, RELEASE_LIMIT).await;
         self.close().await;
-        released
+        self.frozen.release(outcome, RELEASE_LIMIT).await
+    }
+}
+
+/// A point that broke refuses to be read.
+fn explain(disk: String, error: PullError) -> FrozenCopyError {
+    match error {
+        PullError::Read(error) if error.is_refusal() => HypervisorError::PointBroken { disk }.into(),
+        PullError::Read(source) => FrozenCopyError::Read { disk, source },
+        PullError::Sink(error) => FrozenCopyError::Sessions(error),
     }
 }

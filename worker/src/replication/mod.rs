@@ -3,13 +3,14 @@
 //! ```text
 //!   source worker                                          destination worker
 //!   source ─▶ round ─▶ control ═══════ control stream ════▶ serve ─▶ replica::points
-//!     │         └─▶ hypervisor::freeze ─▶ nbd ─▶ replica::session ═▶ replica::serve ┘
+//!     │         └─▶ hypervisor::freeze ─▶ pull ─▶ replica::session ═▶ replica::serve ┘
 //!     └─ schedule, throttle: pure
 //! ```
 //! - [`replicators`]: from an assignment to tasks.
 //! - [`source`]: one task per VM and site: round after round.
 //! - [`round`]: one point, from the frozen moment to its commit.
 //! - [`frozen_copy`]: a frozen point on its way into disk sessions.
+//! - [`pull`]: one frozen disk, read from the hypervisor.
 //! - [`control`], [`serve`]: the two ends of a session's control stream.
 //! - [`schedule`]: when the next point is taken, and how old the newest became.
 //! - [`throttle`]: how fast a full copy may go.
@@ -25,6 +26,7 @@ pub mod frozen_copy;
 pub mod mark;
 pub mod moving;
 pub mod plan;
+pub mod pull;
 pub mod registry;
 pub mod replicators;
 pub mod round;

@@ -8,7 +8,6 @@
 //! Guarantees: no guest write waits for anything but local scratch and, where quiescing is ordered, the guest's own agent, a few seconds at most; a round that fails leaves bitmaps from which the next one goes on, and
 //! a view that says what the replica's newest point holds; scratch stays within its bound.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -27,7 +26,6 @@ use super::throttle::Throttle;
 use crate::hypervisor::freeze::{Consistency, Outcome};
 use crate::hypervisor::guest_agent::NotQuiesced;
 use crate::hypervisor::{HypervisorError, Vm};
-use crate::nbd::BlockTarget;
 use crate::node::Node;
 use crate::replica::CopiesFrom;
 use crate::replica::copy::{CopyError, hello};
@@ -209,7 +207,7 @@ impl Round<'_> {
         let quiescence = frozen.take_quiescence();
         tell(News::Moment(quiescence.problem));
         let copied = async {
-            let sink = |stream: &DiskStream| (stream.name.clone(), Arc::new(PointSink(stream.session.clone())));
+            let sink = |stream: &DiskStream| (stream.name.clone(), stream.session.clone());
             frozen.start(streams.iter().map(sink).collect(), throttle.as_ref()).await?;
             let progress = |Copied { done_bytes, total_bytes }| {
                 let wan_bytes = connection.sent_bytes();
@@ -297,7 +295,7 @@ impl Round<'_> {
     }
 }
 
-/// A session that ended says more than the job that it ended.
+/// A session that ended says more than the copy that it ended.
 fn explain(streams: &[DiskStream], error: FrozenCopyError) -> RoundError {
     let failed = streams.iter().find_map(|stream| Some((stream, stream.session.failure()?)));
     match failed {
@@ -308,31 +306,4 @@ fn explain(streams: &[DiskStream], error: FrozenCopyError) -> RoundError {
 
 fn unix_ms(at: SystemTime) -> i64 {
     at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
-}
-
-/// Takes a frozen point into a session.
-#[derive(Debug)]
-struct PointSink(Arc<DiskSession>);
-
-impl BlockTarget for PointSink {
-    fn size(&self) -> u64 {
-        self.0.size_bytes()
-    }
-
-    async fn read(&self, _offset: u64, _length: u32) -> io::Result<Bytes> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "a replica is not read back over the link"))
-    }
-
-    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        self.0.write(offset, data).await
-    }
-
-    async fn zero(&self, offset: u64, length: u32) -> io::Result<()> {
-        self.0.zero(offset, length.into()).await
-    }
-
-    /// The guest waits for the flush that the hypervisor sends when it removes the target; what counts is the commit.
-    async fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -1,29 +1,26 @@
 //! Frozen points of a guest that goes on writing.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pageport_proto::v1::DiskSpec;
-use pageport_worker::hypervisor::{CopyTarget, FreezeDisk, Frozen, HypervisorError, Outcome, StartMode, Vm};
-use pageport_worker::nbd::NbdServer;
+use pageport_worker::hypervisor::{FreezeDisk, Frozen, HypervisorError, Outcome, StartMode, Vm};
+use pageport_worker::replication::pull::PullError;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 use crate::support::{DISK_BYTES, MIB, SOON, text};
 use crate::targets::Memory;
-use crate::writer::{DISKS, QUIET, Side, Writer, copy_targets, guest_goes_on, names, newest_write, servers, targets};
+use crate::writer::{DISKS, QUIET, Side, Writer, copies, copy, guest_goes_on, names, newest_write, targets};
 
-/// Copies all disks of a point, and says how much the jobs copied.
-async fn copy_all(vm: &Vm, frozen: &Frozen, targets: &[Arc<Memory>]) -> u64 {
-    let servers = servers(vm, targets);
+/// Copies all disks of a point, and says how much was copied.
+async fn copy_all(frozen: &Frozen, targets: &[Arc<Memory>]) -> u64 {
     let before: u64 = changed_bytes(targets);
-    let mut copies = frozen.copy(&copy_targets(vm), None).await.unwrap();
-    for copy in &mut copies {
-        copy.wait(SOON, |_| {}).await.unwrap();
-    }
-    for server in servers {
-        server.close().await;
+    for copy in copies(frozen, targets).await {
+        copy.await.unwrap().unwrap();
     }
     changed_bytes(targets) - before
 }
@@ -119,7 +116,7 @@ async fn a_chain_of_points_has_every_write_before_each_moment_and_none_after() {
     assert!(matches!(second, Err(HypervisorError::AlreadyFrozen { .. })), "{second:?}");
     guest_goes_on(&vm).await;
     assert!(frozen.scratch_bytes().await.unwrap() > 0);
-    copy_all(&vm, &frozen, &targets).await;
+    copy_all(&frozen, &targets).await;
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     nothing_is_left(&writer, &mut quiet.side).await;
@@ -136,7 +133,7 @@ async fn a_chain_of_points_has_every_write_before_each_moment_and_none_after() {
             quiet.change().await;
         }
         guest_goes_on(&vm).await;
-        let copied = copy_all(&vm, &frozen, &targets).await;
+        let copied = copy_all(&frozen, &targets).await;
         assert_eq!(copied, frozen.dirty_bytes());
         frozen.release(Outcome::Committed, SOON).await.unwrap();
         assert_eq!(bitmap_names(&vm).await, [next]);
@@ -151,7 +148,7 @@ async fn a_chain_of_points_has_every_write_before_each_moment_and_none_after() {
     guest_goes_on(&vm).await;
     vm.stop().await.unwrap();
     let mut frozen = vm.freeze(&disks, Some("b-11"), "b-12").await.unwrap();
-    copy_all(&vm, &frozen, &targets).await;
+    copy_all(&frozen, &targets).await;
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     for (disk, target) in DISKS.iter().zip(&targets) {
         assert!(target.content() == writer.on_disk(disk), "{disk} differs");
@@ -162,12 +159,35 @@ async fn a_chain_of_points_has_every_write_before_each_moment_and_none_after() {
 /// How an increment fails.
 #[derive(Debug, Clone, Copy)]
 enum Failure {
-    ServerDies,
-    ServerHangs,
-    Cancelled,
+    ReaderDies,
+    ReaderHangs,
     AnswerLost,
     Dropped,
     WorkerDies,
+}
+
+/// Asks for all of a disk, and takes nothing of it.
+async fn reader_that_hangs(socket: &Path, disk: &str) -> UnixStream {
+    const PIECE: u32 = 1 << 20;
+    let mut stream = UnixStream::connect(socket).await.unwrap();
+    stream.read_exact(&mut [0; 18]).await.unwrap();
+    // Fixed newstyle without zeroes; EXPORT_NAME, which answers with size and flags.
+    let mut hello = 3u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1u32.to_be_bytes());
+    hello.extend((disk.len() as u32).to_be_bytes());
+    hello.extend(disk.as_bytes());
+    stream.write_all(&hello).await.unwrap();
+    stream.read_exact(&mut [0; 10]).await.unwrap();
+    for piece in 0..(DISK_BYTES as u32 / PIECE) {
+        let mut read = 0x2560_9513_u32.to_be_bytes().to_vec();
+        read.extend([0; 4]);
+        read.extend(u64::from(piece).to_be_bytes());
+        read.extend(u64::from(piece * PIECE).to_be_bytes());
+        read.extend(PIECE.to_be_bytes());
+        stream.write_all(&read).await.unwrap();
+    }
+    stream
 }
 
 #[tokio::test]
@@ -179,51 +199,41 @@ async fn whatever_ends_an_increment_no_written_block_is_lost_and_the_guest_goes_
     let mut quiet = Quiet::of(&writer).await;
     let (disks, targets) = (writer.freeze_disks(), targets());
     let mut frozen = vm.freeze(&disks, None, "cur").await.unwrap();
-    copy_all(&vm, &frozen, &targets).await;
+    copy_all(&frozen, &targets).await;
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     // It holds the VM's monitor, which the next worker is to get.
     drop(frozen);
 
-    for failure in [F::ServerDies, F::ServerHangs, F::Cancelled, F::AnswerLost, F::Dropped, F::WorkerDies] {
+    for failure in [F::ReaderDies, F::ReaderHangs, F::AnswerLost, F::Dropped, F::WorkerDies] {
         quiet.change().await;
         guest_goes_on(&vm).await;
         let mut frozen = vm.freeze(&disks, Some("cur"), "next").await.unwrap();
         targets[0].hold_after(1);
-        let mut servers = servers(&vm, &targets);
-        let mut copies = frozen.copy(&copy_targets(&vm), None).await.unwrap();
+        let mut copies = copies(&frozen, &targets).await;
         tokio::time::timeout(SOON, targets[0].held()).await.expect("the copy gets there");
         quiet.change().await;
-        // Its server answers nothing, and the guest does not notice.
+        // It goes nowhere, and the guest does not notice.
         guest_goes_on(&vm).await;
         vm.run_state().await.unwrap();
-        let soon_over = Duration::from_millis(100);
         match failure {
-            F::ServerDies => {
-                servers.remove(0).close().await;
-                let failed = copies[0].wait(SOON, |_| {}).await;
-                assert!(matches!(failed, Err(HypervisorError::Copy { .. })), "{failed:?}");
-                frozen.release(Outcome::Failed, SOON).await.unwrap();
-            }
-            F::ServerHangs => {
-                let late = copies[0].wait(soon_over, |_| {}).await;
-                assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");
-                let late = frozen.release(Outcome::Failed, soon_over).await;
-                assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");
+            F::ReaderDies => {
+                copies.clear();
                 guest_goes_on(&vm).await;
-                servers.remove(0).close().await;
                 frozen.release(Outcome::Failed, SOON).await.unwrap();
             }
-            F::Cancelled => {
-                copies[0].set_speed(Some(4096)).await.unwrap();
-                assert!(copies[0].progress().await.unwrap().total_bytes > 0);
-                targets[0].go_on();
-                copies[0].cancel(SOON).await.unwrap();
+            F::ReaderHangs => {
+                let hangs = reader_that_hangs(&vm.paths().points(), DISKS[0]).await;
+                quiet.change().await;
+                guest_goes_on(&vm).await;
+                vm.run_state().await.unwrap();
+                drop(hangs);
+                copies.clear();
                 frozen.release(Outcome::Failed, SOON).await.unwrap();
             }
             F::AnswerLost => {
                 targets[0].go_on();
-                for copy in &mut copies {
-                    copy.wait(SOON, |_| {}).await.unwrap();
+                for copy in copies.drain(..) {
+                    copy.await.unwrap().unwrap();
                 }
                 frozen.release(Outcome::Unknown, SOON).await.unwrap();
                 assert_eq!(bitmap_names(&vm).await, ["cur", "next"]);
@@ -231,16 +241,9 @@ async fn whatever_ends_an_increment_no_written_block_is_lost_and_the_guest_goes_
                 vm.remove_bitmap(&names(), "next").await.unwrap();
                 vm.remove_bitmap(&names(), "next").await.unwrap();
             }
-            F::Dropped => {
-                for server in servers.drain(..) {
-                    server.close().await;
-                }
-            }
+            F::Dropped => {}
             F::WorkerDies => {
                 let id = vm.id();
-                for server in servers.drain(..) {
-                    server.close().await;
-                }
                 drop((frozen, copies, vm));
                 vm = Vm::adopt(&writer.fixture.host.runtime_dir, id).await.unwrap();
                 guest_goes_on(&vm).await;
@@ -253,13 +256,10 @@ async fn whatever_ends_an_increment_no_written_block_is_lost_and_the_guest_goes_
             }
         }
         drop((frozen, copies));
-        for server in servers {
-            server.close().await;
-        }
         targets[0].go_on();
         guest_goes_on(&vm).await;
         let mut frozen = vm.freeze(&disks, Some("cur"), "after").await.unwrap();
-        copy_all(&vm, &frozen, &targets).await;
+        copy_all(&frozen, &targets).await;
         frozen.release(Outcome::Committed, SOON).await.unwrap();
         one_moment(&targets);
         quiet.check(&targets);
@@ -337,20 +337,15 @@ async fn a_full_scratch_breaks_the_point_and_not_the_guest() {
     }
     let mut side = writer.side().await;
     side.io("root", "write -P 5 12M 4M").await;
-    let servers = servers(&vm, &targets);
-    let mut copies = frozen.copy(&copy_targets(&vm)[..1], None).await.unwrap();
-    let broken = copies[0].wait(SOON, |_| {}).await;
-    assert!(matches!(broken, Err(HypervisorError::PointBroken { .. })), "{broken:?}");
+    let broken = copies(&frozen, &targets).await.remove(0).await.unwrap();
+    assert!(matches!(&broken, Err(PullError::Read(error)) if error.is_refusal()), "{broken:?}");
     guest_goes_on(&vm).await;
     frozen.release(Outcome::Failed, SOON).await.unwrap();
     assert_eq!(vm.bitmaps().await.unwrap(), []);
     nothing_is_left(&writer, &mut side).await;
-    for server in servers {
-        server.close().await;
-    }
     // It can be tried again, with more room.
     let mut frozen = vm.freeze(&writer.freeze_disks(), None, "b-1").await.unwrap();
-    copy_all(&vm, &frozen, &targets).await;
+    copy_all(&frozen, &targets).await;
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     one_moment(&targets);
     vm.kill().await.unwrap();
@@ -368,7 +363,7 @@ async fn a_bitmap_that_begins_before_the_first_instruction_has_the_first_write()
     vm.stop().await.unwrap();
     let mut frozen = vm.freeze(&writer.freeze_disks(), Some("b-1"), "b-2").await.unwrap();
     assert!(frozen.dirty_bytes() < 2 * DISK_BYTES);
-    copy_all(&vm, &frozen, &targets).await;
+    copy_all(&frozen, &targets).await;
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     for (disk, target) in DISKS.iter().zip(&targets) {
         assert!(target.content() == writer.on_disk(disk), "{disk} differs");
@@ -378,7 +373,7 @@ async fn a_bitmap_that_begins_before_the_first_instruction_has_the_first_write()
 }
 
 #[tokio::test]
-async fn random_writes_cost_a_cluster_each_and_discards_become_holes() {
+async fn random_writes_cost_themselves_and_discards_become_holes() {
     let mut writer = Writer::new(StartMode::Paused);
     let path = writer.fixture.path("big.raw");
     let size = 1024 * MIB;
@@ -395,35 +390,29 @@ async fn random_writes_cost_a_cluster_each_and_discards_become_holes() {
         blocks.insert(block);
         side.io("big", &format!("write -P 9 {} 4096", block * 4096)).await;
     }
-    let clusters: std::collections::BTreeSet<u64> = blocks.iter().map(|block| block / 16).collect();
     assert_eq!(vm.bitmaps().await.unwrap()[0].dirty_bytes, blocks.len() as u64 * 4096);
     let disks = [FreezeDisk { name: "big".into(), scratch: writer.fixture.path("scratch") }];
     let mut frozen = vm.freeze(&disks, Some("b-1"), "b-2").await.unwrap();
-    assert_eq!(frozen.dirty_bytes(), clusters.len() as u64 * 65536);
+    assert_eq!(frozen.dirty_bytes(), blocks.len() as u64 * 4096);
     let target = Memory::with(vec![0; size as usize]);
-    let server = NbdServer::bind(&vm.paths().copy("big"), "big", Arc::clone(&target)).unwrap();
     // While it is frozen, everything is discarded: the point keeps what was there.
     for piece in 0..32 {
         side.io("big", &format!("discard {} {}", piece * size / 32, size / 32)).await;
     }
-    let to = CopyTarget { disk: "big".into(), nbd_socket: server.socket().to_owned(), export: "big".into() };
-    let mut copies = frozen.copy(&[to], None).await.unwrap();
-    copies[0].wait(SOON, |_| {}).await.unwrap();
+    let socket = frozen.export().await.unwrap();
+    copy(&socket, &frozen, "big", &target).await.await.unwrap();
     let copied = changed_bytes(std::slice::from_ref(&target));
-    eprintln!("{} blocks of 4 KiB were written, {copied} bytes copied", blocks.len());
-    assert_eq!(copied, clusters.len() as u64 * 65536);
+    assert_eq!(copied, blocks.len() as u64 * 4096);
     let mut found = std::collections::BTreeSet::new();
     for (offset, length) in target.changed() {
         for (block, content) in (offset / 4096..).zip(target.part(offset, length).chunks(4096)) {
-            let fill = if blocks.contains(&block) { 9 } else { 0 };
-            assert!(content.iter().all(|byte| *byte == fill), "block {block}");
+            assert!(content.iter().all(|byte| *byte == 9), "block {block}");
             found.insert(block);
         }
     }
-    assert!(blocks.is_subset(&found));
+    assert_eq!(found, blocks);
     frozen.release(Outcome::Committed, SOON).await.unwrap();
     assert!(std::fs::metadata(&path).unwrap().blocks() < 64, "the guest's discards made holes");
     assert_eq!(vm.bitmaps().await.unwrap()[0].dirty_bytes, size, "and was noticed");
-    server.close().await;
     vm.kill().await.unwrap();
 }

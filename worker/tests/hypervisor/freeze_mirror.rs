@@ -8,7 +8,7 @@ use pageport_worker::nbd::NbdServer;
 
 use crate::support::{DISK_BYTES, SOON};
 use crate::targets::Memory;
-use crate::writer::{DISKS, Writer, copy_targets, guest_goes_on, newest_write, servers, targets};
+use crate::writer::{DISKS, Writer, copies, guest_goes_on, newest_write, targets};
 
 /// Mirrors of all disks, with their servers.
 async fn mirrors(vm: &Vm, sync: MirrorSync, targets: &[Arc<Memory>]) -> Vec<(MirrorHandle, NbdServer)> {
@@ -48,19 +48,18 @@ async fn a_mirror_and_a_last_point_make_the_disk(first: EndsFirst) {
     let mut mirrors = mirrors(&vm, MirrorSync::None, &newer).await;
     guest_goes_on(&vm).await;
     let mut frozen = vm.freeze(&writer.freeze_disks(), None, "b-1").await.unwrap();
-    let _servers = servers(&vm, &points);
     points[0].hold_after(1);
-    let mut copies = frozen.copy(&copy_targets(&vm), None).await.unwrap();
+    let mut copies = copies(&frozen, &points).await;
     tokio::time::timeout(SOON, points[0].held()).await.expect("the copy gets there");
     guest_goes_on(&vm).await;
     if first == EndsFirst::Mirror {
-        // The guest stands still, or the mirrors would miss what it writes after them. (`stop` would wait for the copies.)
-        points[0].go_on();
+        // The guest stands still, or the mirrors would miss what it writes after them.
         vm.stop().await.unwrap();
+        points[0].go_on();
     } else {
         points[0].go_on();
-        for copy in &mut copies {
-            copy.wait(SOON, |_| {}).await.unwrap();
+        for copy in copies.drain(..) {
+            copy.await.unwrap().unwrap();
         }
         frozen.release(Outcome::Committed, SOON).await.unwrap();
         guest_goes_on(&vm).await;
@@ -70,8 +69,8 @@ async fn a_mirror_and_a_last_point_make_the_disk(first: EndsFirst) {
         mirror.finish(SOON).await.unwrap();
     }
     if first == EndsFirst::Mirror {
-        for copy in &mut copies {
-            copy.wait(SOON, |_| {}).await.unwrap();
+        for copy in copies {
+            copy.await.unwrap().unwrap();
         }
         frozen.release(Outcome::Committed, SOON).await.unwrap();
     }
@@ -108,10 +107,9 @@ async fn a_mirror_that_is_cancelled_leaves_the_point_as_it_is() {
     for (mirror, _) in &mut mirrors {
         mirror.cancel(SOON).await.unwrap();
     }
-    let _servers = servers(&vm, &points);
     let mut moments = Vec::new();
-    for (mut copy, point) in frozen.copy(&copy_targets(&vm), None).await.unwrap().into_iter().zip(&points) {
-        copy.wait(SOON, |_| {}).await.unwrap();
+    for (copy, point) in copies(&frozen, &points).await.into_iter().zip(&points) {
+        copy.await.unwrap().unwrap();
         moments.push(newest_write(&point.content()));
     }
     assert!(moments[0] == moments[1] || moments[0] == moments[1] + 1, "{moments:?}");

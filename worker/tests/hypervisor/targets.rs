@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use pageport_worker::nbd::BlockTarget;
+use pageport_worker::nbd::{BlockTarget, Sink};
 use tokio::sync::watch;
 
 /// A target in memory that remembers the ranges it was given, and answers no change while it is held.
@@ -96,5 +96,14 @@ impl BlockTarget for Memory {
     }
     async fn flush(&self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl Sink for Memory {
+    async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        BlockTarget::write(self, offset, data).await
+    }
+    async fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        BlockTarget::zero(self, offset, length as u32).await
     }
 }

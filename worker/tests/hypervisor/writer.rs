@@ -4,13 +4,16 @@
 use std::path::{Path, PathBuf};
 
 use pageport_proto::v1::DiskSpec;
-use pageport_worker::hypervisor::{Console, CopyTarget, FreezeDisk, Launch, StartMode, Vm};
-use pageport_worker::nbd::NbdServer;
+use pageport_worker::hypervisor::{Console, FreezeDisk, Frozen, Launch, StartMode, Vm};
+use pageport_worker::nbd::{NbdClient, States};
+use pageport_worker::replica::cap::Cap;
+use pageport_worker::replication::pull::{PullError, pull};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::support::{DISK_BYTES, Fixture, MIB, QEMU, SOON, image, text, writes};
 use crate::targets::Memory;
@@ -136,22 +139,26 @@ pub fn names() -> Vec<String> {
     DISKS.map(str::to_owned).to_vec()
 }
 
-/// A server for each disk's copy.
-pub fn servers(vm: &Vm, targets: &[Arc<Memory>]) -> Vec<NbdServer> {
-    let serve = |(disk, target): (&&str, &Arc<Memory>)| {
-        NbdServer::bind(&vm.paths().copy(disk), disk, Arc::clone(target)).unwrap()
-    };
-    DISKS.iter().zip(targets).map(serve).collect()
+/// A copy of each frozen disk to its target, under way.
+pub async fn copies(frozen: &Frozen, targets: &[Arc<Memory>]) -> Vec<AbortOnDropHandle<Result<(), PullError>>> {
+    let socket = frozen.export().await.unwrap();
+    let mut copies = Vec::new();
+    for (disk, target) in DISKS.iter().zip(targets) {
+        copies.push(AbortOnDropHandle::new(tokio::spawn(copy(&socket, frozen, disk, target).await)));
+    }
+    copies
 }
 
-/// The same, as QEMU is told.
-pub fn copy_targets(vm: &Vm) -> Vec<CopyTarget> {
-    let target = |disk: &&str| CopyTarget {
-        disk: (*disk).to_owned(),
-        nbd_socket: vm.paths().copy(disk),
-        export: (*disk).to_owned(),
-    };
-    DISKS.iter().map(target).collect()
+/// A copy of one disk of a point that is offered on `socket`.
+pub async fn copy(
+    socket: &Path,
+    frozen: &Frozen,
+    disk: &str,
+    target: &Arc<Memory>,
+) -> impl Future<Output = Result<(), PullError>> + use<> {
+    let states = frozen.since().map_or(States::Zeroes, |bitmap| States::Dirty { bitmap: bitmap.to_owned() });
+    let client = NbdClient::connect(socket, disk, states).await.unwrap();
+    pull(client, Arc::clone(target), Arc::new(Cap::none()), Arc::default())
 }
 
 pub fn targets() -> Vec<Arc<Memory>> {

@@ -1,12 +1,10 @@
 //! The nodes of a frozen point: put in, and taken out again from whatever state they are in. For who holds the jobs.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use serde_json::json;
 
 use super::FreezeDisk;
-use super::copy::copy_job;
 use crate::hypervisor::disk::{disk_node, top_layer};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::vm::Vm;
@@ -72,7 +70,8 @@ impl Vm {
     }
 
     /// Takes out whatever there is of a frozen point.
-    pub(super) async fn dismantle(&self, deadline: Duration) -> Result<(), HypervisorError> {
+    pub(super) async fn dismantle(&self) -> Result<(), HypervisorError> {
+        self.stop_nbd_server().await?;
         let nodes: BTreeSet<String> = self.nodes().await?.into_iter().map(|node| node.node_name).collect();
         let with = |node: fn(&str) -> String| {
             let prefix = node("");
@@ -80,7 +79,6 @@ impl Vm {
             disks.collect::<Vec<String>>()
         };
         for disk in with(point_node) {
-            copy_job(self, &disk).cancel(deadline).await?;
             self.remove_node(&point_node(&disk)).await?;
         }
         let filtered = with(filter_node);

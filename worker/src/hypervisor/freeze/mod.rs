@@ -4,11 +4,11 @@
 //!   guest ─▶ top-DISK ─▶ filter-DISK (copy-before-write) ─▶ disk-DISK (bitmaps) ─▶ image
 //!                           │     └─ old bytes, before they are overwritten ─▶ scratch-DISK (a local file)
 //!                        point-DISK (snapshot-access: the disk at that moment)
-//!                           └─ job copy-DISK ─▶ copy-to-DISK (nbd) ─▶ unix socket ─▶ the worker
+//!                           └─ QEMU's NBD server ─▶ unix socket ─▶ the worker reads
 //!
-//!   freeze ─▶ copy each disk, wait ─▶ release(Committed): `next` goes on, `since` has done its work
-//!                     └─ failed ────▶ release(Failed):    `since` goes on, as if nothing had been
-//!                     └─ in doubt ──▶ release(Unknown):   both go on
+//!   freeze ─▶ export ─▶ read it all ─▶ release(Committed): `next` goes on, `since` has done its work
+//!                         └─ failed ─▶ release(Failed):    `since` goes on, as if nothing had been
+//!                         └ in doubt ▶ release(Unknown):   both go on
 //! ```
 //! | step | why there |
 //! |---|---|
@@ -21,19 +21,18 @@
 //! `since` records through all of it, so whatever happens loses nothing, a worker's end included: that leaves both bitmaps
 //! (`Unknown`). Both say a little too much at the edges, which costs a block copied twice.
 //!
-//! Guarantees: no guest write waits for, or fails because of, an NBD server or the worker. If the scratch is full, fails or takes longer than
-//! [`SCRATCH_SECONDS`], the point breaks, the guest's write succeeds, and the copy ends with [`HypervisorError::PointBroken`]. A scratch
-//! file has no name once QEMU has it: its space is free when the point is released, or QEMU ends.
+//! Guarantees: no guest write waits for, or fails because of, the worker. If the scratch is full, fails or takes longer than
+//! [`SCRATCH_SECONDS`], the point breaks, the guest's write succeeds, and reading the point is refused
+//! ([`crate::nbd::ClientError::is_refusal`]). A scratch file has no name once QEMU has it: its space is free when the point is released, or
+//! QEMU ends.
 //!
 //! Does not bound the scratch: the caller looks at [`Frozen::scratch_bytes`] and releases. One point at a time. What the caller owes:
-//! - An NBD server that hangs holds back freezing, copying and releasing; the deadlines here report it, and the caller closes the server. A copy that
-//!   fails ends at once, and QEMU then waits for what the other copies and mirrors have in flight: close the servers of all together.
-//! - A server answers a FLUSH without waiting for anything far away, or is closed before the release: QEMU sends one when it
-//!   lets go of a target, and the guest waits for it.
+//! - A mirror whose NBD server hangs holds back freezing and releasing; the deadlines here report it, and the caller closes that server.
+//! - A reader that takes no answers holds back the release, during which QEMU does nothing else: readers close first. A worker that ends closes its own.
 //!
-//! A mirror may begin and end before, during and after. What both copy, the mirror's is newer.
+//! A mirror may begin and end before, during and after. What both have, the mirror's is newer.
 
-mod copy;
+mod export;
 mod graph;
 
 use std::os::unix::fs::MetadataExt;
@@ -42,10 +41,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::OwnedMutexGuard;
 
-pub use copy::{CopyHandle, CopyProgress, CopyTarget};
 pub use graph::SCRATCH_SECONDS;
 
-use super::bitmap::BitmapSource;
+use super::bitmap::{BitmapSource, GRANULARITY_BYTES};
 use super::block::NodeInfo;
 use super::disk::disk_node;
 use super::error::HypervisorError;
@@ -54,8 +52,6 @@ use super::vm::Vm;
 
 /// Time for jobs under way to come to rest; the guest does not wait for that.
 const REST_DEADLINE: Duration = Duration::from_secs(5);
-/// What a copy moves at once: QEMU's smallest. A point's bitmap has it as its granularity, and so says what will be copied.
-const COPY_CLUSTER_BYTES: u32 = 64 * 1024;
 
 /// What a moment has to be, beside the same for all disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +71,7 @@ pub struct FreezeDisk {
     pub scratch: PathBuf,
 }
 
-/// What has become of the copies.
+/// What has become of what was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The point is safe elsewhere: its successor is measured from it.
@@ -109,7 +105,7 @@ struct FrozenDisk {
 }
 
 impl Vm {
-    /// Freezes disks at one moment. `since` is a bitmap of each of them: the copies then are of what it says, or else of everything.
+    /// Freezes disks at one moment. `since` is a bitmap of each of them: what it says is to be read then, or else everything.
     /// The bitmap `next` begins at the moment. What an earlier point has left is removed first.
     ///
     /// # Errors
@@ -150,7 +146,7 @@ impl Vm {
         consistency: Consistency,
         turn: OwnedMutexGuard<()>,
     ) -> Result<Frozen, HypervisorError> {
-        self.dismantle(REST_DEADLINE).await?;
+        self.dismantle().await?;
         let nodes = self.nodes().await?;
         let sizes = disks.iter().map(|disk| self.frozen_size(&nodes, &disk.name, since));
         let sizes = sizes.collect::<Result<Vec<u64>, _>>()?;
@@ -179,7 +175,7 @@ impl Vm {
                 self.add_point(disk).await?;
                 if let Some(since) = since {
                     let point = graph::point_node(disk);
-                    self.add_node_bitmap(&point, since, COPY_CLUSTER_BYTES, true).await?;
+                    self.add_node_bitmap(&point, since, GRANULARITY_BYTES, true).await?;
                     let source = BitmapSource { node: disk_node(disk), name: since.to_owned() };
                     self.merge_node_bitmap(&point, since, source).await?;
                 }
@@ -208,7 +204,7 @@ impl Vm {
     /// What remains after this does no harm: the next freeze begins with the same.
     async fn undo_freeze(&self, disks: &[FreezeDisk], next: Option<&str>) {
         let names: Vec<String> = disks.iter().map(|disk| disk.name.clone()).collect();
-        let mut undone = self.dismantle(REST_DEADLINE).await;
+        let mut undone = self.dismantle().await;
         if let (Ok(()), Some(next)) = (&undone, next) {
             undone = self.remove_bitmap(&names, next).await;
         }
@@ -217,11 +213,11 @@ impl Vm {
         }
     }
 
-    /// Removes what a worker that has ended left of a frozen point: jobs, filters, scratch. The bitmaps stay, all complete, as after
+    /// Removes what a worker that has ended left of a frozen point: exports, filters, scratch. The bitmaps stay, all complete, as after
     /// [`Outcome::Unknown`].
     ///
     /// # Errors
-    /// A job's NBD server hangs, or QEMU does not answer.
+    /// A mirror's NBD server hangs, or QEMU does not answer.
     pub async fn end_orphaned_freezes(&self, deadline: Duration) -> Result<(), HypervisorError> {
         let _turn = self.take_freeze_turn().ok_or(HypervisorError::AlreadyFrozen { vm: self.id() })?;
         self.dismantle_holding_jobs(deadline).await
@@ -229,7 +225,7 @@ impl Vm {
 
     async fn dismantle_holding_jobs(&self, deadline: Duration) -> Result<(), HypervisorError> {
         let held = self.hold_jobs(deadline).await?;
-        let dismantled = self.dismantle(deadline).await;
+        let dismantled = self.dismantle().await;
         held.resume().await;
         dismantled
     }
@@ -266,14 +262,14 @@ impl Frozen {
         std::mem::take(&mut self.quiescence)
     }
 
-    /// What the copies of all disks have to look at, in whole clusters.
-    pub fn dirty_bytes(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.copy_bytes).sum()
+    /// The bitmap that says what is to be read; [`None`]: everything.
+    pub fn since(&self) -> Option<&str> {
+        self.since.as_deref()
     }
 
-    /// The same of one disk.
-    pub fn dirty_bytes_of(&self, disk: &str) -> Option<u64> {
-        self.disks.iter().find(|frozen| frozen.name == disk).map(|frozen| frozen.copy_bytes)
+    /// What is to be read of all disks.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.disks.iter().map(|disk| disk.copy_bytes).sum()
     }
 
     /// What the scratch files of all disks occupy now.
@@ -288,10 +284,10 @@ impl Frozen {
         Ok(sum)
     }
 
-    /// Ends the copies, takes the filters out, frees the scratch, and settles the bitmaps. May be repeated, with the same outcome, if it failed. The disks can be frozen again then.
+    /// Ends the export, takes the filters out, frees the scratch, and settles the bitmaps. May be repeated, with the same outcome, if it failed. The disks can be frozen again then.
     ///
     /// # Errors
-    /// A copy or a mirror does not come to rest within `deadline`: close its NBD server and try again. The bitmaps are
+    /// A mirror does not come to rest within `deadline`: close its NBD server and try again. The bitmaps are
     /// settled by then. Or QEMU does not answer.
     pub async fn release(&mut self, outcome: Outcome, deadline: Duration) -> Result<(), HypervisorError> {
         if self.turn.is_none() {
