@@ -23,7 +23,7 @@ use pageport_proto::ids::is_name;
 use pageport_proto::v1::VmSpec;
 
 use super::accel::Accelerator;
-use super::disk;
+use super::disk::{self, Top};
 use super::paths::VmPaths;
 use crate::image::{Format, Image};
 
@@ -191,6 +191,9 @@ pub fn arguments(
     option("-chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent())));
     option("-device", format!("virtio-serial-pci,id=ports,max_ports=2,addr={AGENT_SLOT:#x}"));
     option("-device", "virtserialport,id=agent-port,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0".into());
+    if spec.disks.iter().any(|disk| Top::of(&launch.image(&disk.name, &disk.path)) == Top::Transparent) {
+        option("-object", format!("throttle-group,id={}", disk::UNLIMITED));
+    }
     for (index, disk) in spec.disks.iter().enumerate() {
         let name = &disk.name;
         for node in disk::nodes(name, &launch.image(name, &disk.path)) {

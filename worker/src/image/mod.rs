@@ -203,6 +203,11 @@ impl Image {
         Ok(occupied.min(self.size_bytes()?))
     }
 
+    /// Is there a file that backs it?
+    pub fn is_backed(&self) -> bool {
+        !self.backing.is_empty()
+    }
+
     /// What a node of its own file has below it, in QEMU's words: opened for reading only, and `null` if there is nothing. [`None`]: the format
     /// knows no such thing.
     pub fn backing_option(&self) -> Option<Value> {

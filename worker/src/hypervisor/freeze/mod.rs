@@ -165,7 +165,7 @@ impl Vm {
             };
             self.add_bitmap(&names, next).await?;
             let moment = SystemTime::now();
-            self.put_filters_in(&names).await?;
+            self.put_filters_in(&names, &nodes).await?;
             let quiescence = match at_rest {
                 None => Quiescence::default(),
                 Some(Ok(guest)) => guest.thaw().await,
