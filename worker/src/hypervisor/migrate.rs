@@ -27,6 +27,8 @@ use super::vm::Vm;
 
 /// Bandwidth at which QEMU's own limit no longer matters, in bytes per second.
 const UNLIMITED_BYTES_PER_S: u64 = 1 << 40;
+/// A bandwidth at which memory stands still. (Less than 10 would mean: without a limit.)
+const HELD_BYTES_PER_S: u64 = 4096;
 const SOURCE_CAPABILITIES: [&str; 2] = ["events", "pause-before-switchover"];
 const DESTINATION_CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
 
@@ -134,6 +136,13 @@ impl Vm {
         // Zero would mean: go by what you see.
         let rate = Some(bytes_per_s.max(1));
         let set = SetParameters { max_bandwidth: None, downtime_limit: None, avail_switchover_bandwidth: rate };
+        self.execute(&set).await.map(drop)
+    }
+
+    /// Source: whether memory is held back, so that the guest is not stopped however little is left.
+    pub async fn hold_memory(&self, hold: bool) -> Result<(), HypervisorError> {
+        let max_bandwidth = Some(if hold { HELD_BYTES_PER_S } else { UNLIMITED_BYTES_PER_S });
+        let set = SetParameters { max_bandwidth, downtime_limit: None, avail_switchover_bandwidth: None };
         self.execute(&set).await.map(drop)
     }
 

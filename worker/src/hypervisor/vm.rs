@@ -35,7 +35,7 @@ use super::qmp::{Command, Ignored, Qmp, QmpError, qmp_command};
 use super::tap;
 use super::watcher::Watcher;
 
-/// Time for QEMU to open its control socket; preallocating a large guest's memory is part of it.
+/// Time for QEMU to open its control socket.
 pub const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Time for a running QEMU to answer a new connection.
 pub const ADOPT_DEADLINE: Duration = Duration::from_secs(5);

@@ -46,7 +46,7 @@ impl Disks {
         Ok(Self::Compared(DiskCopies::start(node, qemu, spec, peer, address, id, uncapped).await?))
     }
 
-    /// Waits until the replicas keep up with the disks.
+    /// Waits until the replicas keep up with the disks, or will before memory has moved.
     ///
     /// # Errors
     /// A copy ended, or it took too long.
@@ -65,6 +65,17 @@ impl Disks {
         match self {
             Self::Compared(copies) => Ok(copies.lag_bytes().await?),
             Self::Standing(moving) => Ok(moving.lag_bytes().await?),
+        }
+    }
+
+    /// What was written before the migration and is still to be copied, in bytes.
+    ///
+    /// # Errors
+    /// The copy has failed.
+    pub fn last_increment_bytes(&self) -> Result<u64, DisksError> {
+        match self {
+            Self::Compared(_) => Ok(0),
+            Self::Standing(moving) => Ok(moving.last_increment_bytes()?),
         }
     }
 

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!   memory stream ───▶ [read task] ─┐
-//!                                   ├─▶ [decode thread] ─ in order ─▶ unix socket ─▶ QEMU
-//!   fallback stream ─▶ [read task] ─┘        │ reads the replica
-//!                                            └─▶ BatchAck, FallbackRequest ─▶ control stream
+//!                                   ├─▶ [decode thread] ─ in order ─▶ [write thread] ─▶ unix socket ─▶ QEMU
+//!   fallback stream ─▶ [read task] ─┘        │ reads the replica           └─▶ BatchAck ─┐
+//!                                            └─▶ FallbackRequest ────────────────────────┴▶ control stream
 //! ```
+//! The next batches are decoded while the hypervisor takes one.
+//!
 //! A batch that does not verify holds back only the *writing* of those behind it; they are decoded and kept, bounded by
 //! the source's window ([`HELD_LIMIT_BYTES`] enforces it).
 
@@ -13,6 +15,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,6 +35,8 @@ const HELD_LIMIT_BYTES: u64 = RAW_LIMIT_BYTES + (16 << 20);
 const CHUNK_BYTES: usize = 256 << 10;
 /// Chunks between QUIC and the decoder.
 const CHUNK_QUEUE: usize = 8;
+/// Batches between the decoder and the hypervisor.
+const WRITE_QUEUE: usize = 4;
 /// A hypervisor that takes nothing for this long is given up.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -104,19 +109,11 @@ impl Incoming {
             AbortOnDropHandle::new(tokio::spawn(read(fallback, inputs, Input::Fallback, None))),
         ];
         let (done_sender, done) = oneshot::channel();
-        let rebuilding = Rebuilding {
-            decoder,
-            disks: Disks(disks),
-            socket: writing,
-            answers,
-            held: BTreeMap::new(),
-            held_bytes: 0,
-            next: 0,
-            digest: StreamDigest::new(),
-        };
+        let rebuilding =
+            Rebuilding { decoder, disks: Disks(disks), answers, held: BTreeMap::new(), held_bytes: 0, next: 0 };
         tokio::task::spawn_blocking(move || {
             // Who waits may have given up.
-            let _ = done_sender.send(rebuilding.run(received));
+            let _ = done_sender.send(rebuild(rebuilding, writing, received));
         });
         Ok(Self { done, socket, _readers: readers })
     }
@@ -175,20 +172,55 @@ impl ReplicaRead for Disks {
     }
 }
 
+/// Decodes and writes, each in a thread of its own.
+fn rebuild(
+    rebuilding: Rebuilding,
+    socket: UnixStream,
+    received: mpsc::Receiver<Input>,
+) -> Result<StreamDigest, IncomingError> {
+    let answers = rebuilding.answers.clone();
+    let (ready, queue) = std::sync::mpsc::sync_channel(WRITE_QUEUE);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || write(socket, &queue, &answers));
+        let decoded = rebuilding.run(received, ready);
+        let written = writer.join().unwrap_or(Err(IncomingError::Ended));
+        match decoded {
+            // The writer has left, and knows why.
+            Err(IncomingError::Ended) => written.and(Err(IncomingError::Ended)),
+            decoded => decoded.and(written),
+        }
+    })
+}
+
+/// Writes what was verified to the hypervisor, until no more comes.
+fn write(
+    mut socket: UnixStream,
+    queue: &std::sync::mpsc::Receiver<Verified>,
+    answers: &mpsc::UnboundedSender<to_source::Kind>,
+) -> Result<StreamDigest, IncomingError> {
+    let mut digest = StreamDigest::new();
+    for batch in queue {
+        socket.write_all(&batch.bytes).map_err(IncomingError::Hypervisor)?;
+        digest.append(&batch.summary)?;
+        // A control stream that is gone ends the migration by itself.
+        let _ = answers.send(to_source::Kind::BatchAck(BatchAck { sequence: batch.summary.sequence }));
+    }
+    Ok(digest)
+}
+
 struct Rebuilding {
     decoder: Decoder,
     disks: Disks,
-    socket: UnixStream,
     answers: mpsc::UnboundedSender<to_source::Kind>,
     /// Verified, but behind a batch that is not.
     held: BTreeMap<u64, Verified>,
     held_bytes: u64,
     next: u64,
-    digest: StreamDigest,
 }
 
 impl Rebuilding {
-    fn run(mut self, mut received: mpsc::Receiver<Input>) -> Result<StreamDigest, IncomingError> {
+    /// Decodes what comes, and hands it on in order.
+    fn run(mut self, mut received: mpsc::Receiver<Input>, ready: SyncSender<Verified>) -> Result<(), IncomingError> {
         let (mut memory, mut fallback) = (FrameReader::new(), FrameReader::new());
         let mut ended = false;
         while !(ended && self.decoder.pending() == 0) {
@@ -197,14 +229,14 @@ impl Rebuilding {
                     memory.push(&bytes);
                     while let Some(frame) = memory.next_frame()? {
                         match self.decoder.decode(&frame, &mut self.disks)? {
-                            Decoded::Verified(batch) => self.take(batch)?,
+                            Decoded::Verified(batch) => self.take(batch, &ready)?,
                             Decoded::Mismatch { sequence, teleported_pages } => {
                                 tracing::debug!(
                                     sequence,
                                     teleported_pages,
                                     "batch did not verify; asked for its bytes"
                                 );
-                                self.answer(to_source::Kind::FallbackRequest(FallbackRequest { sequence }));
+                                self.ask_for_bytes(sequence);
                             }
                         }
                     }
@@ -213,7 +245,7 @@ impl Rebuilding {
                     fallback.push(&bytes);
                     while let Some(frame) = fallback.next_frame()? {
                         let batch = self.decoder.decode_fallback(&frame)?;
-                        self.take(batch)?;
+                        self.take(batch, &ready)?;
                     }
                 }
                 Input::MemoryEnd if !memory.is_at_boundary() => {
@@ -223,28 +255,23 @@ impl Rebuilding {
                 Input::Failed(error) => return Err(error.into()),
             }
         }
-        Ok(self.digest)
+        Ok(())
     }
 
-    fn take(&mut self, batch: Verified) -> Result<(), IncomingError> {
+    fn take(&mut self, batch: Verified, ready: &SyncSender<Verified>) -> Result<(), IncomingError> {
         self.held_bytes += batch.bytes.len() as u64;
         self.held.insert(batch.summary.sequence, batch);
-        let first = self.next;
         while let Some(batch) = self.held.remove(&self.next) {
             self.held_bytes -= batch.bytes.len() as u64;
-            self.socket.write_all(&batch.bytes).map_err(IncomingError::Hypervisor)?;
-            self.digest.append(&batch.summary)?;
+            ready.send(batch).map_err(|_| IncomingError::Ended)?;
             self.next += 1;
-        }
-        if self.next > first {
-            self.answer(to_source::Kind::BatchAck(BatchAck { sequence: self.next - 1 }));
         }
         if self.held_bytes > HELD_LIMIT_BYTES { Err(IncomingError::BeyondWindow) } else { Ok(()) }
     }
 
-    fn answer(&self, kind: to_source::Kind) {
+    fn ask_for_bytes(&self, sequence: u64) {
         // A control stream that is gone ends the migration by itself.
-        let _ = self.answers.send(kind);
+        let _ = self.answers.send(to_source::Kind::FallbackRequest(FallbackRequest { sequence }));
     }
 }
 

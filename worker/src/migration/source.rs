@@ -2,8 +2,8 @@
 //!
 //! | phase | does | undone by |
 //! |---|---|---|
-//! | `connect` | connects, says what is to move, compares clocks | abort, close |
-//! | `disk-sync` | mirrors every disk until it keeps up, is admitted | cancel mirrors |
+//! | `connect` | connects, says what is to move | abort, close |
+//! | `disk-sync` | compares clocks, mirrors every disk until it keeps up, or will soon; is admitted | cancel mirrors |
 //! | `memory` | writes `Prepared`, streams memory until the guest is stopped | cancel, write `revoked`, resume |
 //! | `switchover` | finishes the mirrors, sends the rest, waits for `Ready`, writes `Released` | the same |
 //! | `hand-over` | releases, waits for `Resumed`, ends its guest | not: the commit point is passed |
@@ -148,6 +148,7 @@ struct Move {
     turn: Option<MigrationTurn>,
     outgoing: Option<Outgoing>,
     memory_started: Option<Instant>,
+    memory_held: bool,
     downtime_marks: Vec<(&'static str, Instant)>,
 }
 
@@ -175,6 +176,7 @@ impl Move {
             turn: None,
             outgoing: None,
             memory_started: None,
+            memory_held: false,
             downtime_marks: Vec::new(),
         }
     }
@@ -243,8 +245,7 @@ impl Move {
         };
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         self.connection = Some(connection.clone());
-        let control = self.control.insert(Control::open(&connection, hello, &traceparent).await?);
-        self.offset = control.probe_clock(CLOCK_LIMIT).await?;
+        self.control = Some(Control::open(&connection, hello, &traceparent).await?);
         Ok(())
     }
 
@@ -253,10 +254,12 @@ impl Move {
         let turn = order.node.replications.turn(order.vm.id());
         // A round of replication that is under way makes room; none begins until the migration is over.
         self.turn = Some(turn.take_for_migration().await);
-        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment).await?;
-        let disks = self.disks.insert(copies);
-        let entry = &self.order.entry;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
+        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment);
+        let (copies, offset) = tokio::join!(copies, control.probe_clock(CLOCK_LIMIT));
+        let disks = self.disks.insert(copies?);
+        self.offset = offset?;
+        let entry = &self.order.entry;
         let (started, waited) = (self.started, self.waited_before);
         let ready = disks.wait_ready(DISK_SYNC_LIMIT, |progress| {
             entry.set_progress(MigrationProgress {
@@ -327,26 +330,32 @@ impl Move {
         let Some(outgoing) = &self.outgoing else { return Ok(()) };
         let (lately, peak) = outgoing.rates_bytes_per_s();
         let carried = peak.max(lately).max(connection.path_bytes_per_s()).max(RATE_FLOOR_BYTES_PER_S);
-        let disk_lag_bytes = match &self.disks {
-            Some(disks) => disks.lag_bytes().await?,
-            None => 0,
+        let (disk_lag_bytes, last_increment_bytes) = match &self.disks {
+            Some(disks) => (disks.lag_bytes().await?, disks.last_increment_bytes()?),
+            None => (0, 0),
         };
+        let disk_lag_bytes = disk_lag_bytes + last_increment_bytes;
         let disks_lag = waits::disks_lag(disk_lag_bytes, carried);
         // Planned for nothing, memory does not converge under a guest that writes.
         qemu.set_switchover_bandwidth(if disks_lag { 0 } else { carried }).await?;
         let info = qemu.migration_info().await?;
         let Some(ram) = info.ram else { return Ok(()) };
+        let hold = waits::holds_memory(ram.remaining, last_increment_bytes);
+        if std::mem::replace(&mut self.memory_held, hold) != hold {
+            qemu.hold_memory(hold).await?;
+        }
         outgoing.set_left(ram.remaining);
         let dirty_bytes_per_s = ram.dirty_pages_rate * ram.page_size;
         let sent_bytes_per_s = outgoing.sent().raw_bytes as f64
             / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
         let rest_s = ram.remaining as f64 / sent_bytes_per_s.max(1.0);
         let not_converging = ram.dirty_sync_count >= 3 && dirty_bytes_per_s > carried;
+        let foreseeable = !not_converging && sent_bytes_per_s >= 1.0;
         self.report_progress(Some(MigrationProgress {
             rate_bps: lately * 8,
             remaining_bytes: ram.remaining,
             dirty_rate_bps: dirty_bytes_per_s * 8,
-            eta_ms: (!not_converging).then_some((rest_s * 1000.0) as u64),
+            eta_ms: foreseeable.then_some((rest_s * 1000.0) as u64),
             not_converging,
             disk_lag_bytes,
             waits_for: if disks_lag { waits::for_disks(disk_lag_bytes) } else { waits::for_memory(ram.remaining) },

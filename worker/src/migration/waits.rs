@@ -7,6 +7,15 @@ use std::time::Duration;
 /// The guest is not stopped while what its disks lag behind takes longer than this to copy.
 const DISK_DRAIN: Duration = Duration::from_millis(100);
 
+/// While the last increment is copied memory is held back from here on: a hypervisor with nothing left to send stops the guest. More than one sends
+/// between two looks.
+const HELD_BACK_BYTES: u64 = 512 << 20;
+
+/// Whether memory has to wait for the last increment of the disks.
+pub fn holds_memory(memory_left_bytes: u64, last_increment_bytes: u64) -> bool {
+    last_increment_bytes > 0 && memory_left_bytes < HELD_BACK_BYTES
+}
+
 /// Whether a disk's lag is too much for a link that carries so much.
 pub fn disks_lag(lag_bytes: u64, carried_bytes_per_s: u64) -> bool {
     lag_bytes as f64 > carried_bytes_per_s as f64 * DISK_DRAIN.as_secs_f64()
@@ -39,6 +48,12 @@ mod tests {
     fn disks_hold_back_while_their_lag_takes_longer_than_the_guest_may_stand_still() {
         assert!(!disks_lag(0, 0) && !disks_lag(1_000_000, 10_000_000));
         assert!(disks_lag(1_000_001, 10_000_000) && disks_lag(1, 0));
+    }
+
+    #[test]
+    fn memory_waits_for_the_last_increment_only_with_its_end() {
+        assert!(holds_memory(0, 1) && holds_memory(HELD_BACK_BYTES - 1, 1 << 30));
+        assert!(!holds_memory(HELD_BACK_BYTES, 1 << 30) && !holds_memory(0, 0));
     }
 
     #[test]

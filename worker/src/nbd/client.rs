@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
@@ -32,6 +32,8 @@ use super::protocol::{MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, REPLY_HE
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests that may wait to be written.
 const MAX_QUEUED: usize = 64;
+/// Replies that are read at once, if they are small.
+const BUFFER_BYTES: usize = 64 << 10;
 /// What may be asked of block states at once: a request's length has 32 bits.
 const MAX_STATES_BYTES: u64 = 1 << 31;
 /// "Invalid": also what QEMU makes of errors that NBD has no number for.
@@ -284,15 +286,18 @@ fn malformed(what: &'static str) -> ClientError {
 }
 
 async fn write_requests(mut queue: mpsc::Receiver<[u8; REQUEST_HEADER_BYTES]>, mut write: OwnedWriteHalf) {
-    while let Some(request) = queue.recv().await {
+    let mut requests = Vec::with_capacity(MAX_QUEUED);
+    while queue.recv_many(&mut requests, MAX_QUEUED).await > 0 {
         // The read task finds out, too, and says so to all.
-        if write.write_all(&request).await.is_err() {
+        if write.write_all(requests.as_flattened()).await.is_err() {
             return;
         }
+        requests.clear();
     }
 }
 
-async fn read_replies(mut read: OwnedReadHalf, waiting: Arc<Waiting>) {
+async fn read_replies(read: OwnedReadHalf, waiting: Arc<Waiting>) {
+    let mut read = BufReader::with_capacity(BUFFER_BYTES, read);
     let error = loop {
         if let Err(error) = read_reply(&mut read, &waiting).await {
             break error;
@@ -304,7 +309,7 @@ async fn read_replies(mut read: OwnedReadHalf, waiting: Arc<Waiting>) {
     });
 }
 
-async fn read_reply(read: &mut OwnedReadHalf, waiting: &Waiting) -> Result<(), ClientError> {
+async fn read_reply(read: &mut BufReader<OwnedReadHalf>, waiting: &Waiting) -> Result<(), ClientError> {
     let mut head = [0; REPLY_HEADER_BYTES];
     read.read_exact(&mut head).await.map_err(ended)?;
     let (cookie, last, chunk) = match parse_reply_head(&head)? {

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::{Either, Ready, ready};
 use pageport_proto::v1::{
     DiskCopy, DiskFlush, DiskHello, DiskReply, DiskRequest, DiskWrite, DiskZero, StreamHello, disk_reply, disk_request,
     stream_hello,
@@ -21,7 +22,7 @@ use pageport_proto::v1::{
 use pageport_teleport::BlockDigest;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::cap::Cap;
@@ -42,8 +43,8 @@ use crate::transport::{
 pub const IN_FLIGHT_BYTES: u64 = 32 << 20;
 /// A change of less than a block counts as one.
 const IN_FLIGHT_UNITS: usize = (IN_FLIGHT_BYTES / BLOCK_BYTES) as usize;
-/// Less than this is hashed where it is rather than handed to another thread.
-const HASHED_AT_ONCE_BYTES: usize = 64 << 10;
+/// So much is hashed, planned and compressed at once: to hand it to another thread would take longer.
+const SMALL_BYTES: usize = 16 << 10;
 /// A peer that says nothing for this long while it owes an answer is given up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
@@ -84,9 +85,12 @@ pub enum SessionError {
 /// What is sent, and what the view learns when it is acknowledged.
 #[derive(Debug)]
 struct Order {
-    packed: JoinHandle<io::Result<Packed>>,
+    packed: Packing,
     pending: Pending,
 }
+
+/// A request that another thread packs, or that was packed already.
+type Packing = Either<Ready<Result<io::Result<Packed>, JoinError>>, JoinHandle<io::Result<Packed>>>;
 
 /// One request, ready to be sent.
 #[derive(Debug)]
@@ -194,17 +198,18 @@ impl DiskSession {
     /// # Errors
     /// The session has ended: see [`Self::failure`].
     pub async fn write(&self, offset: u64, data: Bytes) -> io::Result<()> {
-        let digests = if data.len() <= HASHED_AT_ONCE_BYTES {
-            digests_of(offset, &data)
+        // The planner is let go of once everything is in the queue.
+        let (steps, _planner) = if data.len() <= SMALL_BYTES {
+            let digests = digests_of(offset, &data);
+            let mut planner = self.planner.clone().lock_owned().await;
+            (planner.write(offset, &data, &digests)?, planner)
         } else {
             let hashing = data.clone();
-            spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?
+            let digests = spawn_blocking(move || digests_of(offset, &hashing)).await.map_err(io::Error::other)?;
+            let mut planner = self.planner.clone().lock_owned().await;
+            let plan = move || planner.write(offset, &data, &digests).map(|steps| (steps, planner));
+            spawn_blocking(plan).await.map_err(io::Error::other)??
         };
-        let mut planner = self.planner.clone().lock_owned().await;
-        let planned =
-            spawn_blocking(move || planner.write(offset, &data, &digests).map(|steps| (steps, planner))).await;
-        // The planner is let go of once everything is in the queue.
-        let (steps, _planner) = planned.map_err(io::Error::other)??;
         for step in steps {
             self.send(step).await?;
         }
@@ -250,7 +255,11 @@ impl DiskSession {
         let room = self.room.clone().acquire_many_owned(units).await.map_err(|_| ended())?;
         let changes = !matches!(action, Action::Flush);
         let (done, acknowledged) = oneshot::channel();
-        let packed = spawn_blocking(move || pack(action));
+        let packed = if action.bytes() <= SMALL_BYTES as u64 {
+            Either::Left(ready(Ok(pack(action))))
+        } else {
+            Either::Right(spawn_blocking(move || pack(action)))
+        };
         let order = Order { packed, pending: Pending { learned, number, done, room } };
         self.orders.send(order).await.map_err(|_| ended())?;
         if changes {

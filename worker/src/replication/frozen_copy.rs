@@ -71,6 +71,9 @@ pub enum FrozenCopyError {
     /// What was copied did not reach the destination.
     #[error("bring what was copied to the destination")]
     Sessions(#[source] std::io::Error),
+    /// Its caller wanted that.
+    #[error("the copy was stopped")]
+    Stopped,
     /// Nothing moved.
     #[error("the copy did not get on for {} s", limit.as_secs())]
     Stalled {
@@ -86,6 +89,13 @@ pub struct Copied {
     pub done_bytes: u64,
     /// In all.
     pub total_bytes: u64,
+}
+
+impl Copied {
+    /// Still to look at.
+    pub fn left_bytes(self) -> u64 {
+        self.total_bytes.saturating_sub(self.done_bytes)
+    }
 }
 
 /// A frozen point that is being copied. End it with [`Self::release`].

@@ -16,13 +16,14 @@
 //! - [`throttle`]: how fast a full copy may go.
 //! - [`plan`]: what the replica's points and the hypervisor's bitmaps mean for the next point.
 //! - [`mark`]: the names of bitmaps.
-//! - [`moving`]: the disks of a migration that starts from a standing replica.
+//! - [`moving`], [`last_increment`]: the disks of a migration that starts from a standing replica.
 //! - [`registry`]: reports, and the turn that rounds and migrations share.
 //!
 //! Guarantees: the guest never waits for a worker or the WAN; a replica is at its newest recovery point, whatever ends whenever.
 
 pub mod control;
 pub mod frozen_copy;
+pub mod last_increment;
 pub mod mark;
 pub mod moving;
 pub mod plan;

@@ -3,7 +3,7 @@
 //! ```text
 //!   begin layer ─▶ mirrors (sync none): what is written from now on ──┐
 //!                  freeze ─▶ what was written since the newest point ─┴─▶ merged ─▶ the replica, in place, behind its undo
-//!   … memory moves … drain ─▶ pause ─▶ last writes ─▶ flush
+//!   … memory moves, too … drain ─▶ pause ─▶ last writes ─▶ flush
 //! ```
 //! Guarantees: the mirrors run before the moment is frozen, so no write is missed between; the mirror's bytes win; after an abort the
 //! destination is at its newest point again, the bitmap of that point has missed nothing, and the view knows what it knew.
@@ -15,10 +15,11 @@ use std::time::Duration;
 use pageport_proto::v1::{DiskHello, VmSpec};
 
 use super::control::{Control, ControlError};
-use super::frozen_copy::{FrozenCopy, FrozenCopyError};
+use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
+use super::last_increment::{LastIncrement, LastIncrementError};
 use super::mark::Mark;
 use super::plan::Plan;
-use crate::hypervisor::freeze::{Consistency, Outcome};
+use crate::hypervisor::freeze::Consistency;
 use crate::hypervisor::mirror::MirrorSync;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::node::Node;
@@ -43,10 +44,16 @@ pub enum MovingError {
     /// The hypervisor.
     #[error("copy what was written since the newest recovery point")]
     Hypervisor(#[from] HypervisorError),
+    /// The last increment did not begin.
+    #[error(transparent)]
+    Freeze(#[from] FrozenCopyError),
     /// The last increment.
     #[error(transparent)]
-    Last(#[from] FrozenCopyError),
+    Last(#[from] LastIncrementError),
 }
+
+/// Memory may begin to move when no more than this is left of the last increment, in bytes: it takes longer.
+const LEFT_FOR_LATER_BYTES: u64 = 64 << 20;
 
 /// The copies under way. [`Self::cancel`] ends them, in whatever state they are.
 pub struct MovingDisks {
@@ -54,8 +61,8 @@ pub struct MovingDisks {
     view: Arc<ReplicaView>,
     /// What the view learns, once the sessions are open.
     attempt: Option<AttemptId>,
-    /// What was written since the newest point, frozen.
-    last: Option<FrozenCopy>,
+    /// What was written since the newest point.
+    last: Option<LastIncrement>,
     /// Closed, it tells the destination that the session is over.
     _control: Control,
 }
@@ -147,13 +154,16 @@ impl MovingDisks {
     ) -> Result<(), MovingError> {
         let names: Vec<String> = targets.iter().map(|(name, _)| name.clone()).collect();
         // No point: the guest itself moves, with whatever it had not written yet.
-        let frozen = FrozenCopy::freeze(node, qemu, &names, Some(since), end, Consistency::Crash).await?;
-        let last = self.last.insert(frozen);
+        let mut frozen = FrozenCopy::freeze(node, qemu, &names, Some(since), end, Consistency::Crash).await?;
         let targets = targets.into_iter().map(|(name, target)| (name, Arc::new(target))).collect();
-        Ok(last.start(targets, None).await?)
+        let started = frozen.start(targets, None).await;
+        let sessions = self.copies.sessions().map(|(_, session)| session.clone()).collect();
+        // Its task also takes out what was frozen, if it did not start.
+        self.last = Some(LastIncrement::run(frozen, sessions));
+        Ok(started?)
     }
 
-    /// Waits until the mirrors keep up and the last increment is copied.
+    /// Waits until the mirrors keep up and little is left of the last increment.
     ///
     /// # Errors
     /// A copy or a session ended, or it took too long.
@@ -164,45 +174,45 @@ impl MovingDisks {
     ) -> Result<(), MovingError> {
         if let Some(last) = &mut self.last {
             let copies = &self.copies;
-            last.wait(None, |copied| {
-                progress(CopyProgress {
-                    done_bytes: copied.done_bytes,
-                    total_bytes: copied.total_bytes,
-                    wan_bytes: copies.wan_bytes(),
-                    rate_bps: 0,
-                });
-            })
-            .await?;
-            // The copy has handed all over; now it is there.
-            self.copies.flush().await?;
+            let copied = |Copied { done_bytes, total_bytes }| {
+                progress(CopyProgress { done_bytes, total_bytes, wan_bytes: copies.wan_bytes(), rate_bps: 0 });
+            };
+            last.wait_until_left(LEFT_FOR_LATER_BYTES, copied).await?;
         }
-        self.release_last().await?;
         Ok(self.copies.wait_ready(limit, progress).await?)
+    }
+
+    /// What is left to copy of the last increment, in bytes; 0 when it has ended altogether.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub fn last_increment_bytes(&self) -> Result<u64, MovingError> {
+        Ok(self.last.as_ref().map_or(Ok(0), LastIncrement::left_bytes)?)
     }
 
     /// What the mirrors have not copied yet, or the peer has not acknowledged, in bytes.
     ///
     /// # Errors
     /// A mirror ended.
-    pub async fn lag_bytes(&self) -> Result<u64, CopyError> {
-        self.copies.lag_bytes().await
+    pub async fn lag_bytes(&self) -> Result<u64, MovingError> {
+        Ok(self.copies.lag_bytes().await?)
     }
 
     /// Once ready and with the guest stopped: the last writes, on stable storage.
     ///
     /// # Errors
-    /// A mirror or a session failed.
-    pub async fn finish(&mut self) -> Result<(), CopyError> {
-        self.copies.finish().await
+    /// A mirror, a session or the last increment failed.
+    pub async fn finish(&mut self) -> Result<(), MovingError> {
+        if let Some(mut last) = self.last.take() {
+            last.wait_until_left(0, |_| {}).await?;
+        }
+        Ok(self.copies.finish().await?)
     }
 
     /// Ends everything at once: the destination undoes what it has written.
     pub async fn cancel(&mut self) {
-        if let Some(last) = &mut self.last {
-            last.close().await;
-        }
-        if let Err(error) = self.release_last().await {
-            tracing::warn!(error = %crate::error::with_causes(&error), "the last increment is left behind");
+        if let Some(last) = self.last.take() {
+            last.end().await;
         }
         let sessions: Vec<_> = self.copies.sessions().map(|(_, session)| session.clone()).collect();
         self.copies.cancel().await;
@@ -211,15 +221,6 @@ impl MovingDisks {
         }
         if let Some(attempt) = self.attempt.take() {
             self.view.roll_back(attempt);
-        }
-    }
-
-    /// Removes the frozen moment. The bitmap goes on from the newest point: until the VM has changed hands that is where the replica can
-    /// be brought back to.
-    async fn release_last(&mut self) -> Result<(), HypervisorError> {
-        match self.last.take() {
-            Some(last) => last.release(Outcome::Failed).await,
-            None => Ok(()),
         }
     }
 
