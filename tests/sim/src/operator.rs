@@ -105,12 +105,7 @@ impl Operator {
             name: format!("vm-{number}"),
             memory_bytes: MEMORY_BYTES,
             vcpus: 1,
-            disks: vec![v1::DiskSpec {
-                name: "root".into(),
-                path: "/root.raw".into(),
-                format: String::new(),
-                ..Default::default()
-            }],
+            disks: vec![v1::DiskSpec { name: "root".into(), path: "/root.raw".into(), format: String::new() }],
             on_isolation: policy.into(),
             ..v1::VmSpec::default()
         };

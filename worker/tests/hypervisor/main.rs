@@ -5,7 +5,6 @@
 
 mod freeze;
 mod freeze_mirror;
-mod grow;
 mod lease;
 mod life;
 mod migration;

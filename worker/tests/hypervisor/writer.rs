@@ -102,12 +102,7 @@ impl Writer {
             .map(|name| {
                 let path = fixture.path(&format!("{name}.raw"));
                 std::fs::write(&path, base()).unwrap();
-                DiskSpec {
-                    name: (*name).into(),
-                    path: text(&path).to_owned(),
-                    format: "raw".into(),
-                    ..Default::default()
-                }
+                DiskSpec { name: (*name).into(), path: text(&path).to_owned(), format: "raw".into() }
             })
             .collect();
         Self { fixture, launch, side }

@@ -32,9 +32,7 @@ impl Inner {
             applied => applied?,
         }
         self.check_undo_files(core)?;
-        self.sweep(core)?;
-        // What is damaged is said elsewhere.
-        if core.sound().is_ok() { self.fit_disks(core) } else { Ok(()) }
+        self.sweep(core)
     }
 
     /// Why the record cannot be of these disks.
