@@ -90,6 +90,20 @@ async fn a_disk_is_resized_and_its_size_is_shown() {
 }
 
 #[tokio::test]
+async fn a_disk_is_added_where_it_is_said() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().vms = vec![vm("web")];
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let add = ["disk", "add", "web", "data", "--size", "2GiB"];
+    let ended = run(&authority, &at, &add).await.succeeded();
+    assert_eq!(ended.stdout, "web: gets disk data of 2.00 GiB\n");
+    run(&authority, &at, &[&add[..], &["--path", "/srv/data.img"]].concat()).await.succeeded();
+    let asked: Vec<_> = fake.script().added.drain(..).map(|asked| (asked.disk, asked.size_bytes, asked.path)).collect();
+    assert_eq!(asked, [("data".into(), 2 << 30, String::new()), ("data".into(), 2 << 30, "/srv/data.img".into())]);
+}
+
+#[tokio::test]
 async fn a_repeated_command_keeps_its_request_id() {
     let (authority, fake) = (Authority::new(), Fake::default());
     fake.script().vms = vec![vm("web")];

@@ -35,4 +35,17 @@ impl Api {
         let (_, after) = self.order(id, order).await?;
         Ok(vm_of(&after, vm_id))
     }
+
+    /// Gives a VM one more disk.
+    ///
+    /// # Errors
+    /// As the model says.
+    pub(super) async fn add_disk(&self, request: v1::AddDiskRequest) -> Result<Option<v1::Vm>, ApiError> {
+        let v1::AddDiskRequest { request_id: id, vm, disk, size_bytes, path } = request;
+        let id = request_id(&id)?;
+        let moment = self.read().await?;
+        let (vm, _) = moment.vm(&vm)?;
+        let (_, after) = self.order(id, ClientOrder::AddDisk { vm, disk, path, size_bytes }).await?;
+        Ok(vm_of(&after, vm))
+    }
 }

@@ -142,6 +142,7 @@ impl ApiError {
                 Rejection::NameTaken { .. } => Code::AlreadyExists,
                 Rejection::RequestReused { .. }
                 | Rejection::NoLink { .. }
+                | Rejection::Disk(_)
                 | Rejection::DiskSize { .. }
                 | Rejection::DiskShrinks { .. } => Code::InvalidArgument,
                 Rejection::AlreadyThere { .. }
@@ -154,6 +155,7 @@ impl ApiError {
                 | Rejection::ReplicaLeaving { .. }
                 | Rejection::KeptUpToDate { .. }
                 | Rejection::BeingSeeded { .. }
+                | Rejection::LacksDisk { .. }
                 | Rejection::StillProtected { .. }
                 | Rejection::NotProtected { .. }
                 | Rejection::NoPointYet { .. }

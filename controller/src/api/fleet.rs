@@ -182,6 +182,11 @@ impl FleetService for Api {
         Ok(Response::new(v1::ResizeDiskResponse { vm }))
     }
 
+    async fn add_disk(&self, request: Request<v1::AddDiskRequest>) -> Reply<v1::AddDiskResponse> {
+        let vm = Api::add_disk(self, request.into_inner()).await?;
+        Ok(Response::new(v1::AddDiskResponse { vm }))
+    }
+
     type WatchFleetStream = Views<v1::WatchFleetResponse>;
 
     async fn watch_fleet(&self, _: Request<v1::WatchFleetRequest>) -> Reply<Self::WatchFleetStream> {

@@ -168,7 +168,8 @@ impl<'a> View<'a> {
         let owner = self.observations.connected(vm.ownership.owner().0, self.now);
         let seed =
             owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
-        let mut out = v1::Replica { site: site.to_string(), state: state.into(), problem, ..v1::Replica::default() };
+        let (site_name, lacks) = (site.to_string(), replica.lacks.iter().cloned().collect());
+        let mut out = v1::Replica { site: site_name, state: state.into(), problem, lacks, ..v1::Replica::default() };
         if let Some(seed) = seed {
             out.done_bytes = seed.done_bytes;
             out.total_bytes = seed.total_bytes;
@@ -181,6 +182,9 @@ impl<'a> View<'a> {
         self.kept_up_to_date(id, vm, site, replica, &mut out);
         let holder = self.observations.connected(&replica.worker, self.now);
         out.flattening = holder.and_then(|holder| holder.vm(id)).and_then(|report| report.flattening.clone());
+        if out.problem.is_empty() && !out.lacks.is_empty() {
+            out.problem = format!("does not hold what was added: disk {}", out.lacks.join(", "));
+        }
         if let Some(flattening) = out.flattening.as_ref().filter(|flattening| !flattening.problem.is_empty()) {
             out.problem.clone_from(&flattening.problem);
         }

@@ -1,15 +1,18 @@
-//! Disks that change while their VM is defined.
+//! Disks that change, or are added, while their VM is defined.
 //!
 //! What is ordered stands in the VM's definition, and its worker brings the disk in line with it, again and again until it is so. Replicas follow with their
 //! next recovery point or move.
 //!
+//! A disk that was added is *lacking* in each replica until its owner says that a recovery point holds it, or a seed has ended. A VM does not move to a replica
+//! that lacks a disk; if it is taken over there, the disk is made anew, empty, as it was when it was added.
+//!
 //! Guarantees: a disk never becomes smaller; nothing is ordered while a move or a seed is under way, which have begun with what was there.
 
-use pageport_proto::VmId;
+use pageport_proto::{SiteName, VmId};
 
 use super::apply::{not_migrating, vm_mut};
 use super::command::{Answer, Outcome, Rejection};
-use super::state::{ReplicaPhase, State, Vm};
+use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// What a disk's size is a multiple of, in bytes.
 pub const SIZE_UNIT_BYTES: u64 = 4096;
@@ -37,6 +40,53 @@ pub(super) fn resize(state: &mut State, id: VmId, disk: &str, size_bytes: u64) -
     not_copied(vm)?;
     vm.spec.order_bytes(disk, size_bytes);
     Ok(Answer::Vm(id))
+}
+
+/// Orders one more disk. Replicas do not hold it before their next recovery point or seed.
+pub(super) fn add(state: &mut State, id: VmId, disk: String, path: String, size_bytes: u64) -> Outcome {
+    let vm = vm_mut(state, id)?;
+    valid_size(size_bytes)?;
+    not_migrating(vm)?;
+    not_copied(vm)?;
+    vm.spec.add_disk(disk.clone(), path, size_bytes).map_err(Rejection::Disk)?;
+    for replica in vm.replicas.values_mut() {
+        replica.lacks.insert(disk.clone());
+    }
+    Ok(Answer::Vm(id))
+}
+
+/// The owner has made the image of a disk.
+pub(super) fn made(state: &mut State, id: VmId, disk: &str) {
+    if let Some(vm) = state.vms.get_mut(&id) {
+        vm.spec.disk_made(disk);
+    }
+}
+
+/// A replica that is kept up to date holds the first so many disks now.
+pub(super) fn held(state: &mut State, id: VmId, site: &SiteName, protect_seq: u64, disks: usize) {
+    let Some(vm) = state.vms.get_mut(&id) else { return };
+    let Vm { spec, replicas, .. } = vm;
+    if let Some(replica) = replicas.get_mut(site).filter(|replica| replica.is_protected_by(protect_seq)) {
+        for disk in spec.disk_names().take(disks) {
+            replica.lacks.remove(disk);
+        }
+    }
+}
+
+/// Refuses a replica that does not hold all disks.
+pub(super) fn has_all_disks(vm: &Vm, site: &SiteName, replica: &Replica) -> Result<(), Rejection> {
+    match replica.lacks.first() {
+        Some(disk) => {
+            let (name, disk, site) = (vm.spec.name.clone(), disk.clone(), site.clone());
+            Err(Rejection::LacksDisk { name, disk, site })
+        }
+        None => Ok(()),
+    }
+}
+
+/// The VM goes on from a replica that may lack disks: they are empty there, as they were when they were added.
+pub(super) fn make_what_is_lacking(vm: &mut Vm, replica: &Replica) {
+    replica.lacks.iter().for_each(|disk| vm.spec.make_disk_anew(disk));
 }
 
 fn valid_size(size_bytes: u64) -> Result<(), Rejection> {

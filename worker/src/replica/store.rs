@@ -4,11 +4,13 @@
 //! |---|---|
 //! | key `disk/<vm>/<disk>` of the worker's store | path, format and [`Origin`] of the image on this host |
 //! | `<data_dir>/replicas/<vm>/<disk>.raw` | a replica that this worker made |
+//! | `<data_dir>/disks/<vm>/<disk>.raw` | a disk that was added, and that this worker made where no path was given |
 //!
 //! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
 //! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]).
 
 pub mod flattening;
+mod making;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -39,7 +41,7 @@ const SPARE_BYTES: u64 = 64 << 20;
 pub enum Origin {
     /// The operator: never deleted.
     Given,
-    /// This worker, as a replica: deleted with the replica.
+    /// This worker, as a replica or as a disk that was added: deleted with it.
     Made,
 }
 
@@ -158,6 +160,25 @@ pub enum ReplicaError {
     FormatUnsaid {
         /// The image.
         path: PathBuf,
+    },
+    /// A file of that name is there, and the disk is new.
+    #[error("disk {disk:?} is to be made at {}, and there is something already: move it away", path.display())]
+    DiskInTheWay {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+    },
+    /// A disk could not be made.
+    #[error("make disk {disk:?} at {}", path.display())]
+    Make {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// A file of that name is there, and it is not ours.
     #[error("the image is to be flattened to {}, and such a file is there already: move it away", path.display())]
@@ -348,13 +369,16 @@ fn is_closed() -> io::Error {
 pub struct ReplicaStore {
     store: Arc<Store>,
     folder: PathBuf,
+    /// Of the disks that were added.
+    disks_folder: PathBuf,
     open: Mutex<HashMap<(VmId, String), Arc<ReplicaDisk>>>,
 }
 
 impl ReplicaStore {
     /// Keeps its records in `store` and its files below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path) -> Self {
-        Self { store, folder: data_dir.join("replicas"), open: Mutex::default() }
+        let (folder, disks_folder) = (data_dir.join("replicas"), data_dir.join("disks"));
+        Self { store, folder, disks_folder, open: Mutex::default() }
     }
 
     /// Where a disk lies on this host, if it does.
@@ -502,6 +526,10 @@ impl ReplicaStore {
         }
         if folder.exists() {
             std::fs::remove_dir(&folder).map_err(|source| ReplicaError::Open { path: folder, source })?;
+        }
+        let disks = self.disks_folder.join(vm.to_string());
+        if disks.exists() {
+            std::fs::remove_dir_all(&disks).map_err(|source| ReplicaError::Open { path: disks, source })?;
         }
         self.store.commit(batch).map_err(failed)
     }

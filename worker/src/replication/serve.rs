@@ -269,6 +269,7 @@ impl Session {
             taken_unix_ms: point.taken_unix_ms,
             changed_bytes: point.changed_bytes,
             quiesced: point.quiesced,
+            disks: self.disks.len() as u16,
         };
         let group = self.points.group();
         match self.replace(Target::Nowhere) {

@@ -1,7 +1,7 @@
-//! Brings the disks of a running VM in line with its definition: each is as large as was ordered.
+//! Brings the disks of a running VM in line with its definition: each is there, and as large as was ordered.
 //!
 //! ```text
-//!   definition, hypervisor ─▶ in line already? ─no─▶ turn (a round of replication makes room, a move does not) ─▶ grow
+//!   definition, hypervisor ─▶ in line already? ─no─▶ turn (a round of replication makes room, a move does not) ─▶ make, attach, grow
 //! ```
 //! Guarantees: level-triggered, so an order that was interrupted is carried out later; nothing changes while a recovery point is taken or the VM
 //! moves. Does not change the disks of a VM that does not run: see [`super::managed`].
@@ -13,8 +13,9 @@ use pageport_proto::v1::{DiskSpec, VmSpec};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{ManagedVm, VmError};
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{AddedDisk, HypervisorError, Vm};
 use crate::node::Node;
+use crate::replica::store::ReplicaError;
 
 /// What failed is tried again after this.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -25,7 +26,19 @@ pub enum DisksError {
     /// The VM at this host.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// The hypervisor.
+    /// The image of a disk that was added.
+    #[error(transparent)]
+    Image(#[from] ReplicaError),
+    /// A disk that was added does not get into the hypervisor.
+    #[error("attach disk {disk:?}")]
+    Attach {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: HypervisorError,
+    },
+    /// A disk does not grow.
     #[error("make disk {disk:?} {size_bytes} bytes large")]
     Grow {
         /// The disk.
@@ -58,6 +71,7 @@ impl DisksInLine {
         if let Some(task) = self.under_way.take() {
             self.ended(vm, task.await);
         }
+        // A disk that was added has a size, too.
         let ordered = spec.disks.iter().any(|disk| disk.size_bytes > 0);
         let waits = self.failed.is_some_and(|failed| failed.elapsed() < RETRY_PAUSE);
         if !ordered || waits || !vm.owns_and_runs() {
@@ -67,8 +81,8 @@ impl DisksInLine {
         if self.done.as_ref().is_some_and(|(disks, pid)| *disks == spec.disks && *pid == qemu.pid()) {
             return;
         }
-        let (node, vm, disks) = (node.clone(), vm.clone(), spec.disks.clone());
-        self.under_way = Some(AbortOnDropHandle::new(tokio::spawn(bring_in_line(node, vm, disks))));
+        let change = bring_in_line(node.clone(), vm.clone(), spec.clone());
+        self.under_way = Some(AbortOnDropHandle::new(tokio::spawn(change)));
     }
 
     fn ended(&mut self, vm: &ManagedVm, outcome: Result<Result<Done, DisksError>, tokio::task::JoinError>) {
@@ -93,7 +107,7 @@ impl DisksInLine {
     }
 }
 
-async fn bring_in_line(node: Arc<Node>, vm: Arc<ManagedVm>, disks: Vec<DiskSpec>) -> Result<Done, DisksError> {
+async fn bring_in_line(node: Arc<Node>, vm: Arc<ManagedVm>, spec: VmSpec) -> Result<Done, DisksError> {
     let turn = node.replications.turn(vm.id());
     let _turn = turn.take_for_migration().await;
     // Only now: the VM may have moved meanwhile.
@@ -101,9 +115,21 @@ async fn bring_in_line(node: Arc<Node>, vm: Arc<ManagedVm>, disks: Vec<DiskSpec>
     if !vm.owns_and_runs() {
         return Err(VmError::NotHere { vm: vm.id() }.into());
     }
-    for DiskSpec { name, size_bytes, .. } in &disks {
+    let plugged = qemu.plugged_disks().await.map_err(VmError::from)?;
+    // In their order, so that those that are open are always the first so many.
+    for disk in spec.disks.iter().filter(|disk| !plugged.contains(&disk.name)) {
+        attach(&vm, &qemu, disk, &spec.machine).await?;
+    }
+    for DiskSpec { name, size_bytes, .. } in &spec.disks {
         let failed = |source| DisksError::Grow { disk: name.clone(), size_bytes: *size_bytes, source };
         qemu.grow_disk(name, *size_bytes).await.map_err(failed)?;
     }
-    Ok((disks, qemu.pid()))
+    Ok((spec.disks, qemu.pid()))
+}
+
+async fn attach(vm: &ManagedVm, qemu: &Vm, disk: &DiskSpec, machine: &str) -> Result<(), DisksError> {
+    let image = tokio::task::block_in_place(|| vm.make_image(disk)?.image().map_err(ReplicaError::from))?;
+    let added = AddedDisk { name: disk.name.clone(), port: disk.port, machine: machine.to_owned() };
+    let attached = qemu.attach_disk(&added, &image).await;
+    attached.map(drop).map_err(|source| DisksError::Attach { disk: disk.name.clone(), source })
 }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails is a test that fails")]
 
+mod attach;
 mod freeze;
 mod freeze_mirror;
 mod grow;

@@ -153,7 +153,8 @@ fn disk_line(disk: &DiskSpec, seen: Option<&DiskStatus>) -> String {
     } else {
         String::new()
     };
-    format!("{} {} ({format}){size}{growing}", disk.name, disk.path)
+    let made = if disk.create { ", to be made" } else { "" };
+    format!("{} {} ({format}){size}{growing}{made}", disk.name, or_dash(&disk.path))
 }
 
 fn takeover_line(takeover: &Takeover, now_unix_ms: i64) -> String {

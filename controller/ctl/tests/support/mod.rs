@@ -101,6 +101,7 @@ pub struct Script {
     pub fenced: Vec<v1::FenceWorkerRequest>,
     pub protected: Vec<v1::ProtectVmRequest>,
     pub resized: Vec<v1::ResizeDiskRequest>,
+    pub added: Vec<v1::AddDiskRequest>,
     pub points: Vec<v1::RecoveryPoint>,
     pub links: Vec<v1::Link>,
 }
@@ -329,6 +330,14 @@ impl FleetService for Fake {
         let vm = self.vm(&request.vm)?;
         self.script().resized.push(request);
         Ok(Response::new(v1::ResizeDiskResponse { vm: Some(vm) }))
+    }
+
+    async fn add_disk(&self, request: Request<v1::AddDiskRequest>) -> Reply<v1::AddDiskResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let vm = self.vm(&request.vm)?;
+        self.script().added.push(request);
+        Ok(Response::new(v1::AddDiskResponse { vm: Some(vm) }))
     }
 
     type WatchFleetStream = Boxed<v1::WatchFleetResponse>;

@@ -220,9 +220,12 @@ impl Inner {
     pub(super) fn fit_disks(&self, core: &Core) -> Result<(), PointError> {
         let Some(record) = core.sound()?.filter(|record| record.phase == Phase::Settled) else { return Ok(()) };
         for (name, disk) in &self.medium.disks {
-            let Some(size_bytes) = record.disks.get(name).filter(|size| disk.size_bytes() > **size) else { continue };
-            tracing::info!(disk = name, size_bytes, "a disk is cut to its size at the newest recovery point");
-            disk.cut(*size_bytes).map_err(disk_error("cut", name))?;
+            // One that was added since is nothing there.
+            let size_bytes = record.disks.get(name).copied().unwrap_or(0);
+            if disk.size_bytes() > size_bytes {
+                tracing::info!(disk = name, size_bytes, "a disk is cut to its size at the newest recovery point");
+                disk.cut(size_bytes).map_err(disk_error("cut", name))?;
+            }
         }
         Ok(())
     }
@@ -282,6 +285,7 @@ impl Inner {
             self.close_readers();
         }
         record.disks = self.medium.disks.iter().map(|(name, disk)| (name.clone(), disk.size_bytes())).collect();
+        record.order = self.medium.order();
         record.phase = Phase::Settled;
         record.damaged = Some(reason);
         self.save(core, Some(record))?;

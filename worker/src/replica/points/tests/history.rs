@@ -272,6 +272,7 @@ pub(super) fn info(number: u64) -> PointInfo {
         taken_unix_ms: 1000 + number as i64,
         changed_bytes: number * 10,
         quiesced: number.is_multiple_of(2),
+        disks: 2,
     }
 }
 
