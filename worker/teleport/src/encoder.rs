@@ -57,6 +57,8 @@ pub enum EncodeError {
 pub struct EncoderParams {
     /// How hard literals are compressed at first.
     pub level: Level,
+    /// Batches are to carry their pages of memory: see [`EncodedBatch::memory_pages`].
+    pub memory_pages: bool,
 }
 
 /// A batch, ready to be sent.
@@ -71,6 +73,9 @@ pub struct EncodedBatch {
     pub retained: Option<Retained>,
     /// Its pages.
     pub counts: PageCounts,
+    /// Its pages that lie on no disk, one behind the other: what [`crate::Verified::memory_pages`] tells the digests of, in the same
+    /// order. Empty unless [`EncoderParams::memory_pages`] asks for them.
+    pub memory_pages: Vec<u8>,
 }
 
 /// All that is needed to send a batch again as bytes.
@@ -99,6 +104,7 @@ pub struct Encoder {
     parser: StreamParser,
     batch: Batch,
     compressor: Compressor,
+    memory_pages: bool,
     digest: StreamDigest,
     ready: VecDeque<EncodedBatch>,
 }
@@ -111,6 +117,7 @@ impl Encoder {
             parser: StreamParser::new(),
             batch: Batch::default(),
             compressor,
+            memory_pages: params.memory_pages,
             digest: StreamDigest::new(),
             ready: VecDeque::new(),
         })
@@ -125,10 +132,10 @@ impl Encoder {
             let Some(mut item) = item else { break };
             while let Some(rest) = self.batch.add(item, index) {
                 item = rest;
-                close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
+                self.close()?;
             }
             if self.batch.is_full() {
-                close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
+                self.close()?;
             }
         }
         Ok(())
@@ -139,7 +146,7 @@ impl Encoder {
         if self.batch.is_empty() {
             return Ok(());
         }
-        close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)
+        self.close()
     }
 
     /// The stream has ended: closes the last batch, whatever it ends within.
@@ -147,9 +154,35 @@ impl Encoder {
         let mut item = self.parser.finish();
         while let Some(rest) = item.and_then(|item| self.batch.add(item, index)) {
             item = Some(rest);
-            close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
+            self.close()?;
         }
         self.flush()
+    }
+
+    /// Turns the batch under way into a frame and begins the next one.
+    fn close(&mut self) -> Result<(), EncodeError> {
+        let sequence = self.digest.batches();
+        let closed = self.batch.close();
+        let summary = BatchSummary { sequence, raw_length: closed.raw_length, digest: closed.digest };
+        self.digest.append(&summary)?;
+        let mut memory_pages = Vec::new();
+        for stretch in closed.stretches() {
+            let stretch = stretch.map_err(|source| EncodeError::Ops { sequence, source })?;
+            if stretch.literal {
+                let added = self.compressor.add(stretch.bytes);
+                added.map_err(|source| EncodeError::Compress { sequence, source })?;
+            }
+            if stretch.of_memory && self.memory_pages {
+                memory_pages.extend_from_slice(stretch.bytes);
+            }
+        }
+        let literals = self.compressor.flush().map_err(|source| EncodeError::Compress { sequence, source })?;
+        let frame = wire::write_frame(FrameKind::Batch, &summary, &closed.ops, &literals);
+        let counts = closed.counts;
+        let retained =
+            (counts.teleported > 0).then_some(Retained { summary, ops: closed.ops, content: closed.content });
+        self.ready.push_back(EncodedBatch { summary, frame, retained, counts, memory_pages });
+        Ok(())
     }
 
     /// The next batch to send.
@@ -171,29 +204,6 @@ impl Encoder {
     pub fn stream_digest(&self) -> &StreamDigest {
         &self.digest
     }
-}
-
-/// Turns the batch under way into a frame and begins the next one.
-fn close(
-    batch: &mut Batch,
-    compressor: &mut Compressor,
-    digest: &mut StreamDigest,
-    ready: &mut VecDeque<EncodedBatch>,
-) -> Result<(), EncodeError> {
-    let sequence = digest.batches();
-    let closed = batch.close();
-    let summary = BatchSummary { sequence, raw_length: closed.raw_length, digest: closed.digest };
-    digest.append(&summary)?;
-    for literal in closed.literals() {
-        let literal = literal.map_err(|source| EncodeError::Ops { sequence, source })?;
-        compressor.add(literal).map_err(|source| EncodeError::Compress { sequence, source })?;
-    }
-    let literals = compressor.flush().map_err(|source| EncodeError::Compress { sequence, source })?;
-    let frame = wire::write_frame(FrameKind::Batch, &summary, &closed.ops, &literals);
-    let counts = closed.counts;
-    let retained = (counts.teleported > 0).then_some(Retained { summary, ops: closed.ops, content: closed.content });
-    ready.push_back(EncodedBatch { summary, frame, retained, counts });
-    Ok(())
 }
 
 /// The frame that answers a request for fallback: the batch with all its bytes, standing alone.
