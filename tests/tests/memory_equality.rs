@@ -72,7 +72,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     let replicas = ReplicaStore::new(store, &folder);
     let replica_path = folder.join("replica.raw");
     images.copy_disk(&replica_path).unwrap();
-    replicas.locate_or_adopt(vm, DISK, &replica_path).unwrap();
+    replicas.locate_or_adopt(vm, DISK, &replica_path, None).unwrap();
     let replica = replicas.open_existing(vm, DISK).unwrap();
     let view = Arc::new(view_of(&replica));
     // A few blocks rot after they were indexed, so that references to them must fall back.
@@ -81,7 +81,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     }
 
     let spec = spec(&images, &disk);
-    let launch = |mode| Launch { vm, spec: spec.clone(), disk_paths: BTreeMap::new(), mode, deadline: None };
+    let launch = |mode| Launch { vm, spec: spec.clone(), images: BTreeMap::new(), mode, deadline: None };
     let source = Vm::start(&hosts.host("a"), &launch(StartMode::Running)).await.unwrap();
     make_busy(&source).await;
     let destination = Vm::start(&hosts.host("b"), &launch(StartMode::Incoming)).await.unwrap();

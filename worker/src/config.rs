@@ -63,6 +63,8 @@ pub struct HypervisorConfig {
     pub qemu: String,
     /// The keeper's program: a path, or a name that is looked for beside the worker's program and in `PATH`.
     pub keeper: String,
+    /// The tool that makes raw files of qcow2 images; needed only where there are such.
+    pub qemu_img: String,
     /// What runs the guests.
     pub accelerator: AcceleratorChoice,
 }
@@ -72,6 +74,7 @@ impl Default for HypervisorConfig {
         Self {
             qemu: "qemu-system-x86_64".to_owned(),
             keeper: keeper::PROGRAM.to_owned(),
+            qemu_img: "qemu-img".to_owned(),
             accelerator: AcceleratorChoice::Auto,
         }
     }

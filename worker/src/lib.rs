@@ -4,7 +4,7 @@
 //!   controller ◀──gRPC── agent ──▶ vms ──▶ hypervisor (QEMU over QMP)
 //!                          │                    ▲ │ stream, NBD
 //!                          ▼                    │ ▼
-//!                 migration {source, destination} · replication · replica {seed, session, store, points}
+//!                 migration {source, destination} · replication · replica {seed, session, store, points} · image
 //!                          ▲                    │
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
@@ -15,6 +15,7 @@ pub mod config;
 pub mod error;
 pub mod failpoint;
 pub mod hypervisor;
+pub mod image;
 pub mod migration;
 pub mod nbd;
 pub mod node;

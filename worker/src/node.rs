@@ -12,6 +12,7 @@ use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::migration::registry::Registry;
 use crate::replica::cap::Caps;
+use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
@@ -36,6 +37,8 @@ pub struct Node {
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
     pub groups: Arc<Groups>,
+    /// Images that become raw.
+    pub flattenings: Arc<Flattenings>,
     /// What is known of replicas elsewhere.
     pub views: Views,
     /// What replication and seeds may send.

@@ -178,6 +178,11 @@ impl<'a> View<'a> {
             out.total_bytes = disk.disk_bytes;
         }
         self.kept_up_to_date(id, vm, site, replica, &mut out);
+        let holder = self.observations.connected(&replica.worker, self.now);
+        out.flattening = holder.and_then(|holder| holder.vm(id)).and_then(|report| report.flattening.clone());
+        if let Some(flattening) = out.flattening.as_ref().filter(|flattening| !flattening.problem.is_empty()) {
+            out.problem.clone_from(&flattening.problem);
+        }
         out
     }
 

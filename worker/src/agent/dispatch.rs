@@ -37,7 +37,7 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             start_seeds(&node, assignment).await;
             replications.follow(&node, assignment);
             for removal in &assignment.replica_removals {
-                remove_replica(&node, &removal.vm_id);
+                remove_replica(&node, &removal.vm_id).await;
             }
         }
         // What could not be done yet is looked at again, even without news.
@@ -113,6 +113,9 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
             node.views.forget(id).await;
         }
         was_owned = owned;
+        if let Some(vm) = node.vms.get(id).filter(|_| !wanted.deleted) {
+            vm.flatten_what_was_left();
+        }
         let mut status = node.vms.get(id).map(|vm| vm.watch());
         let changed = async {
             match &mut status {
@@ -204,13 +207,14 @@ async fn start_seeds(node: &Arc<Node>, assignment: &WorkerAssignment) {
     }
 }
 
-fn remove_replica(node: &Arc<Node>, vm_id: &str) {
+async fn remove_replica(node: &Arc<Node>, vm_id: &str) {
     let Ok(id) = vm_id.parse::<VmId>() else { return };
     let replica = node.vms.get(id).is_none_or(|vm| matches!(vm.status().record, Record::Replica { .. }));
     if !replica {
         tracing::error!(vm_id, "told to remove the replica of a vm that this worker may run; it stays");
         return;
     }
+    node.flattenings.end(id).await;
     let removed = tokio::task::block_in_place(|| -> Result<(), VmError> {
         node.groups.forget(id)?;
         Ok(node.replicas.remove(id)?)

@@ -35,6 +35,7 @@ use crate::hypervisor::{self, Accelerator, accel};
 use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::replica::cap::Caps;
+use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
 use crate::replica::store::ReplicaStore;
@@ -101,11 +102,14 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let limits =
         Limits { points_bytes: config.replication.points_bytes, reserve_bytes: config.replication.reserve_bytes };
     let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
+    let tool = config.hypervisor.qemu_img.clone();
+    let flattenings = Arc::new(Flattenings::new(tool, config.replication.reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
         hypervisor: hypervisor.clone(),
         replicas: replicas.clone(),
         groups: groups.clone(),
+        flattenings: flattenings.clone(),
         changed: changed.clone(),
     });
     let node = Node {
@@ -114,6 +118,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
         groups,
+        flattenings,
         views: Views::new(&config.data_dir),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),

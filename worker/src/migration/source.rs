@@ -31,6 +31,7 @@ use crate::clock::{self, Offset};
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
+use crate::replica::store::flattening::Adoption;
 use crate::replication::mark::lineage_of;
 use crate::replication::registry::MigrationTurn;
 use crate::transport::{PeerConnection, TransportError};
@@ -446,9 +447,10 @@ impl Move {
             return None;
         };
         let record = self.record(&switched, resumed.resumed_ns);
+        let flat = self.is_flat();
         if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
             tracing::error!(%error, "the guest that was handed over could not be ended");
-        } else {
+        } else if flat {
             self.keep_as_replica();
         }
         self.close("migration complete");
@@ -463,16 +465,38 @@ impl Move {
         Some(record)
     }
 
-    /// The disks here are those that the guest went on with there: replication back begins with them.
-    fn keep_as_replica(&self) {
-        let Ok(migration) = self.order.assignment.migration_id.parse() else { return };
-        let node = &self.order.node;
-        let names: Vec<&str> = self.order.spec.disks.iter().map(|disk| disk.name.as_str()).collect();
+    /// What the disks here are: those that the guest went on with there.
+    fn adoption(&self) -> Option<Adoption> {
+        let migration = self.order.assignment.migration_id.parse().ok()?;
         let stopped = self.downtime_marks.first().map_or_else(Instant::now, |(_, at)| *at);
         let taken = SystemTime::now().checked_sub(stopped.elapsed()).unwrap_or(UNIX_EPOCH);
         let taken_unix_ms = taken.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
+        Some(Adoption { lineage: lineage_of(migration), taken_unix_ms })
+    }
+
+    /// Are the disks here raw? If not, what they are is noted before they are left, for when they are.
+    fn is_flat(&self) -> bool {
+        let (replicas, vm) = (&self.order.node.replicas, self.order.vm.id());
+        let noted = tokio::task::block_in_place(|| {
+            if replicas.unflattened(vm).is_empty() {
+                return Ok(true);
+            }
+            self.adoption().map_or(Ok(()), |adoption| replicas.adopt_when_flat(vm, adoption)).map(|()| false)
+        });
+        noted.unwrap_or_else(|error| {
+            // Replication compares the disks then.
+            tracing::warn!(error = %crate::error::with_causes(&error), "the disks will be no recovery point");
+            false
+        })
+    }
+
+    /// Replication back begins with the disks as they are here.
+    fn keep_as_replica(&self) {
+        let Some(Adoption { lineage, taken_unix_ms }) = self.adoption() else { return };
+        let node = &self.order.node;
+        let names: Vec<&str> = self.order.spec.disks.iter().map(|disk| disk.name.as_str()).collect();
         let kept = tokio::task::block_in_place(|| {
-            node.groups.adopt(&node.replicas, self.order.vm.id(), &names, lineage_of(migration), taken_unix_ms)
+            node.groups.adopt(&node.replicas, self.order.vm.id(), &names, lineage, taken_unix_ms)
         });
         if let Err(error) = kept {
             // Replication compares the disks then.

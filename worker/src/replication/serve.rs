@@ -308,6 +308,7 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     let turn = turn.map_err(|_| SessionError::Busy)?;
     let (replicas, groups, asked) = (node.replicas.clone(), node.groups.clone(), hello.disks.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
+        replicas.must_be_flat(vm)?;
         let open = |disk: &pageport_proto::v1::ReplicationDisk| {
             Ok((disk.name.clone(), replicas.open_for_writing(vm, &disk.name, disk.size_bytes, disk.allocated_bytes)?))
         };

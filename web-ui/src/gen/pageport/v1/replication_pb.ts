@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEiqwIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbiJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIItsCChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCRIXCg9xdWllc2NlX3Byb2JsZW0YDiABKAkiXwoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkiSAoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludCI7CgRMaW5rEhEKCWZyb21fc2l0ZRgBIAEoCRIPCgd0b19zaXRlGAIgASgJEg8KB2NhcF9icHMYAyABKAQiSAoRU2V0TGlua0NhcFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIfCgRsaW5rGAIgASgLMhEucGFnZXBvcnQudjEuTGluayI1ChJTZXRMaW5rQ2FwUmVzcG9uc2USHwoEbGluaxgBIAEoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiEgoQTGlzdExpbmtzUmVxdWVzdCI1ChFMaXN0TGlua3NSZXNwb25zZRIgCgVsaW5rcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiRQoSU2VlZFJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCSI8ChNTZWVkUmVwbGljYVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIiEKE0xpc3RSZXBsaWNhc1JlcXVlc3QSCgoCdm0YASABKAkiPgoUTGlzdFJlcGxpY2FzUmVzcG9uc2USJgoIcmVwbGljYXMYASADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkQKFERlbGV0ZVJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIXChVEZWxldGVSZXBsaWNhUmVzcG9uc2UqmAEKDFJlcGxpY2FTdGF0ZRIdChlSRVBMSUNBX1NUQVRFX1VOU1BFQ0lGSUVEEAASGQoVUkVQTElDQV9TVEFURV9TRUVESU5HEAESGAoUUkVQTElDQV9TVEFURV9TRUVERUQQAhIYChRSRVBMSUNBX1NUQVRFX0ZBSUxFRBADEhoKFlJFUExJQ0FfU1RBVEVfT1VUREFURUQQBCrTAQoQUmVwbGljYXRpb25QaGFzZRIhCh1SRVBMSUNBVElPTl9QSEFTRV9VTlNQRUNJRklFRBAAEh0KGVJFUExJQ0FUSU9OX1BIQVNFX1dBSVRJTkcQARIfChtSRVBMSUNBVElPTl9QSEFTRV9GVUxMX0NPUFkQAhIfChtSRVBMSUNBVElPTl9QSEFTRV9JTkNSRU1FTlQQAxIaChZSRVBMSUNBVElPTl9QSEFTRV9JRExFEAQSHwobUkVQTElDQVRJT05fUEhBU0VfTUlHUkFUSU5HEAUyswUKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEi7AIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQFCDQoLX3Byb3RlY3Rpb25CDgoMX3JlcGxpY2F0aW9uQg0KC19mbGF0dGVuaW5nIkYKCkZsYXR0ZW5pbmcSEgoKZG9uZV9ieXRlcxgBIAEoBBITCgt0b3RhbF9ieXRlcxgCIAEoBBIPCgdwcm9ibGVtGAMgASgJIkIKClByb3RlY3Rpb24SDgoGcnBvX21zGAEgASgEEhMKC2tlZXBfcG9pbnRzGAIgASgNEg8KB3F1aWVzY2UYAyABKAgi2wIKEVJlcGxpY2F0aW9uU3RhdHVzEiwKBXBoYXNlGAEgASgOMh0ucGFnZXBvcnQudjEuUmVwbGljYXRpb25QaGFzZRIqCgZuZXdlc3QYAiABKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50Eg4KBmxhZ19tcxgDIAEoBBIRCglsYWdfYnl0ZXMYBCABKAQSEgoKZG9uZV9ieXRlcxgFIAEoBBITCgt0b3RhbF9ieXRlcxgGIAEoBBIQCghyYXRlX2JwcxgHIAEoBBIUCgx3b3JzdF9ycG9fbXMYCCABKAQSEQoJd2luZG93X21zGAkgASgEEhIKCmV0YV9sb3dfbXMYCiABKAQSEwoLZXRhX2hpZ2hfbXMYCyABKAQSEgoKcnBvX21pc3NlZBgMIAEoCBIPCgdwcm9ibGVtGA0gASgJEhcKD3F1aWVzY2VfcHJvYmxlbRgOIAEoCSJfCg1SZWNvdmVyeVBvaW50Eg4KBm51bWJlchgBIAEoBBIVCg10YWtlbl91bml4X21zGAIgASgDEhUKDWNoYW5nZWRfYnl0ZXMYAyABKAQSEAoIcXVpZXNjZWQYBCABKAgicAoQUHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSKwoKcHJvdGVjdGlvbhgEIAEoCzIXLnBhZ2Vwb3J0LnYxLlByb3RlY3Rpb24iOgoRUHJvdGVjdFZtUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiQgoSVW5wcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIVChNVbnByb3RlY3RWbVJlc3BvbnNlIjUKGUxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QSCgoCdm0YASABKAkSDAoEc2l0ZRgCIAEoCSJIChpMaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRIqCgZwb2ludHMYASADKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50IjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBTKzBQoSUmVwbGljYXRpb25TZXJ2aWNlElAKC1NlZWRSZXBsaWNhEh8ucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXF1ZXN0GiAucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXNwb25zZRJTCgxMaXN0UmVwbGljYXMSIC5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXF1ZXN0GiEucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVzcG9uc2USSgoJUHJvdGVjdFZtEh0ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlc3BvbnNlElAKC1VucHJvdGVjdFZtEh8ucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXF1ZXN0GiAucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXNwb25zZRJlChJMaXN0UmVjb3ZlcnlQb2ludHMSJi5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0GicucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USTQoKU2V0TGlua0NhcBIeLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlc3BvbnNlEkoKCUxpc3RMaW5rcxIdLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXNwb25zZRJWCg1EZWxldGVSZXBsaWNhEiEucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlcXVlc3QaIi5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVzcG9uc2ViBnByb3RvMw");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -70,6 +70,13 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: optional pageport.v1.ReplicationStatus replication = 9;
    */
   replication?: ReplicationStatus | undefined;
+
+  /**
+   * Set while the VM's old images there are being made raw, or wait for that. They are no replica before.
+   *
+   * @generated from field: optional pageport.v1.Flattening flattening = 40;
+   */
+  flattening?: Flattening | undefined;
 };
 
 /**
@@ -78,6 +85,39 @@ export type Replica = Message<"pageport.v1.Replica"> & {
  */
 export const ReplicaSchema: GenMessage<Replica> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 0);
+
+/**
+ * A qcow2 image, with what it is backed by, becomes a raw one.
+ *
+ * @generated from message pageport.v1.Flattening
+ */
+export type Flattening = Message<"pageport.v1.Flattening"> & {
+  /**
+   * Bytes of the disk looked at so far and in all.
+   *
+   * @generated from field: uint64 done_bytes = 1;
+   */
+  doneBytes: bigint;
+
+  /**
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Why it does not go on; it is tried again.
+   *
+   * @generated from field: string problem = 3;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message pageport.v1.Flattening.
+ * Use `create(FlatteningSchema)` to create a new message.
+ */
+export const FlatteningSchema: GenMessage<Flattening> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 1);
 
 /**
  * What an operator asked for.
@@ -113,7 +153,7 @@ export type Protection = Message<"pageport.v1.Protection"> & {
  * Use `create(ProtectionSchema)` to create a new message.
  */
 export const ProtectionSchema: GenMessage<Protection> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 1);
+  messageDesc(file_pageport_v1_replication, 2);
 
 /**
  * @generated from message pageport.v1.ReplicationStatus
@@ -209,7 +249,7 @@ export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
  * Use `create(ReplicationStatusSchema)` to create a new message.
  */
 export const ReplicationStatusSchema: GenMessage<ReplicationStatus> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 2);
+  messageDesc(file_pageport_v1_replication, 3);
 
 /**
  * A crash-consistent state of all disks of a VM.
@@ -251,7 +291,7 @@ export type RecoveryPoint = Message<"pageport.v1.RecoveryPoint"> & {
  * Use `create(RecoveryPointSchema)` to create a new message.
  */
 export const RecoveryPointSchema: GenMessage<RecoveryPoint> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 3);
+  messageDesc(file_pageport_v1_replication, 4);
 
 /**
  * @generated from message pageport.v1.ProtectVmRequest
@@ -283,7 +323,7 @@ export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
  * Use `create(ProtectVmRequestSchema)` to create a new message.
  */
 export const ProtectVmRequestSchema: GenMessage<ProtectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 4);
+  messageDesc(file_pageport_v1_replication, 5);
 
 /**
  * @generated from message pageport.v1.ProtectVmResponse
@@ -300,7 +340,7 @@ export type ProtectVmResponse = Message<"pageport.v1.ProtectVmResponse"> & {
  * Use `create(ProtectVmResponseSchema)` to create a new message.
  */
 export const ProtectVmResponseSchema: GenMessage<ProtectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 5);
+  messageDesc(file_pageport_v1_replication, 6);
 
 /**
  * @generated from message pageport.v1.UnprotectVmRequest
@@ -327,7 +367,7 @@ export type UnprotectVmRequest = Message<"pageport.v1.UnprotectVmRequest"> & {
  * Use `create(UnprotectVmRequestSchema)` to create a new message.
  */
 export const UnprotectVmRequestSchema: GenMessage<UnprotectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 6);
+  messageDesc(file_pageport_v1_replication, 7);
 
 /**
  * @generated from message pageport.v1.UnprotectVmResponse
@@ -340,7 +380,7 @@ export type UnprotectVmResponse = Message<"pageport.v1.UnprotectVmResponse"> & {
  * Use `create(UnprotectVmResponseSchema)` to create a new message.
  */
 export const UnprotectVmResponseSchema: GenMessage<UnprotectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 7);
+  messageDesc(file_pageport_v1_replication, 8);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsRequest
@@ -362,7 +402,7 @@ export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsR
  * Use `create(ListRecoveryPointsRequestSchema)` to create a new message.
  */
 export const ListRecoveryPointsRequestSchema: GenMessage<ListRecoveryPointsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 8);
+  messageDesc(file_pageport_v1_replication, 9);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsResponse
@@ -379,7 +419,7 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  * Use `create(ListRecoveryPointsResponseSchema)` to create a new message.
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 9);
+  messageDesc(file_pageport_v1_replication, 10);
 
 /**
  * @generated from message pageport.v1.Link
@@ -408,7 +448,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 10);
+  messageDesc(file_pageport_v1_replication, 11);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -430,7 +470,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -447,7 +487,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -460,7 +500,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -477,7 +517,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -504,7 +544,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -521,7 +561,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -538,7 +578,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -555,7 +595,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -582,7 +622,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -595,7 +635,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
