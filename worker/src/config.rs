@@ -10,6 +10,7 @@ use pageport_proto::{SiteName, WorkerName};
 use serde::Deserialize;
 
 use crate::hypervisor::keeper;
+use crate::memory::KeepConfig;
 
 /// The file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,6 +30,8 @@ pub struct RawConfig {
     #[serde(default)]
     replication: ReplicationConfig,
     #[serde(default)]
+    migration: RawMigration,
+    #[serde(default)]
     telemetry: TelemetryConfig,
 }
 
@@ -44,6 +47,18 @@ struct RawListen {
 struct RawAdvertise {
     grpc: Option<SocketAddr>,
     peer: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawMigration {
+    keep_memory: bool,
+}
+
+impl Default for RawMigration {
+    fn default() -> Self {
+        Self { keep_memory: true }
+    }
 }
 
 /// Where others reach this worker: as it listens, unless `[advertise]` says otherwise.
@@ -135,6 +150,8 @@ pub struct Config {
     pub hypervisor: HypervisorConfig,
     /// Disk for replication.
     pub replication: ReplicationConfig,
+    /// Memory of VMs that have moved away.
+    pub keep_memory: KeepConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
 }
@@ -177,6 +194,7 @@ impl TryFrom<RawConfig> for Config {
             },
             tls: raw.tls,
             hypervisor: raw.hypervisor,
+            keep_memory: KeepConfig { keep: raw.migration.keep_memory, reserve_bytes: raw.replication.reserve_bytes },
             replication: raw.replication,
             telemetry: raw.telemetry,
         })

@@ -16,6 +16,7 @@ pub mod error;
 pub mod failpoint;
 pub mod hypervisor;
 pub mod image;
+pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;

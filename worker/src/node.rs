@@ -10,6 +10,7 @@ use crate::agent::controllers::Controllers;
 use crate::config::Config;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
@@ -41,6 +42,8 @@ pub struct Node {
     pub flattenings: Arc<Flattenings>,
     /// What is known of replicas elsewhere.
     pub views: Views,
+    /// Memory that is kept for the way back.
+    pub memory: KeptMemory,
     /// What replication and seeds may send.
     pub caps: Caps,
     /// Replications whose source is here.

@@ -32,6 +32,7 @@ use self::controllers::Controllers;
 use crate::clock;
 use crate::config::{AcceleratorChoice, Config};
 use crate::hypervisor::{self, Accelerator, accel};
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::replica::cap::Caps;
@@ -61,6 +62,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     node.store.settle(&store)?;
     let owned = |vm| node.vms.get(vm).is_some_and(|vm| vm.status().record.owned().is_some());
     node.views.retain(owned).await;
+    node.memory.retain(|vm| node.vms.get(vm).is_some() && !owned(vm));
     let (assignments, assigned) = watch::channel(None);
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
@@ -120,6 +122,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         groups,
         flattenings,
         views: Views::new(&config.data_dir),
+        memory: KeptMemory::new(&config.data_dir, config.keep_memory),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),
         sessions: Sessions::default(),

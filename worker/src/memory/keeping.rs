@@ -17,7 +17,14 @@ const UNFINISHED: &str = "part";
 pub struct Keeping {
     path: PathBuf,
     left_bytes: u64,
-    writer: Option<(SyncSender<Vec<u8>>, JoinHandle<io::Result<()>>)>,
+    /// Nothing: given up.
+    writer: Option<Writer>,
+}
+
+#[derive(Debug)]
+struct Writer {
+    pages: SyncSender<Vec<u8>>,
+    thread: JoinHandle<io::Result<()>>,
 }
 
 impl Keeping {
@@ -29,15 +36,15 @@ impl Keeping {
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unfinished(&path))?;
         let (pages, queue) = sync_channel(QUEUE);
         let thread = std::thread::Builder::new().name("keep-memory".to_owned()).spawn(move || write(file, &queue))?;
-        Ok(Self { path, left_bytes: limit_bytes, writer: Some((pages, thread)) })
+        Ok(Self { path, left_bytes: limit_bytes, writer: Some(Writer { pages, thread }) })
     }
 
     /// The next pages. Does not wait: a disk that cannot keep up, or a guest that sends its memory more than once over, ends it.
     pub fn add(&mut self, pages: Vec<u8>) {
-        let Some((writer, _)) = &self.writer else { return };
+        let Some(writer) = &self.writer else { return };
         let left_bytes = self.left_bytes.checked_sub(pages.len() as u64);
         match left_bytes {
-            Some(left_bytes) if writer.try_send(pages).is_ok() => self.left_bytes = left_bytes,
+            Some(left_bytes) if writer.pages.try_send(pages).is_ok() => self.left_bytes = left_bytes,
             _ => {
                 tracing::info!(file = %self.path.display(), "the guest's memory is no longer kept");
                 self.give_up();
@@ -50,7 +57,7 @@ impl Keeping {
     /// # Errors
     /// The system's; nothing is kept then.
     pub fn finish(mut self) -> io::Result<()> {
-        let Some((pages, thread)) = self.writer.take() else { return Ok(()) };
+        let Some(Writer { pages, thread }) = self.writer.take() else { return Ok(()) };
         drop(pages);
         let written = thread.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread has ended")));
         let kept = written.and_then(|()| std::fs::rename(unfinished(&self.path), &self.path));
@@ -61,7 +68,7 @@ impl Keeping {
     }
 
     fn give_up(&mut self) {
-        if let Some((pages, thread)) = self.writer.take() {
+        if let Some(Writer { pages, thread }) = self.writer.take() {
             drop(pages);
             remove(&self.path);
             // It ends with the queue; its file has no name any more.

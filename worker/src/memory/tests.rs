@@ -97,7 +97,10 @@ fn a_page_is_found_by_digest_behind_the_disks_and_at_its_number() {
     disks.add_disk(0, 8).unwrap();
     disks.set(on_disk, digest(2)).unwrap();
     let both = Both(&disks, Some(&arrived));
-    assert_eq!((both.find(&digest(2)), both.find(&digest(1)), both.find(&digest(3))), (Some(on_disk), Some(at(3)), None));
+    assert_eq!(
+        (both.find(&digest(2)), both.find(&digest(1)), both.find(&digest(3))),
+        (Some(on_disk), Some(at(3)), None)
+    );
     assert!(both.holds(at(2), &digest(2)) && both.holds(on_disk, &digest(2)));
     assert!(!Both(&disks, None).holds(at(2), &digest(2)));
 

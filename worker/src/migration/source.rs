@@ -23,13 +23,15 @@ use tracing::Instrument;
 
 use super::control::{Control, ControlError};
 use super::disks::{Disks, DisksError};
-use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
+use super::outgoing::{Held, Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
 use super::stream::{self, StreamError};
 use super::waits;
 use crate::clock::{self, Offset};
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
+use crate::memory::arrived::Arrived;
+use crate::memory::keeping::Keeping;
 use crate::node::Node;
 use crate::replica::store::flattening::Adoption;
 use crate::replication::mark::lineage_of;
@@ -149,6 +151,8 @@ struct Move {
     outgoing: Option<Outgoing>,
     memory_started: Option<Instant>,
     memory_held: bool,
+    /// Pages that the destination has kept.
+    kept_pages: u64,
     downtime_marks: Vec<(&'static str, Instant)>,
 }
 
@@ -177,6 +181,7 @@ impl Move {
             outgoing: None,
             memory_started: None,
             memory_held: false,
+            kept_pages: 0,
             downtime_marks: Vec::new(),
         }
     }
@@ -242,6 +247,10 @@ impl Move {
             vm_id: assignment.vm_id.clone(),
             epoch: assignment.epoch,
             source_worker: self.order.node.config.name.to_string(),
+            kept_from_migration: self
+                .kept()
+                .and_then(|kept| kept.migration())
+                .map_or_else(String::new, |id| id.to_string()),
         };
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         self.connection = Some(connection.clone());
@@ -281,9 +290,10 @@ impl Move {
             tokio::select! {
                 ready = &mut ready => {
                     ready?;
-                    return Ok(admitted.await?);
+                    self.kept_pages = admitted.await?.kept_pages;
+                    return Ok(());
                 }
-                admitted = &mut admitted => admitted?,
+                admitted = &mut admitted => self.kept_pages = admitted?.kept_pages,
             }
         }
         tokio::select! {
@@ -300,10 +310,13 @@ impl Move {
         }
         let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S).await?;
-        let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
+        let disks = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
+        // It may have kept another migration's, or a part.
+        let kept = self.kept().filter(|kept| kept.count() == self.kept_pages);
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         let migration_id = self.order.assignment.migration_id.clone();
-        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, view).await?;
+        let (held, keeping) = (Held { disks, kept }, self.begin_keeping());
+        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, held, keeping).await?;
         if let Some(control) = &self.control {
             control.attach(outgoing.answers());
         }
@@ -323,6 +336,18 @@ impl Move {
                 _ = tick.tick() => self.observe(qemu, &connection).await?,
             }
         }
+    }
+
+    /// What the destination may have kept of the guest's memory.
+    fn kept(&self) -> Option<Arc<Arrived>> {
+        self.order.node.memory.kept_by(self.order.vm.id(), &self.order.assignment.peer_worker)
+    }
+
+    /// Keeps what is sent, for the way back.
+    fn begin_keeping(&self) -> Option<Keeping> {
+        let Order { node, vm, spec, assignment, .. } = &self.order;
+        let migration = assignment.migration_id.parse().ok()?;
+        tokio::task::block_in_place(|| node.memory.begin(vm.id(), migration, spec.memory_bytes))
     }
 
     /// Tells the hypervisor what the link really carries, and the watchers how it goes.
@@ -450,8 +475,11 @@ impl Move {
         let flat = self.is_flat();
         if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
             tracing::error!(%error, "the guest that was handed over could not be ended");
-        } else if flat {
-            self.keep_as_replica();
+        } else {
+            self.keep_memory().await;
+            if flat {
+                self.keep_as_replica();
+            }
         }
         self.close("migration complete");
         tracing::info!(
@@ -463,6 +491,15 @@ impl Move {
             "migration complete"
         );
         Some(record)
+    }
+
+    /// The guest has gone: what was sent of its memory is kept.
+    async fn keep_memory(&mut self) {
+        let Some(keeping) = self.outgoing.as_mut().and_then(Outgoing::take_kept) else { return };
+        let kept = tokio::task::spawn_blocking(|| keeping.finish()).await;
+        if !matches!(kept, Ok(Ok(()))) {
+            tracing::warn!(?kept, "the guest's memory is not kept");
+        }
     }
 
     /// What the disks here are: those that the guest went on with there.

@@ -16,7 +16,7 @@ use crate::counts::PageCounts;
 use crate::digest::{BatchSummary, StreamDigest};
 use crate::index::BlockLookup;
 use crate::literals::{self, Compressor, Level};
-use crate::qemu::{Mode, StreamParser};
+use crate::qemu::{Item, Mode, StreamParser};
 use crate::wire::{self, FrameKind, OpsError, ops};
 
 /// Why encoding cannot go on.
@@ -102,25 +102,13 @@ impl Retained {
 #[derive(Debug)]
 pub struct Encoder {
     parser: StreamParser,
-    batch: Batch,
-    compressor: Compressor,
-    memory_pages: bool,
-    digest: StreamDigest,
-    ready: VecDeque<EncodedBatch>,
+    packer: Packer,
 }
 
 impl Encoder {
     /// An encoder at the start of a stream.
     pub fn new(params: EncoderParams) -> Result<Self, EncodeError> {
-        let compressor = Compressor::new(params.level).map_err(|source| EncodeError::Start { source })?;
-        Ok(Self {
-            parser: StreamParser::new(),
-            batch: Batch::default(),
-            compressor,
-            memory_pages: params.memory_pages,
-            digest: StreamDigest::new(),
-            ready: VecDeque::new(),
-        })
+        Ok(Self { parser: StreamParser::new(), packer: Packer::new(params)? })
     }
 
     /// Takes in more of the stream; take the batches that this completes with [`Encoder::next_batch`] before the next
@@ -129,13 +117,10 @@ impl Encoder {
         while !bytes.is_empty() {
             let (used, item) = self.parser.next(bytes);
             bytes = &bytes[used..];
-            let Some(mut item) = item else { break };
-            while let Some(rest) = self.batch.add(item, index) {
-                item = rest;
-                self.close()?;
-            }
-            if self.batch.is_full() {
-                self.close()?;
+            let Some(item) = item else { break };
+            self.packer.add(item, index)?;
+            if self.packer.batch.is_full() {
+                self.packer.close()?;
             }
         }
         Ok(())
@@ -143,20 +128,66 @@ impl Encoder {
 
     /// Closes the batch under way: for when the hypervisor goes quiet, so that nothing waits.
     pub fn flush(&mut self) -> Result<(), EncodeError> {
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        self.close()
+        if self.packer.batch.is_empty() { Ok(()) } else { self.packer.close() }
     }
 
     /// The stream has ended: closes the last batch, whatever it ends within.
     pub fn finish(&mut self, index: &dyn BlockLookup) -> Result<(), EncodeError> {
-        let mut item = self.parser.finish();
-        while let Some(rest) = item.and_then(|item| self.batch.add(item, index)) {
-            item = Some(rest);
-            self.close()?;
+        if let Some(item) = self.parser.finish() {
+            self.packer.add(item, index)?;
         }
         self.flush()
+    }
+
+    /// The next batch to send.
+    pub fn next_batch(&mut self) -> Option<EncodedBatch> {
+        self.packer.ready.pop_front()
+    }
+
+    /// The level of compression from the next batch on.
+    pub fn set_level(&mut self, level: Level) {
+        self.packer.compressor.set_level(level);
+    }
+
+    /// What the parser makes of the stream.
+    pub fn mode(&self) -> Mode {
+        self.parser.mode()
+    }
+
+    /// The digest of all batches closed so far.
+    pub fn stream_digest(&self) -> &StreamDigest {
+        &self.packer.digest
+    }
+}
+
+/// Items in, batches out.
+#[derive(Debug)]
+struct Packer {
+    batch: Batch,
+    compressor: Compressor,
+    memory_pages: bool,
+    digest: StreamDigest,
+    ready: VecDeque<EncodedBatch>,
+}
+
+impl Packer {
+    fn new(params: EncoderParams) -> Result<Self, EncodeError> {
+        Ok(Self {
+            batch: Batch::default(),
+            compressor: Compressor::new(params.level).map_err(|source| EncodeError::Start { source })?,
+            memory_pages: params.memory_pages,
+            digest: StreamDigest::new(),
+            ready: VecDeque::new(),
+        })
+    }
+
+    /// Adds an item, to as many batches as it takes.
+    fn add(&mut self, mut item: Item<'_>, index: &dyn BlockLookup) -> Result<(), EncodeError> {
+        while let Some(rest) = self.batch.add(item, index) {
+            item = rest;
+            self.close()?;
+        }
+        Ok(())
     }
 
     /// Turns the batch under way into a frame and begins the next one.
@@ -183,26 +214,6 @@ impl Encoder {
             (counts.teleported > 0).then_some(Retained { summary, ops: closed.ops, content: closed.content });
         self.ready.push_back(EncodedBatch { summary, frame, retained, counts, memory_pages });
         Ok(())
-    }
-
-    /// The next batch to send.
-    pub fn next_batch(&mut self) -> Option<EncodedBatch> {
-        self.ready.pop_front()
-    }
-
-    /// The level of compression from the next batch on.
-    pub fn set_level(&mut self, level: Level) {
-        self.compressor.set_level(level);
-    }
-
-    /// What the parser makes of the stream.
-    pub fn mode(&self) -> Mode {
-        self.parser.mode()
-    }
-
-    /// The digest of all batches closed so far.
-    pub fn stream_digest(&self) -> &StreamDigest {
-        &self.digest
     }
 }
 
