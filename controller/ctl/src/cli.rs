@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::quantity::{Cap, Span};
+use crate::size::Size;
 
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
@@ -56,6 +57,9 @@ pub enum Command {
     /// Virtual machines.
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Disks of a virtual machine.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Copies of a VM's disks at other sites.
     #[command(subcommand)]
     Replica(ReplicaCommand),
@@ -155,6 +159,7 @@ impl Command {
             Self::Vm(VmCommand::Delete { .. }) => "vm delete",
             Self::Vm(VmCommand::Resolve { .. }) => "vm resolve",
             Self::Vm(VmCommand::Console { .. }) => "vm console",
+            Self::Disk(DiskCommand::Resize { .. }) => "disk resize",
             Self::Replica(ReplicaCommand::Seed { .. }) => "replica seed",
             Self::Replica(ReplicaCommand::List { .. }) => "replica list",
             Self::Replica(ReplicaCommand::Delete { .. }) => "replica delete",
@@ -274,6 +279,31 @@ pub enum VmCommand {
         /// Once piped input has ended, leave when the console was silent for this many seconds.
         #[arg(long, value_name = "SECONDS", default_value_t = 2)]
         linger: u32,
+    },
+}
+
+const RESIZE_EXAMPLE: &str = "\
+Example:
+  pageportctl disk resize web root --size 20GiB
+  pageportctl vm get web                         its disks, and how large they are now";
+
+/// `disk ...`
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make a disk larger, while the VM runs or not.
+    ///
+    /// A running guest sees the larger disk at once (it must grow its partitions and file systems itself); a stopped one when it is started. A
+    /// protected VM's replicas follow with their next recovery point: points from before keep the old size. Refused while the VM migrates or is
+    /// being seeded. Disks never become smaller.
+    #[command(after_help = RESIZE_EXAMPLE)]
+    Resize {
+        /// Name or id of the VM.
+        vm: String,
+        /// Name of its disk.
+        disk: String,
+        /// What it is to have, like 20GiB; a multiple of 4KiB.
+        #[arg(long, value_name = "SIZE")]
+        size: Size,
     },
 }
 

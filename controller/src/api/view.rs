@@ -92,6 +92,7 @@ impl<'a> View<'a> {
             migration_id: vm.migration.map(|id| id.to_string()).unwrap_or_default(),
             doubt: self.doubt(vm),
             takeovers: vm.takeovers.iter().map(takeover).collect(),
+            disks: report.map(|report| report.disks.clone()).unwrap_or_default(),
         }
     }
 

@@ -7,6 +7,7 @@ use pageport_ownership::{Evidence, Fact, Ownership};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
 use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
+use super::disks;
 use super::migration::{Cancel, Migration, Phase, Place, Turn};
 use super::protection::{self, has_point, turn_round};
 use super::spec::Spec;
@@ -85,6 +86,7 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::Unprotect { vm, site } => protection::unprotect(state, vm, site),
         ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
+        ClientOrder::ResizeDisk { vm, disk, size_bytes } => disks::resize(state, vm, &disk, size_bytes),
         ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
         ClientOrder::CancelMigration { id } => cancel(state, id),
     }?;
@@ -104,9 +106,12 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
             | ClientOrder::SetLinkCap { .. },
             Answer::Done,
         ) => true,
-        (ClientOrder::SetPower { vm, .. } | ClientOrder::Resolve(takeover::Order { vm, .. }), Answer::Vm(answered)) => {
-            vm == answered
-        }
+        (
+            ClientOrder::SetPower { vm, .. }
+            | ClientOrder::ResizeDisk { vm, .. }
+            | ClientOrder::Resolve(takeover::Order { vm, .. }),
+            Answer::Vm(answered),
+        ) => vm == answered,
         (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
         (
             ClientOrder::SeedReplica { vm, site, .. } | ClientOrder::Protect { vm, site, .. },

@@ -189,6 +189,15 @@ pub enum ClientOrder {
         /// In bits per second; 0: no cap.
         cap_bps: u64,
     },
+    /// Make a disk larger.
+    ResizeDisk {
+        /// The VM.
+        vm: VmId,
+        /// Its disk.
+        disk: String,
+        /// What it is to have, in bytes.
+        size_bytes: u64,
+    },
     /// Remove a copy.
     DeleteReplica {
         /// The VM.
@@ -319,6 +328,46 @@ pub enum Rejection {
         /// The VM.
         name: String,
         /// The site.
+        site: SiteName,
+    },
+    /// No such disk.
+    #[error("vm \"{name}\" has no disk \"{disk}\"; it has: {known}")]
+    DiskUnknown {
+        /// The VM.
+        name: String,
+        /// What was asked for.
+        disk: String,
+        /// What there is.
+        known: String,
+    },
+    /// A size that no disk can have.
+    #[error("a disk cannot have {size_bytes} bytes: give a multiple of 4 KiB, 8 TiB at most")]
+    DiskSize {
+        /// What was asked for.
+        size_bytes: u64,
+    },
+    /// Disks are never cut.
+    #[error(
+        "disk \"{disk}\" of vm \"{name}\" has {held_bytes} bytes and cannot be made smaller ({size_bytes} bytes were asked for): the guest's data could lie there"
+    )]
+    DiskShrinks {
+        /// The VM.
+        name: String,
+        /// Its disk.
+        disk: String,
+        /// What was asked for.
+        size_bytes: u64,
+        /// What it has, or was ordered to have.
+        held_bytes: u64,
+    },
+    /// A copy that began with the disks as they are.
+    #[error(
+        "the disks of vm \"{name}\" are being copied to site \"{site}\": wait for the end of the seed (\"pageportctl replica list {name}\")"
+    )]
+    BeingSeeded {
+        /// The VM.
+        name: String,
+        /// Where to.
         site: SiteName,
     },
     /// Replication makes its copies itself.

@@ -53,6 +53,9 @@ struct Disk {
     path: String,
     #[serde(default)]
     format: Format,
+    /// What it was ordered to have at least, in bytes; 0: what its image has.
+    #[serde(default)]
+    size_bytes: u64,
 }
 
 /// Of a disk's image at the VM's first site.
@@ -156,6 +159,25 @@ impl TryFrom<v1::VmSpec> for Spec {
     }
 }
 
+impl Spec {
+    /// Names of the disks, in the order of their numbers.
+    pub fn disk_names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.name.as_str())
+    }
+
+    /// What a disk was ordered to have at least, in bytes; 0: nothing was. [`None`]: there is no such disk.
+    pub fn ordered_bytes(&self, disk: &str) -> Option<u64> {
+        self.disks.iter().find(|known| known.name == disk).map(|known| known.size_bytes)
+    }
+
+    /// A disk is to have so many bytes.
+    pub(super) fn order_bytes(&mut self, disk: &str, size_bytes: u64) {
+        if let Some(known) = self.disks.iter_mut().find(|known| known.name == disk) {
+            known.size_bytes = size_bytes;
+        }
+    }
+}
+
 /// A word of QEMU's command line: nothing that could end the option it stands in.
 fn word(field: &str, text: &str) -> Result<(), SpecError> {
     let fits = text.len() <= MAX_WORD_BYTES;
@@ -200,7 +222,7 @@ fn disks(disks: Vec<v1::DiskSpec>) -> Result<Vec<Disk>, SpecError> {
         if taken.iter().any(|other| other.path == disk.path) {
             return bad(field("path"), format!("\"{}\" is used twice", disk.path));
         }
-        taken.push(Disk { name: disk.name, path: disk.path, format });
+        taken.push(Disk { name: disk.name, path: disk.path, format, size_bytes: 0 });
     }
     Ok(taken)
 }
@@ -254,6 +276,7 @@ impl From<&Spec> for v1::VmSpec {
             name: disk.name.clone(),
             path: disk.path.clone(),
             format: disk.format.name().to_owned(),
+            size_bytes: disk.size_bytes,
         };
         let nic = |nic: &Nic| v1::NicSpec { mac: nic.mac.clone(), bridge: nic.bridge.clone() };
         let boot = |boot: &Boot| v1::DirectBoot {
@@ -293,7 +316,12 @@ pub(crate) mod tests {
             name: name.to_owned(),
             memory_bytes: 512 * MIB,
             vcpus: 2,
-            disks: vec![v1::DiskSpec { name: "root".into(), path: "/images/web.raw".into(), format: String::new() }],
+            disks: vec![v1::DiskSpec {
+                name: "root".into(),
+                path: "/images/web.raw".into(),
+                format: String::new(),
+                ..Default::default()
+            }],
             nics: vec![v1::NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
             ..v1::VmSpec::default()
         }

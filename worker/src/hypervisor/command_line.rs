@@ -243,8 +243,18 @@ mod tests {
             memory_bytes: 64 << 20,
             vcpus: 2,
             disks: vec![
-                DiskSpec { name: "root".into(), path: "/srv/a,b.raw".into(), format: "raw".into() },
-                DiskSpec { name: "data".into(), path: "/srv/data.raw".into(), format: String::new() },
+                DiskSpec {
+                    name: "root".into(),
+                    path: "/srv/a,b.raw".into(),
+                    format: "raw".into(),
+                    ..Default::default()
+                },
+                DiskSpec {
+                    name: "data".into(),
+                    path: "/srv/data.raw".into(),
+                    format: String::new(),
+                    ..Default::default()
+                },
             ],
             nics: vec![NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
             ..VmSpec::default()

@@ -127,6 +127,15 @@ pub enum HypervisorError {
         /// Which disk.
         disk: String,
     },
+    /// A disk that is being copied cannot change.
+    #[error("disk {disk} is being copied; it changes when that has ended")]
+    DiskBusy {
+        /// Which disk.
+        disk: String,
+        /// QEMU's words.
+        #[source]
+        source: Box<HypervisorError>,
+    },
     /// A bitmap that is needed is not there, or not usable.
     #[error("bitmap {bitmap} of disk {disk} is not there or not usable")]
     NoBitmap {

@@ -9,6 +9,7 @@
 //!   vm ─ watcher   the handle, and the task behind it
 //!   block          nodes and block jobs                    bitmap    what the guest has written since a moment
 //!   mirror         a disk copied to an NBD server          freeze    all disks as they were at one moment, copied likewise
+//!   grow           disks that become larger
 //!   migrate        the two ends of a live migration        console   the serial port, for many viewers
 //!   guest_agent    the guest's file systems at rest for a moment
 //!   stats          counts of the guest's writes
@@ -26,6 +27,7 @@ mod disk;
 mod error;
 pub mod event;
 pub mod freeze;
+mod grow;
 pub mod guest_agent;
 pub mod keeper;
 pub mod migrate;

@@ -5,6 +5,7 @@
 
 mod freeze;
 mod freeze_mirror;
+mod grow;
 mod lease;
 mod life;
 mod migration;

@@ -30,7 +30,9 @@ impl Inner {
             applied => applied?,
         }
         self.check_undo_files(core)?;
-        self.sweep(core)
+        self.sweep(core)?;
+        // What is damaged is said elsewhere.
+        if core.sound().is_ok() { self.fit_disks(core) } else { Ok(()) }
     }
 
     /// Why the record cannot be of these disks.

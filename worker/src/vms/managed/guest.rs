@@ -91,10 +91,28 @@ impl ManagedVm {
     ) -> Result<Vm, VmError> {
         let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
         let images = self.images(&spec, mode, state.durable.record())?;
-        let launch = Launch { vm: self.id, spec, images, mode, deadline };
+        let grow = if mode == StartMode::Incoming { vec![] } else { too_small(&spec, &images)? };
+        // The guest is to see its disks as they are to be from the beginning.
+        let begin = if grow.is_empty() { mode } else { StartMode::Paused };
+        let launch = Launch { vm: self.id, spec, images, mode: begin, deadline };
         let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
+        if let Err(error) = self.grow_disks(&qemu, &grow, mode).await {
+            self.end_qemu(state).await?;
+            return Err(error);
+        }
         Ok(qemu)
+    }
+
+    /// Makes disks of a hypervisor that waits larger, and lets it run if it is to.
+    async fn grow_disks(&self, qemu: &Vm, grow: &[(String, u64)], mode: StartMode) -> Result<(), VmError> {
+        for (disk, size_bytes) in grow {
+            qemu.grow_disk(disk, *size_bytes).await?;
+        }
+        if !grow.is_empty() && mode == StartMode::Running {
+            qemu.cont().await?;
+        }
+        Ok(())
     }
 
     pub(super) fn images(
@@ -207,6 +225,19 @@ impl ManagedVm {
             tracing::error!(vm_id = %self.id, error = %crate::error::with_causes(&error), "the replica is not at its newest point");
         }
     }
+}
+
+/// Disks that are smaller than was ordered, with what was.
+fn too_small(spec: &VmSpec, images: &BTreeMap<String, Image>) -> Result<Vec<(String, u64)>, VmError> {
+    let mut grow = vec![];
+    for disk in spec.disks.iter().filter(|disk| disk.size_bytes > 0) {
+        let Some(image) = images.get(&disk.name) else { continue };
+        let failed = |source| ReplicaError::Open { path: image.path().to_owned(), source };
+        if image.size_bytes().map_err(failed)? < disk.size_bytes {
+            grow.push((disk.name.clone(), disk.size_bytes));
+        }
+    }
+    Ok(grow)
 }
 
 /// Waits for the end of a hypervisor, as long as it takes.

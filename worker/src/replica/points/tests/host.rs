@@ -175,7 +175,28 @@ fn a_layer_writes_where_a_disk_has_grown_since_the_newest_point_and_takes_it_bac
     assert!(matches!(past, Err(PointError::Hostile { .. })), "{past:?}");
     assert_eq!(group.reader(1, "root").unwrap().size_bytes(), SIZE);
     layer.undo().unwrap();
-    let mut found = [1; 8292];
+    let mut found = [1; 100];
     disk.read(SIZE - 100, &mut found).unwrap();
-    assert_eq!(found, [0; 8292]);
+    assert_eq!((found, disk.size_bytes()), ([0; 100], SIZE));
+}
+
+#[test]
+fn what_has_made_a_disk_larger_and_came_to_nothing_is_cut_off_when_the_group_is_opened() {
+    let host = Host::new();
+    let group = host.group();
+    group.adopt(Lineage::generate(), info(1)).unwrap();
+    let disk = host.disk();
+    let open = || {
+        let disks = BTreeMap::from([("root".to_owned(), disk.clone())]);
+        Group::open(host.store.clone(), &host.vm_folder(), host.vm, disks, AMPLE).unwrap()
+    };
+    disk.grow(SIZE + 8192).unwrap();
+    drop(group);
+    open();
+    assert_eq!(disk.size_bytes(), SIZE);
+    // What no point speaks of stays.
+    open().forget().unwrap();
+    disk.grow(SIZE + 8192).unwrap();
+    open();
+    assert_eq!(disk.size_bytes(), SIZE + 8192);
 }
