@@ -8,6 +8,7 @@ use tokio::sync::Notify;
 
 use crate::agent::controllers::Controllers;
 use crate::config::Config;
+use crate::drill::exports::Exports;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::memory::KeptMemory;
@@ -40,6 +41,8 @@ pub struct Node {
     pub groups: Arc<Groups>,
     /// Images that become raw.
     pub flattenings: Arc<Flattenings>,
+    /// Those that are open for reading.
+    pub exports: Exports,
     /// What is known of replicas elsewhere.
     pub views: Views,
     /// Memory that is kept for the way back.

@@ -168,7 +168,8 @@ impl<'a> View<'a> {
         let owner = self.observations.connected(vm.ownership.owner().0, self.now);
         let seed =
             owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
-        let mut out = v1::Replica { site: site.to_string(), state: state.into(), problem, ..v1::Replica::default() };
+        let (site_name, worker) = (site.to_string(), replica.worker.to_string());
+        let mut out = v1::Replica { site: site_name, worker, state: state.into(), problem, ..v1::Replica::default() };
         if let Some(seed) = seed {
             out.done_bytes = seed.done_bytes;
             out.total_bytes = seed.total_bytes;

@@ -5,6 +5,7 @@
 //! | processes | controller, worker, guard, one QEMU of the VM and its keeper | controller, worker, guard |
 //! | tap devices of guests | one | none |
 //! | the VM's runtime folder | what QEMU that runs needs | nothing but QEMU's last words |
+//! | sockets of open recovery points | none | none |
 //! | the worker's data folder | store, replicas | store, replicas |
 
 use std::fs;

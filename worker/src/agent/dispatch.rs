@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::migration::source;
 use crate::node::Node;
+use crate::replica::points::LeaseEnd;
 use crate::replica::seed;
 use crate::replication::replicators::Replicators;
 use crate::vms::VmError;
@@ -227,7 +228,7 @@ async fn remove_replica(node: &Arc<Node>, vm_id: &str) {
     node.flattenings.end(id).await;
     node.memory.delete(id);
     let removed = tokio::task::block_in_place(|| -> Result<(), VmError> {
-        node.groups.forget(id)?;
+        node.groups.forget(id, &LeaseEnd::Removed)?;
         Ok(node.replicas.remove(id)?)
     });
     if let Err(error) = removed {

@@ -3,6 +3,7 @@
 use super::FOLDER;
 use super::error::PointError;
 use super::group::{Core, Inner, file_error};
+use super::lease::without_overdue;
 use super::log_reader::Log;
 use super::record::{Phase, Record};
 
@@ -11,6 +12,7 @@ impl Inner {
     pub(super) fn recover(&self, core: &mut Core) -> Result<(), PointError> {
         let text = self.medium.cell.load().map_err(|source| PointError::Store { what: "read", source })?;
         let record = text.map(|text| serde_json::from_slice(&text)).transpose().map_err(PointError::Record)?;
+        let record = record.map(without_overdue);
         let files = self.medium.folder.list().map_err(file_error("list", FOLDER))?;
         core.files = files.into_iter().collect();
         self.count(core);
@@ -67,8 +69,13 @@ impl Inner {
 
     fn refuse(&self, core: &mut Core, record: Option<Record>, reason: String) {
         tracing::error!(reason, "replica damaged");
-        let damaged =
-            |record: Record| Record { points: Vec::new(), phase: Phase::Settled, damaged: Some(reason), ..record };
+        let damaged = |record: Record| Record {
+            points: Vec::new(),
+            held: Vec::new(),
+            phase: Phase::Settled,
+            damaged: Some(reason),
+            ..record
+        };
         core.record = record.map(damaged);
         self.show(core);
     }
