@@ -14,7 +14,7 @@ fn digest(fill: u8) -> BlockDigest {
 }
 
 fn ids() -> (VmId, MigrationId) {
-    (VmId::new(), MigrationId::new())
+    (VmId::generate(), MigrationId::generate())
 }
 
 #[test]
@@ -33,9 +33,9 @@ fn pages_are_kept_in_order_once_the_guest_has_gone_and_read_by_number() {
     pages.read(1, &mut read).unwrap();
     assert_eq!(read, [page(2), page(3)].concat());
     assert!(pages.read(2, &mut read).is_err() && pages.read(u64::MAX, &mut read).is_err());
-    assert!(kept.open(vm, MigrationId::new()).is_none());
+    assert!(kept.open(vm, MigrationId::generate()).is_none());
     // The next move keeps its own.
-    let next = MigrationId::new();
+    let next = MigrationId::generate();
     kept.begin(vm, next, 1 << 20).unwrap().finish().unwrap();
     assert!(kept.open(vm, migration).is_none() && kept.open(vm, next).is_none(), "no pages, none kept");
 }
@@ -96,13 +96,13 @@ fn a_page_is_found_by_digest_behind_the_disks_and_at_its_number() {
     let mut disks = pageport_teleport::BlockIndex::new();
     disks.add_disk(0, 8).unwrap();
     disks.set(on_disk, digest(2)).unwrap();
-    let both = Both(&disks, Some(&arrived));
+    let both = Both(disks, Some(&arrived));
     assert_eq!(
         (both.find(&digest(2)), both.find(&digest(1)), both.find(&digest(3))),
         (Some(on_disk), Some(at(3)), None)
     );
     assert!(both.holds(at(2), &digest(2)) && both.holds(on_disk, &digest(2)));
-    assert!(!Both(&disks, None).holds(at(2), &digest(2)));
+    assert!(!Both(both.0, None).holds(at(2), &digest(2)));
 
     let kept = KeptMemory::new(Path::new("/nowhere"), ON);
     kept.came(vm, arrived);
