@@ -5,8 +5,63 @@
 mod support;
 
 use pageport_lab::netns;
-use support::protected::Protected;
-use support::{VM, cut, heal};
+use support::protected::{Protected, assert_sound, digest, number_of};
+use support::{VM, cut, heal, wait_for};
+
+/// A recovery point that is open for reading.
+struct Drill {
+    point: u64,
+    /// Where its disk is read: at a socket, and at a port of the loopback.
+    urls: Vec<String>,
+    /// Of the disk as the guest had it then.
+    digest: String,
+}
+
+impl Protected {
+    /// Opens the newest point; the guest must be quiet.
+    async fn open_newest(&self) -> Drill {
+        let point = self.point_from_now("b").await;
+        let digest = digest(&self.disk);
+        let number = point.to_string();
+        let open = ["recovery-point", "open", VM, &number, "--for", "1h", "--listen", "127.0.0.1:0"];
+        let export = self.lab.ctl_json(open).await.unwrap();
+        let urls = export["disks"][0]["urls"].as_array().unwrap().iter().map(|url| url.as_str().unwrap().to_owned());
+        Drill { point, urls: urls.collect(), digest }
+    }
+
+    /// As any reader at its host finds it, though it is no longer listed.
+    async fn assert_reads_as_it_was(&self, drill: &Drill) {
+        let list = self.lab.ctl_json(["recovery-point", "list", VM]).await.unwrap();
+        let listed = list["points"].as_array().unwrap().iter().map(|point| number_of(&point["number"]).unwrap());
+        assert!(listed.min().unwrap() > drill.point, "{list}");
+        let export = wait_for("the point to be open", || async {
+            let list = self.lab.ctl_json(["recovery-point", "list", VM]).await.unwrap();
+            let export = list["exports"][0].clone();
+            if export["state"] == "open" { Ok(export) } else { Err(list.to_string()) }
+        })
+        .await;
+        assert!(number_of(&export["held_bytes"]).unwrap() > 0, "{export}");
+        assert_eq!(drill.urls.len(), 2);
+        let copy = self.lab.folder().join("drill.raw");
+        for url in &drill.urls {
+            let mut command = self.lab.network().place("b").command("qemu-img");
+            let converted = command.args(["convert", "-O", "raw", url]).arg(&copy).output().unwrap();
+            assert!(converted.status.success(), "{url}: {converted:?}");
+            assert_eq!(digest(&copy), drill.digest, "{url}");
+            assert_sound(&copy, &self.lab.folder().join("check.raw"));
+        }
+        std::fs::remove_file(copy).unwrap();
+    }
+
+    /// The VM runs where the point was read.
+    async fn assert_drill_ended(&self, drill: &Drill) {
+        let list = self.lab.ctl_json(["recovery-point", "list", VM, "--site", "b"]).await.unwrap();
+        let export = &list["exports"][0];
+        assert_eq!(number_of(&export["number"]), Some(drill.point), "{list}");
+        assert_eq!(export["state"], "ended", "{list}");
+        assert!(export["reason"].as_str().unwrap().contains("given to this site"), "{list}");
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_protected_vm_keeps_its_points_through_kills_and_cuts_and_moves_there_and_back() {
@@ -46,10 +101,23 @@ async fn a_protected_vm_keeps_its_points_through_kills_and_cuts_and_moves_there_
     let points = points["points"].as_array().unwrap().len();
     assert!((1..=4).contains(&points), "{points} points are kept");
 
+    eprintln!("a point is read while newer ones come");
+    let drill = vm.open_newest().await;
+    vm.write(3).await;
+    vm.point_after("b", drill.point + 5).await;
+    vm.assert_reads_as_it_was(&drill).await;
+    eprintln!("... also after a restart of the worker that holds it");
+    vm.lab.worker("b").kill().unwrap();
+    vm.lab.worker("b").restart().unwrap();
+    vm.point_from_now("b").await;
+    vm.assert_reads_as_it_was(&drill).await;
+    vm.written().await;
+
     eprintln!("there");
     let disk_bytes = std::fs::metadata(&disk).unwrap().len();
     vm.assert_moves_with_little("b", disk_bytes).await;
     vm.assert_same_guest().await;
+    vm.assert_drill_ended(&drill).await;
     vm.write(2).await;
     vm.point_after("a", 1).await;
     vm.written().await;

@@ -1,6 +1,6 @@
 //! The worker's configuration: `worker.toml`, validated. `deploy/config/worker.toml` is the commented example.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use pageport_common::config::ConfigError;
@@ -10,6 +10,7 @@ use pageport_proto::{SiteName, WorkerName};
 use serde::Deserialize;
 
 use crate::hypervisor::keeper;
+use crate::memory::KeepConfig;
 
 /// The file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,6 +30,10 @@ pub struct RawConfig {
     #[serde(default)]
     replication: ReplicationConfig,
     #[serde(default)]
+    migration: RawMigration,
+    #[serde(default)]
+    drill: DrillConfig,
+    #[serde(default)]
     telemetry: TelemetryConfig,
 }
 
@@ -44,6 +49,18 @@ struct RawListen {
 struct RawAdvertise {
     grpc: Option<SocketAddr>,
     peer: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawMigration {
+    keep_memory: bool,
+}
+
+impl Default for RawMigration {
+    fn default() -> Self {
+        Self { keep_memory: true }
+    }
 }
 
 /// Where others reach this worker: as it listens, unless `[advertise]` says otherwise.
@@ -98,6 +115,22 @@ impl Default for ReplicationConfig {
     }
 }
 
+/// `[drill]`: recovery points that are opened for reading.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DrillConfig {
+    /// Older states of one VM that are kept only because a point is open, in bytes; at the bound the oldest open point ends.
+    pub held_bytes: u64,
+    /// Addresses of this host on which open points may be read besides the loopback: by anyone who reaches them.
+    pub listen: Vec<IpAddr>,
+}
+
+impl Default for DrillConfig {
+    fn default() -> Self {
+        Self { held_bytes: 16 << 30, listen: vec![] }
+    }
+}
+
 /// `hypervisor.accelerator`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -135,6 +168,10 @@ pub struct Config {
     pub hypervisor: HypervisorConfig,
     /// Disk for replication.
     pub replication: ReplicationConfig,
+    /// Memory of VMs that have moved away.
+    pub keep_memory: KeepConfig,
+    /// Open recovery points.
+    pub drill: DrillConfig,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
 }
@@ -177,7 +214,9 @@ impl TryFrom<RawConfig> for Config {
             },
             tls: raw.tls,
             hypervisor: raw.hypervisor,
+            keep_memory: KeepConfig { keep: raw.migration.keep_memory, reserve_bytes: raw.replication.reserve_bytes },
             replication: raw.replication,
+            drill: raw.drill,
             telemetry: raw.telemetry,
         })
     }
@@ -195,6 +234,14 @@ mod tests {
         let path = folder.path().join("worker.toml");
         std::fs::write(&path, text).unwrap();
         pageport_common::config::load::<RawConfig>(&path).unwrap().try_into().unwrap()
+    }
+
+    #[test]
+    fn open_points_are_read_on_the_loopback_only_unless_addresses_are_named() {
+        assert_eq!(parse(EXAMPLE).drill, DrillConfig::default());
+        let named = parse(&EXAMPLE.replace("# listen = [\"192.0.2.1\"]", "listen = [\"192.0.2.1\"]"));
+        assert_eq!(named.drill.listen, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(named.drill.held_bytes, 16 << 30);
     }
 
     #[test]

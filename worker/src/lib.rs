@@ -4,7 +4,7 @@
 //!   controller ◀──gRPC── agent ──▶ vms ──▶ hypervisor (QEMU over QMP)
 //!                          │                    ▲ │ stream, NBD
 //!                          ▼                    │ ▼
-//!                 migration {source, destination} · replication · replica {seed, session, store, points} · image
+//!                 migration {source, destination} · replication · drill · replica {seed, session, store, points} · image
 //!                          ▲                    │
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
@@ -12,10 +12,12 @@
 pub mod agent;
 pub mod clock;
 pub mod config;
+pub mod drill;
 pub mod error;
 pub mod failpoint;
 pub mod hypervisor;
 pub mod image;
+pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;

@@ -8,8 +8,10 @@ use tokio::sync::Notify;
 
 use crate::agent::controllers::Controllers;
 use crate::config::Config;
+use crate::drill::exports::Exports;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
@@ -39,8 +41,12 @@ pub struct Node {
     pub groups: Arc<Groups>,
     /// Images that become raw.
     pub flattenings: Arc<Flattenings>,
+    /// Those that are open for reading.
+    pub exports: Exports,
     /// What is known of replicas elsewhere.
     pub views: Views,
+    /// Memory that is kept for the way back.
+    pub memory: KeptMemory,
     /// What replication and seeds may send.
     pub caps: Caps,
     /// Replications whose source is here.

@@ -135,7 +135,18 @@ Example:
   pageportctl protect web --to b --rpo 30s --watch
   pageportctl protect db --to b --quiesce         file systems at rest in each point; the guest needs qemu-guest-agent
   pageportctl replication status web --watch      lag against the target, and the worst it has been
-  pageportctl recovery-point list web --site b";
+  pageportctl recovery-point list web --site b
+  pageportctl recovery-point open web 41 --for 2h   read it as it was then, for a drill";
+
+const OPEN_EXAMPLE: &str = "\
+Example:
+  pageportctl recovery-point list web
+  pageportctl recovery-point open web 41 --for 2h
+Then on the host of the replica, with an URL that it has printed:
+  qemu-img create -f qcow2 -F raw -b 'nbd+unix:///web/root?socket=/run/pageport/points/...sock' drill.qcow2
+                                                  a disk to boot a drill from; the replica stays as it is
+  qemu-img convert -O raw 'nbd+unix:///web/root?socket=...' root.raw
+  pageportctl recovery-point close web 41";
 
 const LINK_EXAMPLE: &str = "\
 Example:
@@ -168,6 +179,8 @@ impl Command {
             Self::Unprotect { .. } => "unprotect",
             Self::Replication(ReplicationCommand::Status { .. }) => "replication status",
             Self::RecoveryPoint(RecoveryPointCommand::List { .. }) => "recovery-point list",
+            Self::RecoveryPoint(RecoveryPointCommand::Open { .. }) => "recovery-point open",
+            Self::RecoveryPoint(RecoveryPointCommand::Close { .. }) => "recovery-point close",
             Self::Link(LinkCommand::List) => "link list",
             Self::Link(LinkCommand::Set { .. }) => "link set",
             Self::Migrate { .. } => "migrate",
@@ -381,13 +394,50 @@ pub enum ReplicationCommand {
 /// `recovery-point ...`
 #[derive(Debug, Subcommand)]
 pub enum RecoveryPointCommand {
-    /// List the recovery points that a site holds of a VM, oldest first.
+    /// List the recovery points that a site holds of a VM, oldest first, and those that are open for reading.
     List {
         /// Name or id of the VM.
         vm: String,
-        /// Site of the replica.
+        /// Site of the replica; may be left out if there is one only.
         #[arg(long, value_name = "SITE")]
-        site: String,
+        site: Option<String>,
+    },
+    /// Open a recovery point for reading over NBD, for a drill or to fetch files; replication goes on.
+    ///
+    /// Each disk of the VM is an export `VM/DISK`, read-only, as it was at that point, at a unix socket on the host of the replica that only the worker's
+    /// user may use. What is needed to read it is kept until the export is closed or its time is over, also across restarts of the
+    /// worker, but never at the cost of newer recovery points: if the room is needed it ends, and `recovery-point list` says why. Opened
+    /// again, it ends when the new order says.
+    #[command(after_help = OPEN_EXAMPLE)]
+    Open {
+        /// Name or id of the VM.
+        vm: String,
+        /// Number of the recovery point.
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        number: u64,
+        /// Site of the replica; may be left out if there is one only.
+        #[arg(long, value_name = "SITE")]
+        site: Option<String>,
+        /// Until it ends at the latest (1s to 168h).
+        #[arg(long = "for", value_name = "DURATION", default_value = "24h")]
+        lasts: Span,
+        /// Listen at this TCP address of the replica's host, too (port 0: any that is free).
+        ///
+        /// NBD has neither users nor encryption: WHOEVER REACHES THE PORT READS THE DISKS. So it must be a loopback address, or one
+        /// that drill.listen in the worker's worker.toml names.
+        #[arg(long, value_name = "IP:PORT")]
+        listen: Option<std::net::SocketAddr>,
+    },
+    /// Close a recovery point that is open for reading; readers are cut off.
+    Close {
+        /// Name or id of the VM.
+        vm: String,
+        /// Number of the recovery point.
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        number: u64,
+        /// Site of the replica; may be left out if there is one only.
+        #[arg(long, value_name = "SITE")]
+        site: Option<String>,
     },
 }
 
@@ -467,5 +517,21 @@ mod tests {
         assert!(parse(&["--rpo", "30"]).unwrap_err().to_string().contains("like 30s or 5m"));
         assert!(parse(&["--keep", "0"]).is_err());
         assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());
+    }
+
+    #[test]
+    fn a_point_is_open_for_a_day_unless_it_says_otherwise() {
+        let parse =
+            |more: &[&str]| Cli::try_parse_from([&["pageportctl", "recovery-point", "open", "web"], more].concat());
+        let Command::RecoveryPoint(RecoveryPointCommand::Open { number, lasts, listen, site, .. }) =
+            parse(&["41"]).unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!((number, lasts, listen, site), (41, Span(24 * 3_600_000), None, None));
+        parse(&["41", "--for", "2h", "--listen", "127.0.0.1:10809", "--site", "b"]).unwrap();
+        for wrong in [&[][..], &["0"], &["x"], &["41", "--for", "2"], &["41", "--listen", "10809"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

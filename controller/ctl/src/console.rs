@@ -17,18 +17,16 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
-use pageport_common::tls::{Identity, worker_name};
-use pageport_proto::v1::host_service_client::HostServiceClient;
+use pageport_common::tls::Identity;
 use pageport_proto::v1::{ConsoleInput, Worker};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::client::{self, ClientError, Verdict, judge};
+use crate::host::{self, HostError};
 use crate::render::note;
 use crate::terminal::{RawTerminal, until_escape};
-use crate::trace::Inject;
 
 const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 const READ_BYTES: usize = 4096;
@@ -45,27 +43,9 @@ pub enum ConsoleError {
         /// Its owner.
         worker: String,
     },
-    /// The worker cannot be reached.
-    #[error("reach {worker} at {address} for the console: {reason}")]
-    Unreachable {
-        /// The worker.
-        worker: String,
-        /// Its address.
-        address: String,
-        /// In an operator's words.
-        reason: String,
-    },
-    /// The worker said no, or broke off.
-    #[error("{worker}: {message}")]
-    Worker {
-        /// The worker.
-        worker: String,
-        /// Its words.
-        message: String,
-    },
-    /// The connection cannot be set up.
+    /// The worker cannot be reached, said no, or broke off.
     #[error(transparent)]
-    Client(#[from] ClientError),
+    Host(#[from] HostError),
     /// The terminal or a standard stream failed.
     #[error("use the terminal for the console")]
     Terminal {
@@ -106,32 +86,14 @@ pub async fn attach(
     vm_id: String,
     linger: Duration,
 ) -> Result<End, ConsoleError> {
-    let unreachable = |reason: String| ConsoleError::Unreachable {
-        worker: worker.name.clone(),
-        address: worker.grpc_address.clone(),
-        reason,
-    };
-    let broken = |status: &tonic::Status| {
-        let message = match judge(status) {
-            Verdict::Refused(message) => message,
-            Verdict::Failed(reason) => reason.text,
-        };
-        ConsoleError::Worker { worker: worker.name.clone(), message }
-    };
-
-    let endpoint = client::endpoint(&worker.grpc_address, identity, &worker_name(&worker.name))?;
-    let channel = client::connect(&endpoint).await.map_err(|reason| unreachable(reason.text))?;
+    let mut service = host::connect(identity, worker).await?;
     let (to_guest, from_user) = mpsc::channel(QUEUED_READS);
     let hello = ConsoleInput { vm_id, data: Default::default() };
     // The queue is empty: there is room.
-    to_guest.try_send(hello).map_err(|_| unreachable("the input queue is closed".to_owned()))?;
-    let mut host = HostServiceClient::with_interceptor(channel, Inject);
-    let opening = timeout(OPEN_DEADLINE, host.console(ReceiverStream::new(from_user)));
-    let mut output = match opening.await {
-        Ok(Ok(response)) => response.into_inner(),
-        Ok(Err(status)) => return Err(broken(&status)),
-        Err(_) => return Err(unreachable(format!("no answer within {} s", OPEN_DEADLINE.as_secs()))),
-    };
+    let closed = |_| host::unreachable(worker, "the input queue is closed".to_owned());
+    to_guest.try_send(hello).map_err(closed)?;
+    let opening = service.console(ReceiverStream::new(from_user));
+    let mut output = host::answer(worker, OPEN_DEADLINE, opening).await?;
 
     let raw = RawTerminal::enter()?;
     let interactive = raw.is_some();
@@ -153,7 +115,7 @@ pub async fn attach(
                     leave_at = leave_at.map(|_| Instant::now() + linger);
                 }
                 Ok(None) => return Ok(End::Closed),
-                Err(status) => return Err(broken(&status)),
+                Err(status) => return Err(host::refusal(worker, &status).into()),
             },
             bytes = typed.recv(), if input_open => {
                 let bytes = match bytes {
@@ -171,7 +133,7 @@ pub async fn attach(
                 // A full queue means that the worker takes nothing: that must not hold us for ever.
                 if !data.is_empty() && to_guest.send_timeout(input, OPEN_DEADLINE).await.is_err() {
                     let message = "takes no input any more".to_owned();
-                    return Err(ConsoleError::Worker { worker: worker.name.clone(), message });
+                    return Err(HostError::Refused { worker: worker.name.clone(), message }.into());
                 }
                 if leave {
                     return Ok(End::Left);

@@ -8,6 +8,7 @@ use std::io;
 use crate::client::ClientError;
 use crate::config::ConfigError;
 use crate::console::ConsoleError;
+use crate::host::HostError;
 use crate::vmfile::VmFileError;
 
 /// Why a command did not do what it was asked to.
@@ -32,6 +33,17 @@ pub enum CtlError {
     /// The console failed.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A worker did not do what only it can do.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Nobody was asked, since it is not clear whom.
+    #[error("{problem}: {fix}")]
+    Site {
+        /// What is not clear.
+        problem: String,
+        /// What would be.
+        fix: &'static str,
+    },
     /// A controller left out what its answer must hold.
     #[error("the controller's answer to {operation} lacks its {field}: is it of another version?")]
     Incomplete {

@@ -21,6 +21,7 @@ pub mod commands;
 pub mod config;
 pub mod console;
 pub mod error;
+pub mod host;
 pub mod quantity;
 pub mod reason;
 pub mod render;

@@ -9,6 +9,7 @@ use super::error::ApiError;
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
 use crate::model::protection::valid_cap;
+use crate::model::state::Replica;
 use crate::model::{Rejection, State, Terms};
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -72,15 +73,22 @@ fn link(state: &State, from: &SiteName, to: &SiteName) -> v1::Link {
     v1::Link { from_site: from.to_string(), to_site: to.to_string(), cap_bps: state.links.cap_bps(from, to) }
 }
 
-/// What the worker that holds the replica says: nobody else knows.
-fn recovery_points(moment: &Moment, vm: &str, site: &str) -> Result<Vec<v1::RecoveryPoint>, ApiError> {
+/// What the worker that holds the replica says: nobody else knows. Where a replica was, what ended with it is still told.
+fn recovery_points(moment: &Moment, vm: &str, site: &str) -> Result<v1::ListRecoveryPointsResponse, ApiError> {
     let (id, vm) = moment.vm(vm)?;
     let site = moment.site(site)?;
-    let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
-    let worker = &vm.replicas.get(&site).ok_or_else(missing)?.worker;
+    let Some(Replica { worker, .. }) = vm.replicas.get(&site) else {
+        let here = moment.observations.iter().filter(|(name, _)| moment.state.site_of(name) == Some(&site));
+        let exports: Vec<_> = here.flat_map(|(_, observed)| observed.point_exports(id)).collect();
+        if exports.is_empty() {
+            return Err(Rejection::NoReplica { name: vm.spec.name.clone(), site }.into());
+        }
+        return Ok(v1::ListRecoveryPointsResponse { points: vec![], exports });
+    };
     let holder = moment.observations.connected(worker, moment.now);
     let holder = holder.ok_or_else(|| ApiError::WorkerLost { worker: worker.clone() })?;
-    Ok(holder.vm(id).map(|report| report.recovery_points.clone()).unwrap_or_default())
+    let points = holder.vm(id).map(|report| report.recovery_points.clone()).unwrap_or_default();
+    Ok(v1::ListRecoveryPointsResponse { points, exports: holder.point_exports(id) })
 }
 
 #[tonic::async_trait]
@@ -126,8 +134,7 @@ impl ReplicationService for Api {
         request: Request<v1::ListRecoveryPointsRequest>,
     ) -> Reply<v1::ListRecoveryPointsResponse> {
         let request = request.into_inner();
-        let points = recovery_points(&self.read().await?, &request.vm, &request.site)?;
-        Ok(Response::new(v1::ListRecoveryPointsResponse { points }))
+        Ok(Response::new(recovery_points(&self.read().await?, &request.vm, &request.site)?))
     }
 
     async fn set_link_cap(&self, request: Request<v1::SetLinkCapRequest>) -> Reply<v1::SetLinkCapResponse> {

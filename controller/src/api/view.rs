@@ -168,8 +168,10 @@ impl<'a> View<'a> {
         let owner = self.observations.connected(vm.ownership.owner().0, self.now);
         let seed =
             owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
-        let (site_name, lacks) = (site.to_string(), replica.lacks.iter().cloned().collect());
-        let mut out = v1::Replica { site: site_name, state: state.into(), problem, lacks, ..v1::Replica::default() };
+        let (site_name, worker) = (site.to_string(), replica.worker.to_string());
+        let lacks = replica.lacks.iter().cloned().collect();
+        let mut out =
+            v1::Replica { site: site_name, worker, state: state.into(), problem, lacks, ..v1::Replica::default() };
         if let Some(seed) = seed {
             out.done_bytes = seed.done_bytes;
             out.total_bytes = seed.total_bytes;

@@ -23,6 +23,10 @@ pub const CONNECTED_FOR: Duration = Duration::from_secs(5);
 pub const MAX_VMS: usize = 4096;
 /// Recovery points of one VM in one report; more than any protection keeps, also just after it was told to keep fewer.
 pub const MAX_POINTS: usize = 4096;
+/// Points that are open for reading, or that ended lately, in one report.
+pub const MAX_EXPORTS: usize = 4096;
+/// Disks of one of them.
+pub const MAX_EXPORTED_DISKS: usize = 64;
 const QUEUE: usize = 256;
 
 /// One worker's last words.
@@ -108,6 +112,12 @@ impl Observed {
         self.report.replications.iter().find(|report| report.vm_id == id && report.to_site == site.as_str())
     }
 
+    /// What the worker said about points of a VM that are open for reading, or ended lately.
+    pub fn point_exports(&self, id: VmId) -> Vec<v1::PointExport> {
+        let id = id.to_string();
+        self.report.point_exports.iter().filter(|export| export.vm_id == id).cloned().collect()
+    }
+
     /// What the worker said about a copy.
     pub fn seed(&self, id: VmId, seed_seq: u64) -> Option<&v1::SeedReport> {
         let id = id.to_string();
@@ -125,6 +135,8 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
     let lengths = [report.vms.len(), report.migrations.len(), report.seeds.len(), report.replications.len()];
     lengths.iter().all(|length| *length <= MAX_VMS)
         && report.vms.iter().all(|vm| vm.recovery_points.len() <= MAX_POINTS)
+        && report.point_exports.len() <= MAX_EXPORTS
+        && report.point_exports.iter().all(|export| export.disks.len() <= MAX_EXPORTED_DISKS)
 }
 
 /// To and from the hub.

@@ -5,6 +5,7 @@
 //! | processes | controller, worker, guard, one QEMU of the VM and its keeper | controller, worker, guard |
 //! | tap devices of guests | one | none |
 //! | the VM's runtime folder | what QEMU that runs needs | nothing but QEMU's last words |
+//! | sockets of open recovery points | none | none |
 //! | the worker's data folder | store, replicas | store, replicas |
 
 use std::fs;
@@ -83,6 +84,8 @@ fn is_workers_own(path: &Path, data: &Path, owns: bool) -> bool {
         Some("store" | "lock") => true,
         // What is known of replicas elsewhere, as long as the VM is here.
         Some("index") => owns,
+        // Memory that it left when it moved away, complete.
+        Some("kept") => !owns && path.extension().is_none(),
         Some("replicas") => path.extension().is_some_and(|extension| extension == "raw"),
         _ => false,
     }

@@ -62,7 +62,7 @@ impl CrashedReplica {
         let image = folder.join("replicas").join(vm.to_string()).join(format!("{DISK}.raw"));
         let bytes = std::fs::metadata(&image)?.len();
         let disk = disks.open_for_writing(vm, DISK, bytes, 0).map_err(chained)?;
-        let limits = Limits { points_bytes: u64::MAX, reserve_bytes: 0 };
+        let limits = Limits { points_bytes: u64::MAX, held_bytes: u64::MAX, reserve_bytes: 0 };
         let replica = folder.join("replicas").join(vm.to_string());
         let store = open("store")?;
         let left = Group::recorded(&store, vm).map_err(chained)?;

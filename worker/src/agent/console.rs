@@ -1,4 +1,4 @@
-//! What operators ask of this worker over mTLS gRPC: a VM's serial console.
+//! What operators ask of this worker over mTLS gRPC: a VM's serial console, and to read a recovery point.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,11 +8,14 @@ use futures::{Stream, StreamExt};
 use pageport_common::tls::Identity;
 use pageport_proto::VmId;
 use pageport_proto::v1::host_service_server::{HostService, HostServiceServer};
-use pageport_proto::v1::{ConsoleInput, ConsoleOutput};
+use pageport_proto::v1::{
+    ClosePointRequest, ClosePointResponse, ConsoleInput, ConsoleOutput, OpenPointRequest, OpenPointResponse,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::drills;
 use crate::node::Node;
 
 const FIRST_INPUT_LIMIT: Duration = Duration::from_secs(10);
@@ -69,5 +72,15 @@ impl HostService for Host {
         });
         let shown = ReceiverStream::new(output).map(|data| Ok(ConsoleOutput { data }));
         Ok(Response::new(Box::pin(shown)))
+    }
+
+    async fn open_point(&self, request: Request<OpenPointRequest>) -> Result<Response<OpenPointResponse>, Status> {
+        let export = drills::open(&self.node, request.into_inner()).await.map_err(|error| drills::status(&error))?;
+        Ok(Response::new(OpenPointResponse { export: Some(export) }))
+    }
+
+    async fn close_point(&self, request: Request<ClosePointRequest>) -> Result<Response<ClosePointResponse>, Status> {
+        drills::close(&self.node, request.into_inner()).await.map_err(|error| drills::status(&error))?;
+        Ok(Response::new(ClosePointResponse {}))
     }
 }

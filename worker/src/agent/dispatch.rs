@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::migration::source;
 use crate::node::Node;
+use crate::replica::points::LeaseEnd;
 use crate::replica::seed;
 use crate::replication::replicators::Replicators;
 use crate::vms::VmError;
@@ -97,6 +98,7 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         match gone.await {
             Ok(Converged::Gone) => {
                 node.vms.forget(id);
+                node.memory.delete(id);
                 node.changed.notify_one();
             }
             Ok(Converged::Kept) => {}
@@ -110,8 +112,13 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         }
         let owned = node.vms.get(id).is_some_and(|vm| vm.status().record.owned().is_some());
         if was_owned && !owned {
-            // However it left: what was known of its replicas is of no use any more.
+            // However it left: what was known of its replicas, and of its memory elsewhere, is of no use any more.
             node.views.forget(id).await;
+            node.memory.forget_arrived(id);
+        }
+        if !was_owned && owned {
+            // However it came: what was kept of its memory has been used, or will not be.
+            node.memory.delete(id);
         }
         was_owned = owned;
         if let Some(vm) = node.vms.get(id).filter(|_| !wanted.deleted) {
@@ -219,8 +226,9 @@ async fn remove_replica(node: &Arc<Node>, vm_id: &str) {
         return;
     }
     node.flattenings.end(id).await;
+    node.memory.delete(id);
     let removed = tokio::task::block_in_place(|| -> Result<(), VmError> {
-        node.groups.forget(id)?;
+        node.groups.forget(id, &LeaseEnd::Removed)?;
         Ok(node.replicas.remove(id)?)
     });
     if let Err(error) = removed {

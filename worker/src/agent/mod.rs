@@ -10,11 +10,12 @@
 //! - [`lease`]: keeps the lease of VMs that fence themselves.
 //! - [`dispatch`]: from an assignment to tasks.
 //! - [`peers`]: what other workers ask of this one.
-//! - [`console`]: what operators ask of this one.
+//! - [`console`]: what operators ask of this one. [`drills`]: of it, recovery points that are to be read.
 
 pub mod console;
 pub mod controllers;
 pub mod dispatch;
+pub mod drills;
 pub mod lease;
 pub mod link;
 pub mod peers;
@@ -31,7 +32,10 @@ use tokio_util::sync::CancellationToken;
 use self::controllers::Controllers;
 use crate::clock;
 use crate::config::{AcceleratorChoice, Config};
+use crate::drill::export::Grounds;
+use crate::drill::exports::Exports;
 use crate::hypervisor::{self, Accelerator, accel};
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::replica::cap::Caps;
@@ -61,6 +65,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     node.store.settle(&store)?;
     let owned = |vm| node.vms.get(vm).is_some_and(|vm| vm.status().record.owned().is_some());
     node.views.retain(owned).await;
+    node.memory.retain(|vm| node.vms.get(vm).is_some() && !owned(vm));
     let (assignments, assigned) = watch::channel(None);
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
@@ -68,6 +73,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(stop.clone().run_until_cancelled_owned(lease::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(drills::restore(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
     stop.cancelled().await;
     tasks.close();
@@ -99,8 +105,11 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
-    let limits =
-        Limits { points_bytes: config.replication.points_bytes, reserve_bytes: config.replication.reserve_bytes };
+    let limits = Limits {
+        points_bytes: config.replication.points_bytes,
+        held_bytes: config.drill.held_bytes,
+        reserve_bytes: config.replication.reserve_bytes,
+    };
     let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
     let tool = config.hypervisor.qemu_img.clone();
     let flattenings = Arc::new(Flattenings::new(tool, config.replication.reserve_bytes, changed.clone()));
@@ -112,6 +121,12 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         flattenings: flattenings.clone(),
         changed: changed.clone(),
     });
+    let grounds = Grounds {
+        store: store.clone(),
+        replicas: replicas.clone(),
+        groups: groups.clone(),
+        folder: config.runtime_dir.join("points"),
+    };
     let node = Node {
         store: identity_of_store,
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
@@ -119,7 +134,9 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         registry: Registry::new(changed.clone()),
         groups,
         flattenings,
+        exports: Exports::new(grounds, changed.clone()),
         views: Views::new(&config.data_dir),
+        memory: KeptMemory::new(&config.data_dir, config.keep_memory),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),
         sessions: Sessions::default(),

@@ -11,6 +11,7 @@ use tracing::Instrument;
 
 use crate::migration::destination;
 use crate::node::Node;
+use crate::replica::points::LeaseEnd;
 use crate::replica::serve::{InPlace, serve_disk};
 use crate::replication;
 use crate::replication::serve::SessionDisk;
@@ -131,7 +132,7 @@ async fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
     let disk = tokio::task::block_in_place(|| -> Result<_, RefusedDisk> {
         node.replicas.must_be_flat(vm)?;
         // Written in place it is at none of its recovery points any more.
-        node.groups.forget(vm)?;
+        node.groups.forget(vm, &LeaseEnd::Seeded)?;
         Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
     })?;
     // Once more, now that the disk is open: had the VM been given to this worker meanwhile, nobody else would close it.

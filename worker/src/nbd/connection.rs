@@ -89,7 +89,7 @@ where
     S: AsyncRead + AsyncWrite + Send + 'static,
     T: BlockTarget,
 {
-    let size = target.size();
+    let (size, access) = (target.size(), target.access());
     let places = Arc::new(Semaphore::new(MAX_IN_FLIGHT as usize));
     let budget = Arc::new(Semaphore::new(BUDGET_UNITS as usize));
     // Dropped with this future: whatever is in flight ends with the connection.
@@ -102,7 +102,7 @@ where
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
             Err(error) => return Err(error.into()),
         }
-        let request = parse_request(&header, size)?;
+        let request = parse_request(&header, size, access)?;
         if request.action == Action::Disconnect {
             break;
         }

@@ -1,7 +1,8 @@
-//! Both ends of NBD between the worker and a local QEMU, on unix sockets.
+//! NBD between the worker and clients and servers nearby: both ends, on unix sockets; exports also on a TCP address.
 //!
 //! ```text
 //!   QEMU's mirror ──unix──▶ server (accept) ─▶ connection (one per client) ─▶ BlockTarget
+//!   a drill's reader ─unix, TCP──┘
 //!                              negotiate            ≤ 16 requests, ≤ 32 MiB in flight
 //!   client ──unix──▶ QEMU's frozen disks
 //! ```
@@ -10,8 +11,8 @@
 //! write is answered only after the target has flushed; a request that the target does not do within its deadline is
 //! answered with an error (its call is dropped); bytes that are no NBD end the connection, and nothing else.
 //!
-//! It does not speak TLS, structured replies or TRIM: the one client is a local QEMU, and it needs none of them. A
-//! target's error reaches the client as that request's error, and QEMU then ends its job.
+//! It does not speak TLS, structured replies or TRIM: its clients are local, and need none of them. It does not ask who they are either: who
+//! reaches the socket gets in. A target's error reaches the client as that request's error, and QEMU then ends its job.
 //!
 //! Why not a crate: `nbd` (0.3) is synchronous and an early version; `tokio-nbd` (0.3) is GPL and answers one
 //! request at a time, so a mirror over a WAN would wait a round trip for each.
@@ -28,8 +29,8 @@ use std::io;
 use bytes::Bytes;
 
 pub use client::{ClientError, Content, Extent, NbdClient, State, States};
-pub use protocol::{MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, block_size};
-pub use server::{ExportError, NbdServer};
+pub use protocol::{Access, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, ProtocolError, block_size};
+pub use server::{ExportError, NbdServer, Place};
 
 /// What an export reads and writes. Ranges lie within the size, are not empty, and are multiples of
 /// [`block_size`]`(size)`. Calls come concurrently; a client that wants an order waits for the answers. A call may be dropped
@@ -37,6 +38,11 @@ pub use server::{ExportError, NbdServer};
 pub trait BlockTarget: Send + Sync + 'static {
     /// Bytes in all; constant.
     fn size(&self) -> u64;
+
+    /// What clients may do; constant.
+    fn access(&self) -> Access {
+        Access::ReadWrite
+    }
 
     /// Gives exactly `length` bytes.
     fn read(&self, offset: u64, length: u32) -> impl Future<Output = io::Result<Bytes>> + Send;

@@ -1,7 +1,7 @@
 //! The first part of a connection: client and server agree on the export.
 //!
 //! ```text
-//!   greeting ─▶ client flags ─▶ option* ─┬─ GO, and the name is right ─▶ transmission
+//!   greeting ─▶ client flags ─▶ option* ─┬─ GO, and there is such an export ─▶ transmission
 //!                                        └─ ABORT, hostile bytes, too many options, too late ─▶ end
 //! ```
 
@@ -10,15 +10,15 @@ use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::protocol::{
-    MAX_OPTIONS, OPTION_HEADER_BYTES, OptionKind, OptionReply, ProtocolError, block_size, greeting, parse_client_flags,
-    parse_export_name, parse_option_header,
+    Access, MAX_OPTIONS, OPTION_HEADER_BYTES, OptionKind, OptionReply, ProtocolError, block_size, greeting,
+    parse_client_flags, parse_export_name, parse_option_header,
 };
 
 /// How a negotiation ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Transmission begins.
-    Transmission,
+    /// Transmission begins, with the export of this number.
+    Transmission(usize),
     /// The client has seen enough.
     Aborted,
 }
@@ -40,8 +40,16 @@ pub(super) enum ConnectionError {
     },
 }
 
-/// Negotiates about the one export.
-pub(super) async fn negotiate<S>(stream: &mut S, export: &str, size: u64) -> Result<Outcome, ConnectionError>
+/// What is offered.
+#[derive(Debug, Clone)]
+pub(super) struct Offer {
+    pub(super) name: String,
+    pub(super) size: u64,
+    pub(super) access: Access,
+}
+
+/// Negotiates about the exports.
+pub(super) async fn negotiate<S>(stream: &mut S, offers: &[Offer]) -> Result<Outcome, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -55,33 +63,39 @@ where
         let (kind, length) = parse_option_header(&header)?;
         let mut data = vec![0; length as usize];
         stream.read_exact(&mut data).await?;
-        let replies = answer(kind, &data, export, size);
+        let (replies, chosen) = answer(kind, &data, offers);
         let bytes: Vec<u8> = replies.iter().flat_map(|reply| reply.format(kind)).collect();
         stream.write_all(&bytes).await?;
-        match kind {
-            OptionKind::Abort => return Ok(Outcome::Aborted),
-            OptionKind::Go if replies.last() == Some(&OptionReply::Ack) => return Ok(Outcome::Transmission),
+        match (kind, chosen) {
+            (OptionKind::Abort, _) => return Ok(Outcome::Aborted),
+            (OptionKind::Go, Some(chosen)) => return Ok(Outcome::Transmission(chosen)),
             _ => {}
         }
     }
     Err(ProtocolError::TooManyOptions.into())
 }
 
-fn answer(kind: OptionKind, data: &[u8], export: &str, size: u64) -> Vec<OptionReply> {
-    match kind {
+/// What is answered to an option, and the export that it names.
+fn answer(kind: OptionKind, data: &[u8], offers: &[Offer]) -> (Vec<OptionReply>, Option<usize>) {
+    let replies = match kind {
         OptionKind::Abort => vec![OptionReply::Ack],
-        OptionKind::List if data.is_empty() => vec![OptionReply::Server(export.to_owned()), OptionReply::Ack],
+        OptionKind::List if data.is_empty() => {
+            let names = offers.iter().map(|offer| OptionReply::Server(offer.name.clone()));
+            names.chain([OptionReply::Ack]).collect()
+        }
         OptionKind::List => vec![OptionReply::Invalid],
-        OptionKind::Info | OptionKind::Go => match parse_export_name(data) {
-            None => vec![OptionReply::Invalid],
-            Some(name) if name != export => vec![OptionReply::UnknownExport],
-            Some(_) => {
-                let sizes = OptionReply::BlockSize { minimum: block_size(size) };
-                vec![OptionReply::Export { size }, sizes, OptionReply::Ack]
-            }
-        },
+        OptionKind::Info | OptionKind::Go => {
+            let Some(name) = parse_export_name(data) else { return (vec![OptionReply::Invalid], None) };
+            let Some(chosen) = offers.iter().position(|offer| offer.name == name) else {
+                return (vec![OptionReply::UnknownExport], None);
+            };
+            let Offer { size, access, .. } = offers[chosen];
+            let sizes = OptionReply::BlockSize { minimum: block_size(size) };
+            return (vec![OptionReply::Export { size, access }, sizes, OptionReply::Ack], Some(chosen));
+        }
         OptionKind::Unknown(_) => vec![OptionReply::Unsupported],
-    }
+    };
+    (replies, None)
 }
 
 #[cfg(test)]
@@ -96,7 +110,8 @@ mod tests {
         let (mut client, mut server) = tokio::io::duplex(1 << 16);
         client.write_all(&bytes).await.unwrap();
         client.shutdown().await.unwrap();
-        negotiate(&mut server, "disk", 1 << 20).await
+        let offer = |name: &str| Offer { name: name.to_owned(), size: 1 << 20, access: Access::ReadOnly };
+        negotiate(&mut server, &[offer("other"), offer("disk")]).await
     }
 
     #[tokio::test]
@@ -107,7 +122,7 @@ mod tests {
         bytes.extend(option(7, b"\x00\x00\x00\x04nope\x00\x00"));
         bytes.extend(option(6, b"\x00\x00\x00\x04disk\x00\x00"));
         bytes.extend(option(7, b"\x00\x00\x00\x04disk\x00\x00"));
-        assert_eq!(play(bytes).await.unwrap(), Outcome::Transmission);
+        assert_eq!(play(bytes).await.unwrap(), Outcome::Transmission(1));
     }
 
     #[tokio::test]

@@ -41,7 +41,9 @@ pub const REQUEST_HEADER_BYTES: usize = 28;
 pub const REPLY_HEADER_BYTES: usize = 16;
 
 /// Flags, flush, FUA and write-zeroes; no TRIM: a target's holes are its own affair.
-const EXPORT_FLAGS: u16 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6;
+const READ_WRITE_FLAGS: u16 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6;
+/// Flags, read-only, flush; several connections see the same.
+const READ_ONLY_FLAGS: u16 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 8;
 
 const INFO_EXPORT: u16 = 0;
 const INFO_BLOCK_SIZE: u16 = 3;
@@ -49,6 +51,24 @@ const INFO_BLOCK_SIZE: u16 = 3;
 const COMMAND_FUA: u16 = 1 << 0;
 const COMMAND_NO_HOLE: u16 = 1 << 1;
 const COMMAND_FAST_ZERO: u16 = 1 << 4;
+
+/// What a client may do with an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read and write.
+    ReadWrite,
+    /// Only read: what would change it is refused.
+    ReadOnly,
+}
+
+impl Access {
+    fn flags(self) -> u16 {
+        match self {
+            Self::ReadWrite => READ_WRITE_FLAGS,
+            Self::ReadOnly => READ_ONLY_FLAGS,
+        }
+    }
+}
 
 /// Bytes that are no NBD, or more of it than is taken. The connection ends.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -187,6 +207,8 @@ pub enum OptionReply {
     Export {
         /// Bytes.
         size: u64,
+        /// What may be done.
+        access: Access,
     },
     /// What sizes requests may have.
     BlockSize {
@@ -213,10 +235,10 @@ impl OptionReply {
                 data.extend(name.as_bytes());
                 2
             }
-            Self::Export { size } => {
+            Self::Export { size, access } => {
                 data.extend(INFO_EXPORT.to_be_bytes());
                 data.extend(size.to_be_bytes());
-                data.extend(EXPORT_FLAGS.to_be_bytes());
+                data.extend(access.flags().to_be_bytes());
                 3
             }
             Self::BlockSize { minimum } => {
@@ -305,7 +327,7 @@ pub enum WireError {
 }
 
 /// Reads a request's header and checks it against an export of `size` bytes.
-pub fn parse_request(bytes: &[u8; REQUEST_HEADER_BYTES], size: u64) -> Result<Request, ProtocolError> {
+pub fn parse_request(bytes: &[u8; REQUEST_HEADER_BYTES], size: u64, access: Access) -> Result<Request, ProtocolError> {
     let mut rest = &bytes[..];
     let magic = take_u32(&mut rest);
     if magic != REQUEST_MAGIC {
@@ -331,6 +353,9 @@ pub fn parse_request(bytes: &[u8; REQUEST_HEADER_BYTES], size: u64) -> Result<Re
     let action = match action {
         Action::Disconnect => action,
         _ if flags & !known_flags != 0 => Action::Refused(WireError::Invalid),
+        Action::Write { .. } | Action::WriteZeroes { .. } if access == Access::ReadOnly => {
+            Action::Refused(WireError::Permission)
+        }
         Action::Read | Action::Write { .. } | Action::WriteZeroes { .. } => {
             check_range(action, offset, length, size).map_or(action, Action::Refused)
         }

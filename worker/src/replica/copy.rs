@@ -159,8 +159,8 @@ impl DiskCopies {
         target: Arc<impl BlockTarget>,
         sync: MirrorSync,
     ) -> Result<(), CopyError> {
-        let server = NbdServer::bind(&qemu.paths().nbd(name), name, target)?;
-        let socket = server.socket().to_owned();
+        let socket = qemu.paths().nbd(name);
+        let server = NbdServer::bind(&socket, name, target)?;
         self.disks.push(DiskCopy { name: name.to_owned(), session, server: Some(server), mirror: None });
         let mirror = qemu.start_mirror_of(sync, name, &socket, name).await?;
         if let Some(copy) = self.disks.last_mut() {

@@ -19,7 +19,7 @@ use pageport_common::store::Store;
 use pageport_proto::VmId;
 use pageport_proto::v1::RecoveryPoint;
 
-use super::points::{Change, Group, Layer, Limits, Lineage, PointError, PointInfo};
+use super::points::{Change, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo};
 use super::store::{ReplicaDisk, ReplicaError, ReplicaStore};
 
 /// How a hypervisor takes the disks over.
@@ -55,6 +55,11 @@ impl Points {
     /// Its points.
     pub fn group(&self) -> &Group {
         &self.group
+    }
+
+    /// Names of its disks.
+    pub fn disks(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|(name, _)| name.as_str())
     }
 
     /// Begins what can be undone.
@@ -134,7 +139,7 @@ impl Groups {
                 return Ok(points);
             }
             // A session may have it yet, and two groups must not have the same files.
-            points.group.close();
+            points.group.close(&LeaseEnd::Reopened);
         }
         // Not under the lock: a journal may be put in place meanwhile, and reports ask for points.
         let folder = self.folder.join(vm.to_string());
@@ -147,9 +152,17 @@ impl Groups {
 
     /// What a VM's replica can be brought back to, oldest first.
     pub fn points(&self, vm: VmId) -> Vec<RecoveryPoint> {
+        self.state(vm).points.iter().map(RecoveryPoint::from).collect()
+    }
+
+    /// What of a VM's replica is held for who reads it.
+    pub fn held(&self, vm: VmId) -> Vec<HeldPoint> {
+        self.state(vm).held
+    }
+
+    fn state(&self, vm: VmId) -> GroupState {
         let open = self.lock().get(&vm).map(|points| points.group.state());
-        let state = open.or_else(|| Group::recorded(&self.store, vm).ok().flatten()).unwrap_or_default();
-        state.points.iter().map(RecoveryPoint::from).collect()
+        open.or_else(|| Group::recorded(&self.store, vm).ok().flatten()).unwrap_or_default()
     }
 
     /// The disks as they are become the one point of a new lineage.
@@ -182,7 +195,7 @@ impl Groups {
         }
         // Without points too, a session may be about to make the first.
         let is_open = self.lock().contains_key(&vm);
-        if has_points || is_open { self.forget(vm) } else { Ok(()) }
+        if has_points || is_open { self.forget(vm, &LeaseEnd::Runs) } else { Ok(()) }
     }
 
     /// Nobody needs what a move has written: unless a session is under way, which will say so at its end, the replica is brought back to
@@ -196,25 +209,33 @@ impl Groups {
         if self.has_points(vm)? { self.recover(replicas, vm) } else { Ok(()) }
     }
 
-    /// Finishes what is committed and undoes what is not.
-    fn recover(&self, replicas: &ReplicaStore, vm: VmId) -> Result<(), GroupsError> {
+    /// Opens a VM's points over the disks that are here. The VM must not be this host's, and no hypervisor may hold them.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_existing(&self, replicas: &ReplicaStore, vm: VmId) -> Result<Arc<Points>, GroupsError> {
         let names = replicas.names(vm)?;
         let disks = names.iter().map(|name| Ok((name.clone(), replicas.open_existing(vm, name)?)));
-        let points = self.open(vm, disks.collect::<Result<_, ReplicaError>>()?)?;
+        Ok(self.open(vm, disks.collect::<Result<_, ReplicaError>>()?)?)
+    }
+
+    /// Finishes what is committed and undoes what is not.
+    fn recover(&self, replicas: &ReplicaStore, vm: VmId) -> Result<(), GroupsError> {
+        let points = self.open_existing(replicas, vm)?;
         points.undo_layer()?;
         Ok(points.group.apply()?)
     }
 
-    /// Forgets a VM's points; its disks stay as they are. A session that has them open goes on with nothing.
+    /// Forgets a VM's points; its disks stay as they are. A session that has them open goes on with nothing; who reads one is told why.
     ///
     /// # Errors
     /// The record or the files cannot be removed.
-    pub fn forget(&self, vm: VmId) -> Result<(), GroupsError> {
+    pub fn forget(&self, vm: VmId, why: &LeaseEnd) -> Result<(), GroupsError> {
         let gate = self.gate(vm);
         let _gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.lock().remove(&vm);
         if let Some(points) = known {
-            points.group.close();
+            points.group.close(why);
         }
         Ok(Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?)
     }
@@ -263,7 +284,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
             let replicas = ReplicaStore::new(store.clone(), folder.path());
-            let limits = Limits { points_bytes: 1 << 30, reserve_bytes: 0 };
+            let limits = Limits { points_bytes: 1 << 30, held_bytes: 1 << 30, reserve_bytes: 0 };
             let groups = Groups::new(store, folder.path(), limits);
             Self { _folder: folder, replicas, groups, vm: VmId::generate() }
         }

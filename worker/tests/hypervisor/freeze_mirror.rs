@@ -15,7 +15,7 @@ async fn mirrors(vm: &Vm, sync: MirrorSync, targets: &[Arc<Memory>]) -> Vec<(Mir
     let mut mirrors = Vec::new();
     for (disk, target) in DISKS.iter().zip(targets) {
         let server = NbdServer::bind(&vm.paths().nbd(disk), disk, Arc::clone(target)).unwrap();
-        let mut mirror = vm.start_mirror_of(sync, disk, server.socket(), disk).await.unwrap();
+        let mut mirror = vm.start_mirror_of(sync, disk, &vm.paths().nbd(disk), disk).await.unwrap();
         if sync == MirrorSync::None {
             mirror.wait_ready(SOON, |_| {}).await.unwrap();
         }

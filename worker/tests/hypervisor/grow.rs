@@ -48,7 +48,7 @@ async fn a_disk_that_is_mirrored_grows_when_that_has_ended() {
     guest_goes_on(&vm).await;
     let target = Memory::with(vec![0; DISK_BYTES as usize]);
     let server = NbdServer::bind(&vm.paths().nbd("root"), "root", target).unwrap();
-    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let mut mirror = vm.start_mirror("root", &vm.paths().nbd("root"), "root").await.unwrap();
     mirror.wait_ready(SOON, |_| {}).await.unwrap();
     let busy = vm.grow_disk("root", LARGER).await;
     assert!(matches!(busy, Err(HypervisorError::DiskBusy { .. })), "{busy:?}");

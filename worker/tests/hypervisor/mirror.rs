@@ -18,7 +18,7 @@ async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
     held[4096..8192].fill(0xee);
     let target = Memory::with(held);
     let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::clone(&target)).unwrap();
-    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let mut mirror = vm.start_mirror("root", &vm.paths().nbd("root"), "root").await.unwrap();
     let mut seen = Vec::new();
     mirror.wait_ready(SOON, |progress| seen.push(progress)).await.unwrap();
     writes(&Console::open(&vm.paths().console()).await.unwrap(), 3).await;
@@ -34,8 +34,8 @@ async fn a_mirror_makes_the_target_equal_and_never_zeroes_what_it_holds() {
     }
     server.close().await;
     // Nothing of the mirror is left: the same names can be used again.
-    let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Memory::with(vec![0; DISK_BYTES as usize])).unwrap();
-    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let _server = NbdServer::bind(&vm.paths().nbd("root"), "root", Memory::with(vec![0; DISK_BYTES as usize])).unwrap();
+    let mut mirror = vm.start_mirror("root", &vm.paths().nbd("root"), "root").await.unwrap();
     mirror.cancel(SOON).await.unwrap();
     vm.cont().await.unwrap();
     assert_eq!(vm.run_state().await.unwrap(), RunState::Running);
@@ -51,7 +51,7 @@ async fn a_target_that_hangs_is_reported_and_freed_by_closing_its_server() {
     let target = Memory::with(vec![0; DISK_BYTES as usize]);
     target.hold_after(0);
     let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::clone(&target)).unwrap();
-    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let mut mirror = vm.start_mirror("root", &vm.paths().nbd("root"), "root").await.unwrap();
     let late = mirror.wait_ready(Duration::from_millis(600), |_| {}).await;
     assert!(matches!(late, Err(HypervisorError::Deadline { .. })), "{late:?}");
     // The guest, once it has booted, notices nothing.

@@ -40,7 +40,7 @@ async fn a_guest_runs_on_a_chain_and_only_its_own_file_changes() {
     }
     let target = Memory::with(vec![0xdd; DISK_BYTES as usize]);
     let server = NbdServer::bind(&vm.paths().nbd("root"), "root", Arc::clone(&target)).unwrap();
-    let mut mirror = vm.start_mirror("root", server.socket(), "root").await.unwrap();
+    let mut mirror = vm.start_mirror("root", &vm.paths().nbd("root"), "root").await.unwrap();
     mirror.wait_ready(SOON, |_| {}).await.unwrap();
     writes(&Console::open(&vm.paths().console()).await.unwrap(), 3).await;
     vm.stop().await.unwrap();

@@ -7,6 +7,7 @@ mod fence;
 mod fleet;
 mod follow;
 mod migration;
+mod point;
 mod protection;
 mod replica;
 mod vm;
@@ -15,9 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use pageport_proto::v1;
 
-use crate::cli::{
-    ClusterCommand, Command, LinkCommand, RecoveryPointCommand, ReplicationCommand, SiteCommand, WorkerCommand,
-};
+use crate::cli::{ClusterCommand, Command, LinkCommand, ReplicationCommand, SiteCommand, WorkerCommand};
 use crate::client::Controllers;
 use crate::error::CtlError;
 use crate::render::Output;
@@ -58,9 +57,7 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Replication(ReplicationCommand::Status { vm, watch: true }) => {
             protection::watch_status(&mut context, vm).await
         }
-        Command::RecoveryPoint(RecoveryPointCommand::List { vm, site }) => {
-            protection::points(&mut context, vm, site).await
-        }
+        Command::RecoveryPoint(command) => point::run(&mut context, command).await,
         Command::Link(LinkCommand::List) => protection::links(&mut context).await,
         Command::Link(LinkCommand::Set { from, to, cap }) => {
             protection::cap(&mut context, v1::Link { from_site: from, to_site: to, cap_bps: cap.0 }).await

@@ -1,4 +1,4 @@
-//! `protect`, `unprotect`, `replication status`, `recovery-point list` and `link list | set`.
+//! `protect`, `unprotect`, `replication status` and `link list | set`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::ReplicaState;
@@ -6,7 +6,7 @@ use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use pageport_proto::v1::replication_service_client::ReplicationServiceClient;
 
 use super::replica::{self, Told};
-use super::{Context, ask, follow, now_unix_ms, request_id, required};
+use super::{Context, ask, follow, request_id, required};
 use crate::error::CtlError;
 use crate::render::screen::Screen;
 use crate::render::sheet::Sheet;
@@ -101,12 +101,6 @@ pub async fn watch_status(context: &mut Context, vm: Option<String>) -> Result<(
         Ok(()) | Err(CtlError::Interrupted { .. }) => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-pub async fn points(context: &mut Context, vm: String, site: String) -> Result<(), CtlError> {
-    let request = v1::ListRecoveryPointsRequest { vm, site };
-    let response = ask!(context, Replication, list_recovery_points, request).await?;
-    context.output.message(&response, |response| protection::points(response, now_unix_ms()))
 }
 
 pub async fn links(context: &mut Context) -> Result<(), CtlError> {

@@ -31,6 +31,7 @@ macro_rules! wire {
 }
 
 wire!(
+    ClosePointResponse,
     DeleteReplicaResponse,
     DeleteVmResponse,
     FenceWorkerResponse,
@@ -44,6 +45,7 @@ wire!(
     ListVmsResponse,
     ListWorkersResponse,
     Migration,
+    PointExport,
     Replica,
     UnprotectVmResponse,
     Vm,
@@ -188,7 +190,9 @@ mod tests {
         assert_eq!(line(&v1::ListMigrationsResponse::default()).unwrap(), r#"{"migrations":[]}"#);
         assert_eq!(line(&v1::ListReplicasResponse::default()).unwrap(), r#"{"replicas":[]}"#);
         assert_eq!(line(&v1::UnprotectVmResponse {}).unwrap(), "{}");
-        assert_eq!(line(&v1::ListRecoveryPointsResponse::default()).unwrap(), r#"{"points":[]}"#);
+        assert_eq!(line(&v1::ListRecoveryPointsResponse::default()).unwrap(), r#"{"points":[],"exports":[]}"#);
+        assert_eq!(line(&v1::ClosePointResponse {}).unwrap(), "{}");
+        assert_eq!(parsed(&v1::PointExport { state: 1, ..Default::default() })["state"], "open");
         assert_eq!(line(&v1::ListLinksResponse::default()).unwrap(), r#"{"links":[]}"#);
         assert_eq!(line(&v1::Link::default()).unwrap(), r#"{"from_site":"","to_site":"","cap_bps":0}"#);
         assert_eq!(parsed(&v1::Replica { state: 2, ..Default::default() })["state"], "seeded");

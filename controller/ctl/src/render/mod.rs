@@ -7,7 +7,8 @@
 //! | [`table`] | aligned columns |
 //! | [`lists`] | what `list`, `get` and `status` show |
 //! | [`progress`] | the live line of a migration, a seed or a first copy |
-//! | [`protection`] | how protected VMs stand, recovery points, links |
+//! | [`protection`] | how protected VMs stand, links |
+//! | [`point`] | recovery points, and those that are open for reading |
 //! | [`record`] | what a finished migration was |
 //! | [`json`] | any message as JSON |
 //! | [`screen`] | draws progress: in place on a terminal, line by line elsewhere |
@@ -16,6 +17,7 @@
 pub mod fence;
 pub mod json;
 pub mod lists;
+pub mod point;
 pub mod progress;
 pub mod protection;
 pub mod record;

@@ -1,15 +1,14 @@
-//! How protected VMs stand, recovery points and links. Pure: messages and the present time in, text out.
+//! How protected VMs stand, and links. Pure: messages in, text out.
 
 use pageport_proto::v1::{
-    Link, ListLinksResponse, ListRecoveryPointsResponse, ListVmsResponse, Protection, Replica, ReplicationPhase,
-    ReplicationStatus, Vm,
+    Link, ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, Vm,
 };
 
 use super::progress::time_left;
 use super::table::Align::{Left, Right};
 use super::table::Table;
 use super::units;
-use super::words::{replication_phase, yes_no};
+use super::words::replication_phase;
 use crate::quantity::Span;
 
 /// VMs that are protected somewhere.
@@ -102,22 +101,6 @@ pub fn protect_line(vm: &str, replica: &Replica) -> String {
     let rpo = Span(terms.rpo_ms);
     let quiesced = if terms.quiesce { ", quiesced where the guest's agent answers" } else { "" };
     format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesced}", replica.site)
-}
-
-/// `recovery-point list`
-pub fn points(response: &ListRecoveryPointsResponse, now_unix_ms: i64) -> String {
-    let mut table =
-        Table::new([("POINT", Right), ("TAKEN", Left), ("CHANGED", Right), ("QUIESCED", Left), ("DISKS", Right)]);
-    for point in &response.points {
-        table.row([
-            point.number.to_string(),
-            units::ago(point.taken_unix_ms, now_unix_ms),
-            units::bytes(point.changed_bytes),
-            yes_no(point.quiesced).to_owned(),
-            if point.disks == 0 { "-".to_owned() } else { point.disks.to_string() },
-        ]);
-    }
-    table.render("no recovery points yet: `pageportctl replication status` shows how far the first copy is")
 }
 
 /// `link list`
@@ -239,16 +222,5 @@ mod tests {
             links(&ListLinksResponse { links: vec![link(100_000_000)] }),
             "FROM  TO         CAP\na     b   100 Mbit/s\n"
         );
-    }
-
-    #[test]
-    fn points_look_like_this() {
-        let point =
-            RecoveryPoint { number: 41, taken_unix_ms: 1_000, changed_bytes: 5 << 20, quiesced: true, disks: 2 };
-        assert_eq!(
-            points(&ListRecoveryPointsResponse { points: vec![point] }, 13_300),
-            "POINT  TAKEN        CHANGED  QUIESCED  DISKS\n   41  12.3 s ago  5.00 MiB  yes           2\n"
-        );
-        assert!(points(&ListRecoveryPointsResponse::default(), 0).contains("replication status"));
     }
 }

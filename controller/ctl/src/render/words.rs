@@ -1,7 +1,9 @@
 //! States as words. Exhaustive, so that a new state of the API is given its word here.
 
 use pageport_proto::v1::takeover::Ground;
-use pageport_proto::v1::{IsolationPolicy, MigrationState, ReplicaState, ReplicationPhase, StartPolicy, VmState};
+use pageport_proto::v1::{
+    IsolationPolicy, MigrationState, PointExportState, ReplicaState, ReplicationPhase, StartPolicy, VmState,
+};
 
 /// Of a newer API than ours.
 const UNKNOWN_TO_US: &str = "?";
@@ -83,6 +85,15 @@ pub fn ground(ground: i32) -> &'static str {
         Ok(Ground::LeaseExpired) => "its lease had run out",
         Ok(Ground::Fenced) => "its host was fenced",
         Ok(Ground::Override) => "forced",
+    }
+}
+
+/// The state of an open recovery point.
+pub fn point_export_state(state: i32) -> &'static str {
+    match PointExportState::try_from(state) {
+        Ok(PointExportState::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(PointExportState::Open) => "open",
+        Ok(PointExportState::Ended) => "ended",
     }
 }
 

@@ -103,6 +103,9 @@ pub struct Script {
     pub resized: Vec<v1::ResizeDiskRequest>,
     pub added: Vec<v1::AddDiskRequest>,
     pub points: Vec<v1::RecoveryPoint>,
+    pub exports: Vec<v1::PointExport>,
+    pub opened: Vec<v1::OpenPointRequest>,
+    pub closed: Vec<v1::ClosePointRequest>,
     pub links: Vec<v1::Link>,
 }
 
@@ -459,7 +462,9 @@ impl ReplicationService for Fake {
         request: Request<v1::ListRecoveryPointsRequest>,
     ) -> Reply<v1::ListRecoveryPointsResponse> {
         self.vm(&request.into_inner().vm)?;
-        Ok(Response::new(v1::ListRecoveryPointsResponse { points: self.script().points.clone() }))
+        let points = self.script().points.clone();
+        let exports = self.script().exports.clone();
+        Ok(Response::new(v1::ListRecoveryPointsResponse { points, exports }))
     }
 
     async fn set_link_cap(&self, request: Request<v1::SetLinkCapRequest>) -> Reply<v1::SetLinkCapResponse> {
@@ -490,5 +495,19 @@ impl HostService for Fake {
             .take_while(|item| !matches!(item, Ok(input) if &input.data[..] == b"bye\n"))
             .map(|item| item.map(|input| v1::ConsoleOutput { data: input.data.to_ascii_uppercase().into() }));
         Ok(Response::new(Box::pin(tokio_stream::once(Ok(greeting)).chain(echo))))
+    }
+
+    async fn open_point(&self, request: Request<v1::OpenPointRequest>) -> Reply<v1::OpenPointResponse> {
+        self.fail()?;
+        let request = request.into_inner();
+        let export = v1::PointExport { vm_id: request.vm_id.clone(), number: request.number, ..Default::default() };
+        self.script().opened.push(request);
+        Ok(Response::new(v1::OpenPointResponse { export: Some(export) }))
+    }
+
+    async fn close_point(&self, request: Request<v1::ClosePointRequest>) -> Reply<v1::ClosePointResponse> {
+        self.fail()?;
+        self.script().closed.push(request.into_inner());
+        Ok(Response::new(v1::ClosePointResponse {}))
     }
 }

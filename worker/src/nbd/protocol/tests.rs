@@ -47,7 +47,11 @@ fn option_replies_have_their_golden_bytes() {
     assert_eq!(OptionReply::Ack.format(OptionKind::Go), golden(b"\x00\x00\x00\x07\x00\x00\x00\x01\x00\x00\x00\x00"));
     // option GO, type INFO, length 12: export, size, flags (has flags, flush, FUA, write zeroes)
     let export = b"\x00\x00\x00\x07\x00\x00\x00\x03\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x4d";
-    assert_eq!(OptionReply::Export { size: SIZE }.format(OptionKind::Go), golden(export));
+    let offered = |access| OptionReply::Export { size: SIZE, access }.format(OptionKind::Go);
+    assert_eq!(offered(Access::ReadWrite), golden(export));
+    // flags: has flags, read-only, flush, several connections
+    let read_only = [&export[..export.len() - 2], b"\x01\x07"].concat();
+    assert_eq!(offered(Access::ReadOnly), golden(&read_only));
     // option INFO, type INFO, length 14: block sizes 4 KiB, 4 KiB, 32 MiB
     let sizes =
         b"\x00\x00\x00\x06\x00\x00\x00\x03\x00\x00\x00\x0e\x00\x03\x00\x00\x10\x00\x00\x00\x10\x00\x02\x00\x00\x00";
@@ -88,7 +92,7 @@ fn every_request_is_served_or_refused_with_its_error() {
         ((0, 99, 0, 0), Refused(WireError::Invalid)),
     ];
     for ((flags, code, offset, length), action) in table {
-        let parsed = parse_request(&request(flags, code, offset, length), SIZE).unwrap();
+        let parsed = parse_request(&request(flags, code, offset, length), SIZE, Access::ReadWrite).unwrap();
         assert_eq!(parsed.action, action, "flags {flags} code {code} offset {offset} length {length}");
         assert_eq!((parsed.cookie, parsed.payload), (7, if code == 1 { length } else { 0 }));
     }
@@ -96,8 +100,24 @@ fn every_request_is_served_or_refused_with_its_error() {
 
 #[test]
 fn a_write_that_would_not_fit_ends_the_connection() {
-    let refused = parse_request(&request(0, 1, 0, MAX_PAYLOAD_BYTES + 4096), u64::MAX);
+    let refused = parse_request(&request(0, 1, 0, MAX_PAYLOAD_BYTES + 4096), u64::MAX, Access::ReadWrite);
     assert!(matches!(refused, Err(ProtocolError::TooLong { what: "write", .. })));
+}
+
+#[test]
+fn what_would_change_a_read_only_export_is_refused_and_its_payload_still_belongs_to_it() {
+    use Action::*;
+    for ((flags, code), action) in [
+        ((0, 0), Read),
+        ((0, 3), Flush),
+        ((0, 2), Disconnect),
+        ((0, 1), Refused(WireError::Permission)),
+        ((1, 1), Refused(WireError::Permission)),
+        ((2, 6), Refused(WireError::Permission)),
+    ] {
+        let parsed = parse_request(&request(flags, code, 0, 4096), SIZE, Access::ReadOnly).unwrap();
+        assert_eq!((parsed.action, parsed.payload), (action, if code == 1 { 4096 } else { 0 }), "{flags} {code}");
+    }
 }
 
 #[test]
@@ -125,7 +145,7 @@ proptest! {
         if real_magic {
             header[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         }
-        if let Ok(request) = parse_request(&header, size) {
+        if let Ok(request) = parse_request(&header, size, Access::ReadWrite) {
             prop_assert!(request.payload <= MAX_PAYLOAD_BYTES);
             if matches!(request.action, Action::Read | Action::Write { .. } | Action::WriteZeroes { .. }) {
                 prop_assert!(request.offset + u64::from(request.length) <= size);

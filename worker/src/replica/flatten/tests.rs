@@ -48,7 +48,7 @@ impl Host {
 
     fn begin(&self) -> Life {
         let (store, folder, changed) = (self.store.clone(), self.folder.path(), Arc::new(Notify::new()));
-        let limits = Limits { points_bytes: 1 << 30, reserve_bytes: 0 };
+        let limits = Limits { points_bytes: 1 << 30, held_bytes: 0, reserve_bytes: 0 };
         let groups = Arc::new(Groups::new(store.clone(), folder, limits));
         let vms = Vms::new(Shared {
             hypervisor: hypervisor::Host {

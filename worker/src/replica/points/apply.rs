@@ -11,6 +11,7 @@ use super::FOLDER;
 use super::error::PointError;
 use super::format::{Head, Kind, SEAL_RECORD_BYTES};
 use super::group::{Core, Group, Inner, disk_error, file_error};
+use super::lease::LeaseEnd;
 use super::log_reader::{Entry, Fault, Log};
 use super::log_writer::LogWriter;
 use super::medium::Disk;
@@ -89,7 +90,8 @@ impl Inner {
         record.points.drain(..surplus);
         record.phase = Phase::Settled;
         self.save(core, Some(record))?;
-        self.sweep(core)
+        self.sweep(core)?;
+        self.bound_leases(core)
     }
 
     /// Makes the undo file and says so in the record.
@@ -104,7 +106,7 @@ impl Inner {
             }
         };
         let older = record.points.len() > 1;
-        let wanted = older && (record.keep > 1 || self.has_readers());
+        let wanted = older && (record.keep > 1 || !record.held.is_empty() || self.has_readers());
         let made = match wanted.then(|| self.write_undo(core, &record, newest, &changes)) {
             None | Some(Err(PointError::NoSpace { .. })) => false,
             Some(Ok(())) => true,
@@ -113,8 +115,9 @@ impl Inner {
         // Older points may have been given up on the way.
         let Some(mut record) = core.record.clone() else { return Ok(()) };
         if !made && older {
-            self.close_readers();
+            self.close_readers(&LeaseEnd::Space);
             record.points.drain(..record.points.len() - 1);
+            record.held.clear();
             if wanted {
                 tracing::warn!(point = newest, "no space for an undo: all older recovery points given up");
                 record.lost = Some(format!("all recovery points before {newest} were given up for lack of space"));
@@ -282,7 +285,8 @@ impl Inner {
     pub(super) fn damaged(&self, core: &mut Core, mut record: Record, reason: String) -> Result<(), PointError> {
         tracing::error!(reason, "replica damaged");
         if record.points.is_empty() {
-            self.close_readers();
+            self.close_readers(&LeaseEnd::Lost { reason: reason.clone() });
+            record.held.clear();
         }
         record.disks = self.medium.disks.iter().map(|(name, disk)| (name.clone(), disk.size_bytes())).collect();
         record.order = self.medium.order();

@@ -108,6 +108,9 @@ pub enum PointError {
         /// The point.
         number: u64,
     },
+    /// Too many are held.
+    #[error("{} recovery points are held open already: close one of them first", super::MAX_LEASES)]
+    Leases,
     /// The points were forgotten while the reader was open.
     #[error("recovery point {number} is gone: the replica has been given another use")]
     Gone {

@@ -1,18 +1,20 @@
 //! All points of one VM at this site.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use pageport_common::store::{Batch, Store};
 use pageport_proto::VmId;
+use tokio::sync::watch;
 
 use super::error::PointError;
 use super::format::FileId;
 use super::journal::OpenJournal;
 use super::layer::{LayerView, OpenLayer};
+use super::lease::LeaseEnd;
 use super::medium::{Cell, Disk, Folder, HostFolder, StoreCell};
 use super::reader::ReaderIndex;
 use super::record::{Phase, Record};
@@ -79,6 +81,8 @@ pub(super) struct Core {
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     pub(super) readers: HashMap<u64, ReaderIndex>,
+    /// Who is told when the lease of a point ends.
+    pub(super) leases: HashMap<u64, watch::Sender<Option<LeaseEnd>>>,
     pub(super) layer: Option<LayerView>,
 }
 
@@ -168,14 +172,14 @@ impl Group {
     }
 
     /// Ends the group for all who hold it: waits for the operation under way, and refuses every later one. The record and the
-    /// files stay as they are, for whoever forgets them or opens them anew.
-    pub fn close(&self) {
+    /// files stay as they are, for whoever forgets them or opens them anew. Who holds a point is told why.
+    pub fn close(&self, why: &LeaseEnd) {
         let mut core = self.inner.core();
         core.closed = true;
         // Their files may be another group's soon: nothing is tidied up any more.
         core.journal = None;
         core.layer = None;
-        self.inner.close_readers();
+        self.inner.close_readers(why);
     }
 
     /// Whether every operation is refused until the group is opened anew. Waits for the operation under way.
@@ -210,13 +214,14 @@ impl Group {
             lineage,
             points: vec![point],
             keep: 1,
+            held: vec![],
             disks: disks.iter().map(|(name, disk)| (name.clone(), disk.size_bytes())).collect(),
             order: self.inner.medium.order(),
             phase: Phase::Settled,
             damaged: None,
             lost: None,
         };
-        self.inner.close_readers();
+        self.inner.close_readers(&LeaseEnd::Replaced);
         self.inner.save(&mut core, Some(record))?;
         core.journal = None;
         self.inner.sweep(&mut core)
@@ -264,14 +269,15 @@ impl Inner {
     /// Makes the record what [`Group::state`] says.
     pub(super) fn show(&self, core: &Core) {
         let state = core.record.as_ref().map(Record::state).unwrap_or_default();
+        let state = GroupState { held: self.held(core), ..state };
         *self.status.write().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     /// Deletes all files that the record does not speak of.
     pub(super) fn sweep(&self, core: &mut Core) -> Result<(), PointError> {
-        let mut wanted: Vec<String> = core.record.iter().flat_map(Record::files).map(|id| id.name()).collect();
+        let mut wanted: BTreeSet<String> = core.record.iter().flat_map(Record::files).map(|id| id.name()).collect();
         wanted.extend(core.journal.as_ref().map(|journal| journal.log.id.name()));
-        let gone: Vec<_> = core.files.keys().filter(|name| !wanted.contains(name)).cloned().collect();
+        let gone: Vec<_> = core.files.keys().filter(|name| !wanted.contains(*name)).cloned().collect();
         for name in &gone {
             self.remove_file(core, name)?;
         }
@@ -315,17 +321,25 @@ impl Inner {
         self.medium.disks.get(usize::from(number)).map(|(name, disk)| (name.as_str(), disk))
     }
 
-    pub(super) fn close_readers(&self) {
-        self.shared.write().unwrap_or_else(PoisonError::into_inner).readers.clear();
+    /// Ends all readers and leases.
+    pub(super) fn close_readers(&self, why: &LeaseEnd) {
+        let mut shared = self.shared_mut();
+        shared.readers.clear();
+        shared.leases.drain().for_each(|(_, end)| drop(end.send_replace(Some(why.clone()))));
+    }
+
+    /// What readers look at, to be changed.
+    pub(super) fn shared_mut(&self) -> RwLockWriteGuard<'_, Shared> {
+        self.shared.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn forget(&self, core: &mut Core) -> Result<(), PointError> {
         self.flush_disks()?;
-        self.close_readers();
+        self.close_readers(&LeaseEnd::Replaced);
         self.save(core, None)?;
         core.journal = None;
         core.layer = None;
-        self.shared.write().unwrap_or_else(PoisonError::into_inner).layer = None;
+        self.shared_mut().layer = None;
         self.sweep(core)
     }
 }

@@ -89,13 +89,15 @@ impl Group {
         }
         let lineage = open.log.id.lineage;
         let sizes = inner.medium.disks.iter().map(|(name, _)| name.clone()).zip(open.sizes);
-        let mut points = core.record.as_ref().map(|record| record.points.clone()).unwrap_or_default();
+        let (mut points, held) =
+            core.record.as_ref().map(|record| (record.points.clone(), record.held.clone())).unwrap_or_default();
         points.push(info);
         let keep = keep.clamp(1, MAX_POINTS);
         let record = Record {
             lineage,
             points,
             keep,
+            held,
             disks: sizes.collect(),
             order: inner.medium.order(),
             phase: Phase::Committed,

@@ -17,7 +17,7 @@
 //! The record `points/<vm>` of the worker's store says which points there are and what is under way. Saving it is the
 //! one commit point of each step.
 //!
-//! - [`Group`]: the points of one VM; opening it recovers. `journal`, `apply`, `layer`, `reader`, `space`: its operations.
+//! - [`Group`]: the points of one VM; opening it recovers. `journal`, `apply`, `layer`, `reader`, `lease`, `space`: its operations.
 //! - [`ChangeDigest`]: what source and destination agree on before a point is committed.
 //! - `record`, `format`, `log_writer`, `log_reader`: what is on the disk. `medium`: the way there.
 //!
@@ -37,6 +37,7 @@ mod format;
 mod group;
 mod journal;
 mod layer;
+mod lease;
 mod log_reader;
 mod log_writer;
 mod medium;
@@ -56,10 +57,13 @@ pub use self::error::PointError;
 pub use self::group::Group;
 pub use self::journal::JournalWriter;
 pub use self::layer::{Change, Layer};
+pub use self::lease::{HeldPoint, Lease, LeaseEnd};
 pub use self::reader::PointReader;
 
 /// The most points that a group keeps: its record must stay small.
 pub const MAX_POINTS: usize = 256;
+/// The most points of one VM that leases hold at a time.
+pub const MAX_LEASES: usize = 8;
 /// The largest disk, in bytes: what the usual file systems hold in one file.
 pub const MAX_DISK_BYTES: u64 = 8 << 40;
 /// The folder of the journals and undo files, beside the replicas.
@@ -156,6 +160,8 @@ pub struct GroupState {
     pub damaged: Option<String>,
     /// Why older points are gone before their time. The newest is whole. Said until the next commit.
     pub lost: Option<String>,
+    /// What leases hold, oldest first; listed or not.
+    pub held: Vec<HeldPoint>,
     /// A migration's layer is open.
     pub layer: bool,
     /// The newest point is committed and not yet in place.
@@ -167,6 +173,8 @@ pub struct GroupState {
 pub struct Limits {
     /// For journals and undo files together, in bytes.
     pub points_bytes: u64,
+    /// Of that, for what only leases keep, in bytes.
+    pub held_bytes: u64,
     /// Left free on their file system, in bytes.
     pub reserve_bytes: u64,
 }

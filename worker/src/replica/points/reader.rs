@@ -9,6 +9,7 @@ use super::error::PointError;
 use super::format::{FileId, Kind};
 use super::group::{Core, Group, Inner, Shared, disk_error};
 use super::layer::Place;
+use super::lease::LeaseEnd;
 use super::log_reader::{Entry, Fault, Log};
 use super::ranges::Segments;
 use super::record::Record;
@@ -17,6 +18,8 @@ use super::record::Record;
 #[derive(Debug)]
 pub(super) struct ReaderIndex {
     disk: u16,
+    /// The point whose lease it ends with.
+    leased: Option<u64>,
     size_bytes: Option<u64>,
     logs: Vec<(FileId, Log)>,
     /// With the number of the file in `logs`.
@@ -24,6 +27,11 @@ pub(super) struct ReaderIndex {
 }
 
 impl ReaderIndex {
+    /// The point whose lease it ends with; [`None`]: it needs none.
+    pub(super) fn leased_point(&self) -> Option<u64> {
+        self.leased
+    }
+
     /// Puts an undo file behind those that are there; where both hold something, the earlier wins.
     fn extend(&mut self, id: FileId, log: &Log, entries: &[Entry]) {
         if self.logs.iter().any(|(known, _)| *known == id) {
@@ -68,19 +76,30 @@ enum Failed {
 }
 
 impl Group {
-    /// Opens a disk as it was at a point. A committed point that is not in place yet is put in place first.
+    /// Opens a disk as it was at a point, for a short time: what is pruned meanwhile stays on the disk unaccounted until the reader is
+    /// dropped. What lasts takes a [lease](Self::lease). A committed point that is not in place yet is put in place first.
     ///
     /// # Errors
     /// [`PointError::NoPoint`]; [`PointError::NoDisk`], also for one that was added after the point; [`PointError::Lost`] when an undo file is damaged; as [`Self::apply`].
     pub fn reader(&self, point: u64, disk: &str) -> Result<PointReader, PointError> {
+        self.open_reader(point, disk, false)
+    }
+
+    pub(super) fn open_reader(&self, point: u64, disk: &str, leased: bool) -> Result<PointReader, PointError> {
         let inner = &self.inner;
         let mut core = inner.core();
         inner.check(&core)?;
         inner.apply(&mut core)?;
         let number = inner.disk_number(disk)?;
-        let record = core.record.as_ref().filter(|record| record.points.iter().any(|kept| kept.number == point));
+        let there = |record: &&Record| match leased {
+            true => record.held.iter().any(|held| held.point.number == point),
+            false => record.find(point).is_some(),
+        };
+        let record = core.record.as_ref().filter(there);
         let record = record.ok_or(PointError::NoPoint { number: point })?.clone();
-        let mut index = ReaderIndex { disk: number, size_bytes: None, logs: Vec::new(), places: Segments::default() };
+        let leased = leased.then_some(point);
+        let mut index =
+            ReaderIndex { disk: number, leased, size_bytes: None, logs: Vec::new(), places: Segments::default() };
         for id in record.undo_files().into_iter().filter(|id| id.point > point) {
             match inner.load(id) {
                 Ok((log, entries)) => index.extend(id, &log, &entries),
@@ -213,7 +232,7 @@ impl Inner {
             }
             Err(fault) => {
                 let reason = fault.damage(id)?;
-                self.close_readers();
+                self.close_readers(&LeaseEnd::Lost { reason: reason.clone() });
                 self.lose_before(core, newest, &reason)
             }
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::format::{FileId, FileKind};
+use super::lease::{Held, HeldPoint};
 use super::{GroupState, Lineage, PointInfo};
 
 /// What is under way; decides what a crash leaves to do.
@@ -32,6 +33,9 @@ pub(super) struct Record {
     pub(super) points: Vec<PointInfo>,
     /// How many to keep once the newest is in place.
     pub(super) keep: usize,
+    /// What leases hold besides, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) held: Vec<Held>,
     /// Sizes of the disks at the newest point, in bytes.
     pub(super) disks: BTreeMap<String, u64>,
     /// The disks in the order of their numbers in files. Empty: in that of their names, as in records from before disks could be added.
@@ -57,6 +61,32 @@ impl Record {
         self.points.last().map(|point| point.number)
     }
 
+    /// The oldest point that can be gone back to, listed or held. Numbers have no gaps, so it says which undo files there are.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        let listed = self.points.first()?.number;
+        Some(self.held.iter().map(|held| held.point.number).fold(listed, u64::min))
+    }
+
+    /// A point that can be opened, listed or held.
+    pub(super) fn find(&self, point: u64) -> Option<PointInfo> {
+        let held = self.held.iter().map(|held| held.point);
+        self.points.iter().copied().chain(held).find(|known| known.number == point)
+    }
+
+    /// The undo files that are there for leases only.
+    pub(super) fn held_back(&self) -> Vec<FileId> {
+        let (Some(oldest), Some(listed)) = (self.oldest(), self.points.first()) else { return vec![] };
+        (oldest + 1..=listed.number).map(|point| self.undo(point)).collect()
+    }
+
+    /// Points were taken out: an undo file from which nothing older can be reached is of no use.
+    pub(super) fn forget_useless_undo(&mut self) {
+        let reaches = self.oldest() < self.newest();
+        if let Phase::Applying { undo } = &mut self.phase {
+            *undo &= reaches;
+        }
+    }
+
     pub(super) fn journal(&self, point: u64) -> FileId {
         FileId { kind: FileKind::Journal, lineage: self.lineage, point }
     }
@@ -71,11 +101,12 @@ impl Record {
 
     /// The undo files that lead from the newest point to those before it, oldest first.
     pub(super) fn undo_files(&self) -> Vec<FileId> {
+        let (Some(oldest), Some(newest)) = (self.oldest(), self.newest()) else { return vec![] };
         let made = match self.phase {
-            Phase::Committed | Phase::Applying { undo: false } => self.points.len().saturating_sub(1),
-            _ => self.points.len(),
+            Phase::Committed | Phase::Applying { undo: false } => oldest + 1..newest,
+            _ => oldest + 1..newest + 1,
         };
-        self.points.iter().take(made).skip(1).map(|point| self.undo(point.number)).collect()
+        made.map(|point| self.undo(point)).collect()
     }
 
     /// All files that the record speaks of.
@@ -95,6 +126,7 @@ impl Record {
             points: self.points.clone(),
             damaged: self.damaged.clone(),
             lost: self.lost.clone(),
+            held: self.held.iter().map(HeldPoint::from).collect(),
             layer: self.phase == Phase::Layer,
             applying: matches!(self.phase, Phase::Committed | Phase::Applying { .. }),
         }

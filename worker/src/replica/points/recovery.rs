@@ -3,6 +3,7 @@
 use super::FOLDER;
 use super::error::PointError;
 use super::group::{Core, Inner, file_error};
+use super::lease::without_overdue;
 use super::log_reader::Log;
 use super::medium::Cell;
 use super::record::{Phase, Record};
@@ -16,7 +17,7 @@ pub(super) fn load(cell: &dyn Cell) -> Result<Option<Record>, PointError> {
 impl Inner {
     /// Reads the record, ends what was under way, and deletes what the record does not speak of.
     pub(super) fn recover(&self, core: &mut Core) -> Result<(), PointError> {
-        let record = load(&*self.medium.cell)?;
+        let record = load(&*self.medium.cell)?.map(without_overdue);
         let files = self.medium.folder.list().map_err(file_error("list", FOLDER))?;
         core.files = files.into_iter().collect();
         self.count(core);
@@ -73,8 +74,13 @@ impl Inner {
 
     fn refuse(&self, core: &mut Core, record: Option<Record>, reason: String) {
         tracing::error!(reason, "replica damaged");
-        let damaged =
-            |record: Record| Record { points: Vec::new(), phase: Phase::Settled, damaged: Some(reason), ..record };
+        let damaged = |record: Record| Record {
+            points: Vec::new(),
+            held: Vec::new(),
+            phase: Phase::Settled,
+            damaged: Some(reason),
+            ..record
+        };
         core.record = record.map(damaged);
         self.show(core);
     }

@@ -6,6 +6,7 @@ use super::FOLDER;
 use super::error::PointError;
 use super::format::{FileId, HEADER_BYTES};
 use super::group::{Core, Inner, file_error};
+use super::lease::LeaseEnd;
 use super::log_writer::LogWriter;
 use super::record::{Phase, Record};
 
@@ -64,8 +65,11 @@ impl Inner {
         }
     }
 
-    /// Deletes the oldest point, unless it is the newest or the one that the newest is about to replace.
+    /// Deletes the oldest point, unless it is the newest or the one that the newest is about to replace. What only leases keep goes first.
     pub(super) fn give_up_oldest(&self, core: &mut Core) -> Result<bool, PointError> {
+        if self.give_up_oldest_lease(core, &LeaseEnd::Space)? {
+            return Ok(true);
+        }
         let Some(record) = &core.record else { return Ok(false) };
         // Of a point that is only committed the undo is not made yet: the one before it is the replica.
         let least = if record.phase == Phase::Committed { 2 } else { 1 };
@@ -74,14 +78,13 @@ impl Inner {
         }
         let mut record = record.clone();
         let given_up = record.points.remove(0).number;
-        if record.points.len() == 1 && matches!(record.phase, Phase::Applying { .. }) {
-            record.phase = Phase::Applying { undo: false };
-        }
+        record.held.retain(|held| held.point.number != given_up);
+        record.forget_useless_undo();
         tracing::warn!(point = given_up, "recovery point given up for lack of space");
         record.lost = Some(format!("older recovery points, up to {given_up}, were given up for lack of space"));
-        let undo = record.undo(given_up + 1).name();
         self.save(core, Some(record))?;
-        self.remove_file(core, &undo)?;
+        self.end_leases(core, &LeaseEnd::Space);
+        self.remove_useless(core, given_up)?;
         Ok(true)
     }
 
@@ -99,11 +102,12 @@ impl Inner {
         let Some(record) = &core.record else { return Ok(()) };
         let mut record = Record { lost: Some(reason.to_owned()), ..record.clone() };
         record.points.retain(|kept| kept.number >= point);
-        if let Phase::Applying { undo } = &mut record.phase {
-            *undo &= record.points.len() > 1;
-        }
+        record.held.retain(|held| held.point.number >= point);
+        record.forget_useless_undo();
         tracing::error!(point, reason, "recovery points lost");
-        self.save(core, Some(record))
+        self.save(core, Some(record))?;
+        self.end_leases(core, &LeaseEnd::Lost { reason: reason.to_owned() });
+        Ok(())
     }
 }
 

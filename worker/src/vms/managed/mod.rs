@@ -36,6 +36,7 @@ use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, StartMode, Vm};
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::{Groups, GroupsError};
+use crate::replica::points::LeaseEnd;
 use crate::replica::store::{ReplicaError, ReplicaStore};
 
 /// How long a guest has to shut down when asked; then it is asked again.
@@ -376,7 +377,7 @@ impl ManagedVm {
         let id = self.id;
         flattenings.end(id).await;
         tokio::task::block_in_place(|| {
-            groups.forget(id)?;
+            groups.forget(id, &LeaseEnd::Removed)?;
             replicas.remove(id)?;
             records::remove(store, id)?;
             Ok(())

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEi+wIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDQoFbGFja3MYKSADKAlCDQoLX3Byb3RlY3Rpb25CDgoMX3JlcGxpY2F0aW9uQg0KC19mbGF0dGVuaW5nIkYKCkZsYXR0ZW5pbmcSEgoKZG9uZV9ieXRlcxgBIAEoBBITCgt0b3RhbF9ieXRlcxgCIAEoBBIPCgdwcm9ibGVtGAMgASgJIkIKClByb3RlY3Rpb24SDgoGcnBvX21zGAEgASgEEhMKC2tlZXBfcG9pbnRzGAIgASgNEg8KB3F1aWVzY2UYAyABKAgi2wIKEVJlcGxpY2F0aW9uU3RhdHVzEiwKBXBoYXNlGAEgASgOMh0ucGFnZXBvcnQudjEuUmVwbGljYXRpb25QaGFzZRIqCgZuZXdlc3QYAiABKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50Eg4KBmxhZ19tcxgDIAEoBBIRCglsYWdfYnl0ZXMYBCABKAQSEgoKZG9uZV9ieXRlcxgFIAEoBBITCgt0b3RhbF9ieXRlcxgGIAEoBBIQCghyYXRlX2JwcxgHIAEoBBIUCgx3b3JzdF9ycG9fbXMYCCABKAQSEQoJd2luZG93X21zGAkgASgEEhIKCmV0YV9sb3dfbXMYCiABKAQSEwoLZXRhX2hpZ2hfbXMYCyABKAQSEgoKcnBvX21pc3NlZBgMIAEoCBIPCgdwcm9ibGVtGA0gASgJEhcKD3F1aWVzY2VfcHJvYmxlbRgOIAEoCSJuCg1SZWNvdmVyeVBvaW50Eg4KBm51bWJlchgBIAEoBBIVCg10YWtlbl91bml4X21zGAIgASgDEhUKDWNoYW5nZWRfYnl0ZXMYAyABKAQSEAoIcXVpZXNjZWQYBCABKAgSDQoFZGlza3MYKCABKA0icAoQUHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSKwoKcHJvdGVjdGlvbhgEIAEoCzIXLnBhZ2Vwb3J0LnYxLlByb3RlY3Rpb24iOgoRUHJvdGVjdFZtUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiQgoSVW5wcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIVChNVbnByb3RlY3RWbVJlc3BvbnNlIjUKGUxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QSCgoCdm0YASABKAkSDAoEc2l0ZRgCIAEoCSJIChpMaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRIqCgZwb2ludHMYASADKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50IjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBTKzBQoSUmVwbGljYXRpb25TZXJ2aWNlElAKC1NlZWRSZXBsaWNhEh8ucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXF1ZXN0GiAucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXNwb25zZRJTCgxMaXN0UmVwbGljYXMSIC5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXF1ZXN0GiEucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVzcG9uc2USSgoJUHJvdGVjdFZtEh0ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlc3BvbnNlElAKC1VucHJvdGVjdFZtEh8ucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXF1ZXN0GiAucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXNwb25zZRJlChJMaXN0UmVjb3ZlcnlQb2ludHMSJi5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0GicucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USTQoKU2V0TGlua0NhcBIeLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlc3BvbnNlEkoKCUxpc3RMaW5rcxIdLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXNwb25zZRJWCg1EZWxldGVSZXBsaWNhEiEucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlcXVlc3QaIi5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEiiwMKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDQoFbGFja3MYKSADKAkSDgoGd29ya2VyGDwgASgJQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbkINCgtfZmxhdHRlbmluZyJGCgpGbGF0dGVuaW5nEhIKCmRvbmVfYnl0ZXMYASABKAQSEwoLdG90YWxfYnl0ZXMYAiABKAQSDwoHcHJvYmxlbRgDIAEoCSJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIItsCChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCRIXCg9xdWllc2NlX3Byb2JsZW0YDiABKAkibgoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIEg0KBWRpc2tzGCggASgNInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkicwoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIpCgdleHBvcnRzGDwgAygLMhgucGFnZXBvcnQudjEuUG9pbnRFeHBvcnQi7QEKC1BvaW50RXhwb3J0Eg0KBXZtX2lkGAEgASgJEg4KBm51bWJlchgCIAEoBBIVCg10YWtlbl91bml4X21zGAMgASgDEiwKBXN0YXRlGAQgASgOMh0ucGFnZXBvcnQudjEuUG9pbnRFeHBvcnRTdGF0ZRIWCg5vcGVuZWRfdW5peF9tcxgFIAEoAxIUCgxlbmRzX3VuaXhfbXMYBiABKAMSDgoGcmVhc29uGAcgASgJEhIKCmhlbGRfYnl0ZXMYCCABKAQSKAoFZGlza3MYCSADKAsyGS5wYWdlcG9ydC52MS5FeHBvcnRlZERpc2siPgoMRXhwb3J0ZWREaXNrEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBBIMCgR1cmxzGAMgAygJIjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBSpxChBQb2ludEV4cG9ydFN0YXRlEiIKHlBPSU5UX0VYUE9SVF9TVEFURV9VTlNQRUNJRklFRBAAEhsKF1BPSU5UX0VYUE9SVF9TVEFURV9PUEVOEAESHAoYUE9JTlRfRVhQT1JUX1NUQVRFX0VOREVEEAIyswUKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -84,6 +84,13 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: repeated string lacks = 41;
    */
   lacks: string[];
+
+  /**
+   * The worker that holds it.
+   *
+   * @generated from field: string worker = 60;
+   */
+  worker: string;
 };
 
 /**
@@ -426,6 +433,13 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
    * @generated from field: repeated pageport.v1.RecoveryPoint points = 1;
    */
   points: RecoveryPoint[];
+
+  /**
+   * Points of the VM that are open for reading at the site, listed or not, and those that ended lately.
+   *
+   * @generated from field: repeated pageport.v1.PointExport exports = 60;
+   */
+  exports: PointExport[];
 };
 
 /**
@@ -434,6 +448,98 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 10);
+
+/**
+ * A recovery point that is open for reading over NBD (HostService.OpenPoint).
+ *
+ * @generated from message pageport.v1.PointExport
+ */
+export type PointExport = Message<"pageport.v1.PointExport"> & {
+  /**
+   * @generated from field: string vm_id = 1;
+   */
+  vmId: string;
+
+  /**
+   * @generated from field: uint64 number = 2;
+   */
+  number: bigint;
+
+  /**
+   * @generated from field: int64 taken_unix_ms = 3;
+   */
+  takenUnixMs: bigint;
+
+  /**
+   * @generated from field: pageport.v1.PointExportState state = 4;
+   */
+  state: PointExportState;
+
+  /**
+   * @generated from field: int64 opened_unix_ms = 5;
+   */
+  openedUnixMs: bigint;
+
+  /**
+   * When it ends at the latest, or when it ended, by the clock of the replica's host.
+   *
+   * @generated from field: int64 ends_unix_ms = 6;
+   */
+  endsUnixMs: bigint;
+
+  /**
+   * @generated from field: string reason = 7;
+   */
+  reason: string;
+
+  /**
+   * What the replica keeps of older states for this export and those of later points, and would not keep otherwise.
+   *
+   * @generated from field: uint64 held_bytes = 8;
+   */
+  heldBytes: bigint;
+
+  /**
+   * @generated from field: repeated pageport.v1.ExportedDisk disks = 9;
+   */
+  disks: ExportedDisk[];
+};
+
+/**
+ * Describes the message pageport.v1.PointExport.
+ * Use `create(PointExportSchema)` to create a new message.
+ */
+export const PointExportSchema: GenMessage<PointExport> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 11);
+
+/**
+ * @generated from message pageport.v1.ExportedDisk
+ */
+export type ExportedDisk = Message<"pageport.v1.ExportedDisk"> & {
+  /**
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * @generated from field: uint64 size_bytes = 2;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * Where it is read, as qemu-img takes it: the unix socket, then TCP if there is that.
+   *
+   * @generated from field: repeated string urls = 3;
+   */
+  urls: string[];
+};
+
+/**
+ * Describes the message pageport.v1.ExportedDisk.
+ * Use `create(ExportedDiskSchema)` to create a new message.
+ */
+export const ExportedDiskSchema: GenMessage<ExportedDisk> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.Link
@@ -462,7 +568,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -484,7 +590,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -501,7 +607,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -514,7 +620,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -531,7 +637,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -558,7 +664,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -575,7 +681,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -592,7 +698,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -609,7 +715,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -636,7 +742,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 22);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -649,7 +755,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 21);
+  messageDesc(file_pageport_v1_replication, 23);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
@@ -741,6 +847,34 @@ export enum ReplicationPhase {
  */
 export const ReplicationPhaseSchema: GenEnum<ReplicationPhase> = /*@__PURE__*/
   enumDesc(file_pageport_v1_replication, 1);
+
+/**
+ * @generated from enum pageport.v1.PointExportState
+ */
+export enum PointExportState {
+  /**
+   * @generated from enum value: POINT_EXPORT_STATE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * @generated from enum value: POINT_EXPORT_STATE_OPEN = 1;
+   */
+  OPEN = 1,
+
+  /**
+   * `reason` says why.
+   *
+   * @generated from enum value: POINT_EXPORT_STATE_ENDED = 2;
+   */
+  ENDED = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.PointExportState.
+ */
+export const PointExportStateSchema: GenEnum<PointExportState> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_replication, 2);
 
 /**
  * @generated from service pageport.v1.ReplicationService

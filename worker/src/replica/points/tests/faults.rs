@@ -22,9 +22,11 @@ fn every_step_fails_once(seed: u64, kind: ErrorKind, loss: Loss) {
             }
             // Older points may have given way.
             driver.possible[0].kept = driver.possible[0].kept.min(1);
+            driver.possible[0].held_may_go = true;
         }
         for model in &mut driver.possible {
             model.kept = model.kept.min(1);
+            model.held_may_go = true;
         }
         let over = driver.sim.steps() - before < step;
         driver.sim.no_trouble();

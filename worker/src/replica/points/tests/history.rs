@@ -1,15 +1,17 @@
 //! Random histories of a group, and a model of what must be found after each step of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::super::group::Group;
-use super::super::{Change, ChangeDigest, JournalWriter, Limits, Lineage, PointError, PointInfo};
+use super::super::{Change, ChangeDigest, JournalWriter, Limits, Lineage, MAX_LEASES, PointError, PointInfo};
 use super::sim::Sim;
 
-pub(super) const AMPLE: Limits = Limits { points_bytes: u64::MAX >> 1, reserve_bytes: 0 };
+pub(super) const AMPLE: Limits = Limits { points_bytes: u64::MAX >> 1, held_bytes: u64::MAX >> 1, reserve_bytes: 0 };
+/// Longer than any test.
+pub(super) const FOR_EVER: i64 = i64::MAX;
 /// Neither ends at a block.
 pub(super) const DISKS: [(&str, usize); 2] = [("data", 40_000), ("root", 61_440 + 1234)];
 
@@ -41,6 +43,8 @@ pub(super) enum Op {
     Adopt,
     Forget,
     Reopen,
+    Lease(u64),
+    Release(u64),
 }
 
 /// What a group must hold.
@@ -50,6 +54,10 @@ pub(super) struct Model {
     pub(super) points: Vec<(PointInfo, Disks)>,
     /// So many of the newest points must be there; more may be.
     pub(super) kept: usize,
+    /// Points that are held, whatever is kept.
+    pub(super) held: BTreeSet<u64>,
+    /// Room may have been needed for something else.
+    pub(super) held_may_go: bool,
     /// The disks, where there are no points.
     pub(super) disks: Disks,
 }
@@ -79,11 +87,11 @@ impl Model {
     }
 
     fn only(lineage: Lineage, disks: Disks) -> Self {
-        Self { lineage: Some(lineage), points: vec![(info(1), disks.clone())], kept: 1, disks }
+        Self { lineage: Some(lineage), points: vec![(info(1), disks.clone())], kept: 1, ..Self::without_points(disks) }
     }
 
     fn without_points(disks: Disks) -> Self {
-        Self { lineage: None, points: Vec::new(), kept: 0, disks }
+        Self { lineage: None, points: Vec::new(), kept: 0, held: BTreeSet::new(), held_may_go: false, disks }
     }
 
     /// Whether the group holds this.
@@ -107,7 +115,11 @@ impl Model {
         if state.points.last() != newest || state.points.len() < self.kept {
             return Err(format!("points {:?}, expected {} up to {newest:?}", state.points, self.kept));
         }
-        for found in &state.points {
+        let held: BTreeSet<u64> = state.held.iter().map(|held| held.point.number).collect();
+        if held != self.held && !(self.held_may_go && held.is_subset(&self.held)) {
+            return Err(format!("held {held:?}, expected {:?}", self.held));
+        }
+        for found in state.points.iter().chain(state.held.iter().map(|held| &held.point)) {
             let known = self.points.iter().find(|(info, _)| info == found).ok_or(format!("{found:?} never was"))?;
             for (name, content) in &known.1 {
                 if &read_point(group, found.number, name).map_err(|error| error.to_string())? != content {
@@ -115,7 +127,9 @@ impl Model {
                 }
             }
         }
-        let expected = state.points.iter().skip(1).map(|point| format!("{}.undo", point.number));
+        let numbers = || state.points.iter().map(|point| point.number).chain(held.iter().copied());
+        let (oldest, newest) = (numbers().min().unwrap_or(1), numbers().max().unwrap_or(0));
+        let expected = (oldest + 1..=newest).map(|point| format!("{point}.undo"));
         let (mut expected, mut files): (Vec<_>, _) = (expected.collect(), sim.file_names());
         expected.sort();
         files.sort();
@@ -172,10 +186,15 @@ impl Driver {
         let disks = self.model().newest().clone();
         let fresh = self.model().lineage.is_none();
         let random = &mut self.random;
-        match random.random_range(0..12) {
+        match random.random_range(0..16) {
             0 if !fresh => Op::Forget,
             1 => Op::Adopt,
             2 => Op::Reopen,
+            12..15 if !fresh && self.possible[0].held.len() < MAX_LEASES => {
+                let open = self.group.as_ref().map(|group| group.state().points).unwrap_or_default();
+                Op::Lease(open[random.random_range(0..open.len())].number)
+            }
+            15 => Op::Release(self.possible[0].held.iter().next().copied().unwrap_or(1)),
             3 => Op::Abandon(edits(random, &disks, true)),
             4..=6 if !fresh => {
                 let mut grown = Vec::new();
@@ -203,6 +222,20 @@ impl Driver {
         let number = before.points.last().map_or(7, |(info, _)| info.number + 1);
         match op {
             Op::Reopen => self.open(),
+            Op::Lease(point) => {
+                let mut after = before.clone();
+                after.held.insert(*point);
+                self.possible = vec![before, after.clone()];
+                group.lease(*point, FOR_EVER)?;
+                self.now(after)
+            }
+            Op::Release(point) => {
+                let mut after = before.clone();
+                after.held.remove(point);
+                self.possible = vec![before, after.clone()];
+                group.release(*point)?;
+                self.now(after)
+            }
             Op::Adopt => {
                 let after = Model::only(Lineage::generate(), before.newest().clone());
                 self.possible = vec![before, after.clone()];

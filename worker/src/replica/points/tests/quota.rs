@@ -8,7 +8,7 @@ use super::history::{AMPLE, Driver, Op, info, send, write};
 use super::sim::Loss;
 
 fn limited(points_bytes: u64) -> Driver {
-    let mut driver = Driver::new(5, Limits { points_bytes, reserve_bytes: 0 });
+    let mut driver = Driver::new(5, Limits { points_bytes, ..AMPLE });
     driver.act(&Op::Adopt).unwrap();
     driver
 }
@@ -70,7 +70,7 @@ fn a_point_whose_undo_does_not_fit_is_put_in_place_without_it() {
 
 #[test]
 fn what_must_stay_free_on_the_file_system_stays_free() {
-    let mut driver = Driver::new(6, Limits { points_bytes: AMPLE.points_bytes, reserve_bytes: 50_000 });
+    let mut driver = Driver::new(6, Limits { reserve_bytes: 50_000, ..AMPLE });
     driver.act(&Op::Adopt).unwrap();
     driver.sim.set_capacity(100_000);
     for seed in 0..12 {
