@@ -22,8 +22,9 @@ use pageport_worker::hypervisor::migrate::SourceSettings;
 use pageport_worker::hypervisor::{
     Accelerator, Console, Host, Launch, MigrationStatus, RunState, StartMode, Vm, VmPaths, list_running,
 };
-use pageport_worker::migration::incoming::Incoming;
-use pageport_worker::migration::outgoing::Outgoing;
+use pageport_worker::memory::arrived::Arrived;
+use pageport_worker::migration::incoming::{self, Incoming};
+use pageport_worker::migration::outgoing::{self, Outgoing};
 use pageport_worker::replica::store::{ReplicaDisk, ReplicaStore};
 use pageport_worker::replica::view::{Confirmed, ReplicaState, ReplicaView};
 use pageport_worker::transport::{MessageReader, PeerConnection, PeerEndpoint};
@@ -72,7 +73,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     let replicas = ReplicaStore::new(store, &folder);
     let replica_path = folder.join("replica.raw");
     images.copy_disk(&replica_path).unwrap();
-    replicas.locate_or_adopt(vm, DISK, &replica_path).unwrap();
+    replicas.locate_or_adopt(vm, DISK, &replica_path, None).unwrap();
     let replica = replicas.open_existing(vm, DISK).unwrap();
     let view = Arc::new(view_of(&replica));
     // A few blocks rot after they were indexed, so that references to them must fall back.
@@ -81,7 +82,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     }
 
     let spec = spec(&images, &disk);
-    let launch = |mode| Launch { vm, spec: spec.clone(), disk_paths: BTreeMap::new(), mode, deadline: None };
+    let launch = |mode| Launch { vm, spec: spec.clone(), images: BTreeMap::new(), mode, deadline: None };
     let source = Vm::start(&hosts.host("a"), &launch(StartMode::Running)).await.unwrap();
     make_busy(&source).await;
     let destination = Vm::start(&hosts.host("b"), &launch(StartMode::Incoming)).await.unwrap();
@@ -90,7 +91,8 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     let (sending, receiving, _endpoints) = connected(&folder).await;
     let accepting = tokio::spawn(accept(receiving, destination.paths().incoming(), replica));
     let outgoing_socket = begin(&source).await;
-    let mut outgoing = Outgoing::start(sending, "test", "", outgoing_socket, view).await.unwrap();
+    let held = outgoing::Held { disks: view, kept: None };
+    let mut outgoing = Outgoing::start(sending, "test", "", outgoing_socket, held, None).await.unwrap();
     let (mut incoming, mut answers) = accepting.await.unwrap();
     let acknowledging = outgoing.answers();
     tokio::spawn(async move {
@@ -108,7 +110,7 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     let sent = outgoing.sent_all().await.unwrap();
     let written = incoming.written_all().await.unwrap();
     drop(incoming);
-    assert_eq!(sent.digest, written.value());
+    assert_eq!(sent.digest, written.digest.value());
     source.wait_migration(MigrationStatus::Completed, PATIENCE).await.unwrap();
     destination.wait_migration(MigrationStatus::Completed, PATIENCE).await.unwrap();
     let pages = outgoing.sent().pages;
@@ -226,7 +228,8 @@ async fn accept(
     let (fallback, memory) = (streams.pop().unwrap(), streams.pop().unwrap());
     let (answers, answered) = mpsc::unbounded_channel();
     let socket = UnixStream::connect(socket).unwrap();
-    (Incoming::start(memory, fallback, socket, vec![replica], answers).unwrap(), answered)
+    let held = incoming::Held { disks: vec![replica], kept: None };
+    (Incoming::start(memory, fallback, socket, held, Arrived::default(), answers).unwrap(), answered)
 }
 
 fn assert_equal(left: &Path, arrived: &Path) {

@@ -49,8 +49,16 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     let refused = ctl(&story.lab, &["migrate", VM, "--to", "b"]).await.unwrap_err();
     assert!(refused.contains("b") && refused.lines().count() == 1, "{refused}");
 
-    ctl(&story.lab, &["migrate", VM, "--to", "a", "--watch"]).await.unwrap();
+    // What it left there of its memory is still there: only what has changed since crosses the link.
+    wait_for_kept(&story, "a", 1).await;
+    let shown = ctl(&story.lab, &["--json", "migrate", VM, "--to", "a", "--watch"]).await.unwrap();
+    let back: serde_json::Value = serde_json::from_str(shown.lines().last().unwrap()).unwrap();
+    let back_literal = back["record"]["pages"]["literal"].as_u64().unwrap();
+    eprintln!("literal pages there {}, and back {back_literal}", pages("literal"));
+    assert!(back_literal * 2 < pages("literal"), "{record} there, and back {back}");
     story.assert_nothing_left("a").await;
+    wait_for_kept(&story, "a", 0).await;
+    wait_for_kept(&story, "b", 1).await;
     let summary = session.finish().await.unwrap();
     assert!(summary.numbers > 10);
     let checks = loads::compare(&mut story.guest, &story.before, true).await.unwrap();
@@ -123,6 +131,23 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
     ctl(&story.lab, &["vm", "start", VM]).await.unwrap();
     let mut guest = story.lab.guest("a", pageport_lab::lab::guest::GUEST_ADDRESS).await.unwrap();
     assert_ne!(guest.uptime().await.unwrap().1, boot_id);
+}
+
+/// Waits until so many files of memory are kept at a site.
+async fn wait_for_kept(story: &Story, site: &str, count: usize) {
+    let folder = story.lab.worker_data(site).join("kept");
+    let kept = async {
+        while files_below(&folder) != count {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let waited = tokio::time::timeout(std::time::Duration::from_secs(30), kept).await;
+    waited.unwrap_or_else(|_| panic!("{} files below {}", files_below(&folder), folder.display()));
+}
+
+fn files_below(folder: &std::path::Path) -> usize {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.map(|path| if path.is_dir() { files_below(&path) } else { 1 }).sum()
 }
 
 fn sent_to_peer(story: &Story) -> u64 {

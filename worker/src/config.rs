@@ -10,6 +10,7 @@ use pageport_proto::{SiteName, WorkerName};
 use serde::Deserialize;
 
 use crate::hypervisor::keeper;
+use crate::memory::KeepConfig;
 
 /// The file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -28,6 +29,8 @@ pub struct RawConfig {
     hypervisor: HypervisorConfig,
     #[serde(default)]
     replication: ReplicationConfig,
+    #[serde(default)]
+    migration: RawMigration,
     #[serde(default)]
     drill: DrillConfig,
     #[serde(default)]
@@ -48,6 +51,18 @@ struct RawAdvertise {
     peer: Option<SocketAddr>,
 }
 
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawMigration {
+    keep_memory: bool,
+}
+
+impl Default for RawMigration {
+    fn default() -> Self {
+        Self { keep_memory: true }
+    }
+}
+
 /// Where others reach this worker: as it listens, unless `[advertise]` says otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Advertised {
@@ -65,6 +80,8 @@ pub struct HypervisorConfig {
     pub qemu: String,
     /// The keeper's program: a path, or a name that is looked for beside the worker's program and in `PATH`.
     pub keeper: String,
+    /// The tool that makes raw files of qcow2 images; needed only where there are such.
+    pub qemu_img: String,
     /// What runs the guests.
     pub accelerator: AcceleratorChoice,
 }
@@ -74,6 +91,7 @@ impl Default for HypervisorConfig {
         Self {
             qemu: "qemu-system-x86_64".to_owned(),
             keeper: keeper::PROGRAM.to_owned(),
+            qemu_img: "qemu-img".to_owned(),
             accelerator: AcceleratorChoice::Auto,
         }
     }
@@ -150,6 +168,8 @@ pub struct Config {
     pub hypervisor: HypervisorConfig,
     /// Disk for replication.
     pub replication: ReplicationConfig,
+    /// Memory of VMs that have moved away.
+    pub keep_memory: KeepConfig,
     /// Open recovery points.
     pub drill: DrillConfig,
     /// Logs and traces.
@@ -194,6 +214,7 @@ impl TryFrom<RawConfig> for Config {
             },
             tls: raw.tls,
             hypervisor: raw.hypervisor,
+            keep_memory: KeepConfig { keep: raw.migration.keep_memory, reserve_bytes: raw.replication.reserve_bytes },
             replication: raw.replication,
             drill: raw.drill,
             telemetry: raw.telemetry,

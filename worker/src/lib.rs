@@ -4,7 +4,7 @@
 //!   controller ◀──gRPC── agent ──▶ vms ──▶ hypervisor (QEMU over QMP)
 //!                          │                    ▲ │ stream, NBD
 //!                          ▼                    │ ▼
-//!                 migration {source, destination} · replication · drill · replica {seed, session, store, points}
+//!                 migration {source, destination} · replication · drill · replica {seed, session, store, points} · image
 //!                          ▲                    │
 //!                          └──── transport (QUIC, mutual TLS) ◀──▶ the peer worker
 //! ```
@@ -16,6 +16,8 @@ pub mod drill;
 pub mod error;
 pub mod failpoint;
 pub mod hypervisor;
+pub mod image;
+pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;

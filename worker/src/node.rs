@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pageport_common::store::Store;
 use pageport_proto::VmId;
 use tokio::sync::Notify;
 
@@ -12,8 +11,10 @@ use crate::config::Config;
 use crate::drill::exports::Exports;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::replica::cap::Caps;
+use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
@@ -30,8 +31,6 @@ pub struct Node {
     pub config: Config,
     /// Which store its records are in.
     pub store: StoreIdentity,
-    /// That store.
-    pub records: Arc<Store>,
     /// How QEMU is run here.
     pub hypervisor: hypervisor::Host,
     /// Which QEMU that is.
@@ -40,10 +39,14 @@ pub struct Node {
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
     pub groups: Arc<Groups>,
+    /// Images that become raw.
+    pub flattenings: Arc<Flattenings>,
     /// Those that are open for reading.
     pub exports: Exports,
     /// What is known of replicas elsewhere.
     pub views: Views,
+    /// Memory that is kept for the way back.
+    pub memory: KeptMemory,
     /// What replication and seeds may send.
     pub caps: Caps,
     /// Replications whose source is here.

@@ -101,7 +101,7 @@ enum Start {
 struct DiskEntry {
     name: String,
     path: String,
-    #[serde(default = "raw")]
+    #[serde(default)]
     format: String,
 }
 
@@ -120,10 +120,6 @@ struct DirectBootEntry {
     initrd: String,
     #[serde(default)]
     cmdline: String,
-}
-
-fn raw() -> String {
-    "raw".to_owned()
 }
 
 /// Reads a description from a file, or from standard input for "-".
@@ -177,7 +173,8 @@ impl VmFile {
             require(short, key("name"), problem)?;
             require(seen.insert(&disk.name), key("name"), format!("\"{}\" is taken by another disk", disk.name))?;
             require(disk.path.starts_with('/'), key("path"), "use an absolute path on the worker")?;
-            require(disk.format == "raw", key("format"), format!("\"{}\"; only \"raw\" so far", disk.format))?;
+            let known = ["", "raw", "qcow2"].contains(&disk.format.as_str());
+            require(known, key("format"), format!("\"{}\"; use raw or qcow2", disk.format))?;
         }
         for (at, nic) in self.nics.iter().enumerate() {
             let key = |field| format!("nics[{at}].{field}");
@@ -243,7 +240,7 @@ mod tests {
     fn the_shortest_description_gets_the_defaults() {
         let spec = parse(MINIMAL, Path::new("vm.yaml")).unwrap();
         assert_eq!((spec.memory_bytes, spec.vcpus, spec.machine.as_str()), (2 << 30, 2, ""));
-        assert_eq!(spec.disks[0].format, "raw");
+        assert_eq!(spec.disks[0].format, "");
         assert!(spec.nics.is_empty() && spec.direct_boot.is_none());
         assert_eq!(spec.on_isolation(), v1::IsolationPolicy::KeepRunning);
         assert_eq!(spec.start(), v1::StartPolicy::AsOrdered);
@@ -283,7 +280,7 @@ mod tests {
             ("vcpus: 2", "vcpus: -1", "vcpus: invalid"),
             ("/srv/web.img", "web.img", "wrong disks[0].path: use an absolute path"),
             ("name: root", "name: a-very-long-disk-name-x", "wrong disks[0].name"),
-            ("web.img}", "web.img, format: qcow2}", "wrong disks[0].format: \"qcow2\"; only"),
+            ("web.img}", "web.img, format: vmdk}", "wrong disks[0].format: \"vmdk\"; use raw or qcow2"),
             ("disks:\n  - {name: root, path: /srv/web.img}", "disks: []", "wrong disks: a VM needs"),
             ("vcpus: 2\n", "", "missing field `vcpus`"),
         ] {

@@ -179,6 +179,11 @@ impl<'a> View<'a> {
             out.total_bytes = disk.disk_bytes;
         }
         self.kept_up_to_date(id, vm, site, replica, &mut out);
+        let holder = self.observations.connected(&replica.worker, self.now);
+        out.flattening = holder.and_then(|holder| holder.vm(id)).and_then(|report| report.flattening.clone());
+        if let Some(flattening) = out.flattening.as_ref().filter(|flattening| !flattening.problem.is_empty()) {
+            out.problem.clone_from(&flattening.problem);
+        }
         out
     }
 
@@ -186,7 +191,6 @@ impl<'a> View<'a> {
     fn kept_up_to_date(&self, id: VmId, vm: &Vm, site: &SiteName, replica: &Replica, out: &mut v1::Replica) {
         let Some(status) = self.replication(id, vm, site, replica) else { return };
         out.protection = replica.protection.map(|protection| protection.terms.into());
-        out.scrub_seq = replica.protection.map_or(0, |protection| protection.scrub_seq);
         let report = self.observations.last(vm.ownership.owner().0).and_then(|owner| owner.replication(id, site));
         out.wan_bytes = report.map_or(0, |report| report.wan_bytes);
         out.rate_bps = status.rate_bps;

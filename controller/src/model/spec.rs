@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 /// The machine type of a definition that names none.
 pub const DEFAULT_MACHINE: &str = "pc-q35-10.0";
-const FORMAT_RAW: &str = "raw";
 const MIB: u64 = 1 << 20;
 const MIN_MEMORY_BYTES: u64 = 16 * MIB;
 const MAX_MEMORY_BYTES: u64 = 16 << 40;
@@ -52,6 +51,38 @@ enum StartPolicy {
 struct Disk {
     name: String,
     path: String,
+    #[serde(default)]
+    format: Format,
+}
+
+/// Of a disk's image at the VM's first site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+enum Format {
+    /// Definitions that are older than formats are of raw images.
+    #[default]
+    Raw,
+    Qcow2,
+    /// Not said. The worker takes it for raw, unless it looks like something else.
+    Unsaid,
+}
+
+impl Format {
+    fn parse(name: &str) -> Option<Self> {
+        match name {
+            "" => Some(Self::Unsaid),
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Unsaid => "",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,14 +192,15 @@ fn disks(disks: Vec<v1::DiskSpec>) -> Result<Vec<Disk>, SpecError> {
         if taken.iter().any(|other| other.name == disk.name) {
             return bad(field("name"), format!("\"{}\" is used twice", disk.name));
         }
-        if !disk.format.is_empty() && disk.format != FORMAT_RAW {
-            return bad(field("format"), format!("\"{}\" is not supported: use \"{FORMAT_RAW}\"", disk.format));
-        }
+        let Some(format) = Format::parse(&disk.format) else {
+            let problem = format!("\"{}\" is not supported: use \"raw\" or \"qcow2\"", disk.format);
+            return bad(field("format"), problem);
+        };
         path(field("path"), &disk.path)?;
         if taken.iter().any(|other| other.path == disk.path) {
             return bad(field("path"), format!("\"{}\" is used twice", disk.path));
         }
-        taken.push(Disk { name: disk.name, path: disk.path });
+        taken.push(Disk { name: disk.name, path: disk.path, format });
     }
     Ok(taken)
 }
@@ -221,7 +253,7 @@ impl From<&Spec> for v1::VmSpec {
         let disk = |disk: &Disk| v1::DiskSpec {
             name: disk.name.clone(),
             path: disk.path.clone(),
-            format: FORMAT_RAW.to_owned(),
+            format: disk.format.name().to_owned(),
         };
         let nic = |nic: &Nic| v1::NicSpec { mac: nic.mac.clone(), bridge: nic.bridge.clone() };
         let boot = |boot: &Boot| v1::DirectBoot {
@@ -270,8 +302,19 @@ pub(crate) mod tests {
     #[test]
     fn defaults_fill_what_was_left_empty() {
         let spec = v1::VmSpec::from(&Spec::try_from(sample("web")).unwrap());
-        assert_eq!((spec.machine.as_str(), spec.disks[0].format.as_str()), (DEFAULT_MACHINE, "raw"));
+        assert_eq!(spec.machine, DEFAULT_MACHINE);
         assert_eq!(Spec::try_from(spec.clone()).map(|again| v1::VmSpec::from(&again)), Ok(spec));
+    }
+
+    #[test]
+    fn formats_are_kept_as_they_were_said_and_old_definitions_are_of_raw_images() {
+        for format in ["", "raw", "qcow2"] {
+            let mut asked = sample("web");
+            asked.disks[0].format = format.to_owned();
+            assert_eq!(v1::VmSpec::from(&Spec::try_from(asked).unwrap()).disks[0].format, format);
+        }
+        let old: Disk = serde_json::from_str(r#"{"name": "root", "path": "/images/web.raw"}"#).unwrap();
+        assert_eq!(old.format, Format::Raw);
     }
 
     #[test]
@@ -287,7 +330,7 @@ pub(crate) mod tests {
             ("disks", |s| s.disks.clear()),
             ("disks[1].name", |s| s.disks.push(s.disks[0].clone())),
             ("disks[0].name", |s| s.disks[0].name = "x".repeat(21)),
-            ("disks[0].format", |s| s.disks[0].format = "qcow2".into()),
+            ("disks[0].format", |s| s.disks[0].format = "vmdk".into()),
             ("disks[0].path", |s| s.disks[0].path = "web.raw".into()),
             ("nics[0].mac", |s| s.nics[0].mac = "53:54:00:12:34:56".into()),
             ("nics[0].mac", |s| s.nics[0].mac = "52:54:0:12:34:56".into()),

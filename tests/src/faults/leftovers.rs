@@ -84,6 +84,8 @@ fn is_workers_own(path: &Path, data: &Path, owns: bool) -> bool {
         Some("store" | "lock") => true,
         // What is known of replicas elsewhere, as long as the VM is here.
         Some("index") => owns,
+        // Memory that it left when it moved away, complete.
+        Some("kept") => !owns && path.extension().is_none(),
         Some("replicas") => path.extension().is_some_and(|extension| extension == "raw"),
         _ => false,
     }

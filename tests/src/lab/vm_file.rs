@@ -1,9 +1,10 @@
 //! The description of a lab's VM, as `pageportctl vm define -f` takes it, with a disk of its own.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use super::guest::{Attachment, GUEST_ADDRESS, GuestImages, Variant, command_line};
 use super::network::{GUEST_BRIDGE, Mode};
@@ -37,6 +38,32 @@ impl VmFile {
         words: &str,
     ) -> Result<Self, LabError> {
         Self::write(lab, name, images, variant, GUEST_ADDRESS, words)
+    }
+
+    /// As [`VmFile::new`], with the copied disk as the backing file of a qcow2 image, which is the VM's.
+    ///
+    /// # Errors
+    /// When there is no room, or no `qemu-img`.
+    pub fn qcow2(lab: &Lab, name: &str, images: &GuestImages, variant: Variant) -> Result<Self, LabError> {
+        let mut file = Self::new(lab, name, images, variant)?;
+        let (base, disk) = (file.disk.clone(), file.disk.with_extension("qcow2"));
+        let failed = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |source| LabError::Io { operation, path, source }
+        };
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).args([&base, &disk]);
+        let made = create.status().and_then(|status| match status.success() {
+            true => Ok(()),
+            false => Err(io::Error::other(status.to_string())),
+        });
+        made.map_err(failed("make", &disk))?;
+        let text = fs::read_to_string(&file.path).map_err(failed("read", &file.path))?;
+        let said = format!("path: {}\n    format: qcow2\n", disk.display());
+        let text = text.replace(&format!("path: {}\n", base.display()), &said);
+        fs::write(&file.path, text).map_err(failed("write", &file.path))?;
+        file.disk = disk;
+        Ok(file)
     }
 
     /// As [`VmFile::new`] with an address of the guests' segment, 10.88.0.0/16. Without a segment it has no network card.

@@ -1,6 +1,8 @@
 //! What the stories of moving a VM share: a lab with one small guest that runs, is seeded, warm and busy.
 #![allow(clippy::unwrap_used, dead_code)]
 
+pub mod protected;
+
 use std::path::PathBuf;
 use std::time::Duration;
 

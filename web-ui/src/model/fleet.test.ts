@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 
 import { SiteSchema, Takeover_Ground, VmSchema, VmState, WorkerSchema } from "../gen/pageport/v1/fleet_pb.ts";
 import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
-import { ReplicaSchema, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
+import { FlatteningSchema, ReplicaSchema, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
 import { ordered, seedFraction, siteViews, sortedVms, takenOver, vmName } from "./fleet.ts";
 import { groundWords, hasEnded, migrationLook, replicaLook, vmLook } from "./states.ts";
 
@@ -54,10 +54,16 @@ test("a VM that was taken over says from whom, on what ground and by whom, the n
 });
 
 test("a state of a newer API is shown as unknown instead of breaking the page", () => {
-  for (const look of [vmLook(99 as VmState), migrationLook(99 as MigrationState), replicaLook(99 as ReplicaState)]) {
+  for (const look of [vmLook(99 as VmState), migrationLook(99 as MigrationState), replicaLook({ state: 99 as ReplicaState })]) {
     expect(look).toEqual({ word: "?", tone: "warn" });
   }
   expect(hasEnded(99 as MigrationState)).toBe(false);
+});
+
+test("a replica whose image is becoming raw says so, and nothing else", () => {
+  const flattening = create(FlatteningSchema, { doneBytes: 1n, totalBytes: 2n });
+  expect(replicaLook({ state: ReplicaState.SEEDED, flattening }).word).toBe("flattening");
+  expect(replicaLook({ state: ReplicaState.SEEDED }).word).toBe("seeded");
 });
 
 test("only the three last states end a migration", () => {

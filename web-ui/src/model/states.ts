@@ -1,7 +1,7 @@
 // States as words and tones. Each map must name every state: the compiler refuses a new one without its entry.
 import { Takeover_Ground, VmState } from "../gen/pageport/v1/fleet_pb.ts";
 import { MigrationState } from "../gen/pageport/v1/migration_pb.ts";
-import { ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
+import { type Replica, ReplicaState } from "../gen/pageport/v1/replication_pb.ts";
 
 /** What a state means for whoever looks: fine, under way, look here, broken, or nothing much. */
 export type Tone = "good" | "busy" | "warn" | "bad" | "quiet";
@@ -42,6 +42,8 @@ const REPLICA = {
   [ReplicaState.OUTDATED]: { word: "outdated", tone: "warn" },
 } satisfies Record<ReplicaState, Look>;
 
+const FLATTENING: Look = { word: "flattening", tone: "busy" };
+
 const ENDED = {
   [MigrationState.UNSPECIFIED]: false,
   [MigrationState.REQUESTED]: false,
@@ -65,6 +67,8 @@ const NEWER: Look = { word: "?", tone: "warn" };
 
 export const vmLook = (state: VmState): Look => VM[state] ?? NEWER;
 export const migrationLook = (state: MigrationState): Look => MIGRATION[state] ?? NEWER;
-export const replicaLook = (state: ReplicaState): Look => REPLICA[state] ?? NEWER;
+/** A replica whose image is still becoming raw is none yet, whatever it will be. */
+export const replicaLook = ({ state, flattening }: Pick<Replica, "state" | "flattening">): Look =>
+  flattening === undefined ? (REPLICA[state] ?? NEWER) : FLATTENING;
 export const groundWords = (ground: Takeover_Ground): string => GROUND[ground] ?? NEWER.word;
 export const hasEnded = (state: MigrationState): boolean => ENDED[state] ?? false;

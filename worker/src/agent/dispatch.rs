@@ -38,7 +38,7 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             start_seeds(&node, assignment).await;
             replications.follow(&node, assignment);
             for removal in &assignment.replica_removals {
-                remove_replica(&node, &removal.vm_id);
+                remove_replica(&node, &removal.vm_id).await;
             }
         }
         // What could not be done yet is looked at again, even without news.
@@ -97,6 +97,7 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         match gone.await {
             Ok(Converged::Gone) => {
                 node.vms.forget(id);
+                node.memory.delete(id);
                 node.changed.notify_one();
             }
             Ok(Converged::Kept) => {}
@@ -110,10 +111,18 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         }
         let owned = node.vms.get(id).is_some_and(|vm| vm.status().record.owned().is_some());
         if was_owned && !owned {
-            // However it left: what was known of its replicas is of no use any more.
+            // However it left: what was known of its replicas, and of its memory elsewhere, is of no use any more.
             node.views.forget(id).await;
+            node.memory.forget_arrived(id);
+        }
+        if !was_owned && owned {
+            // However it came: what was kept of its memory has been used, or will not be.
+            node.memory.delete(id);
         }
         was_owned = owned;
+        if let Some(vm) = node.vms.get(id).filter(|_| !wanted.deleted) {
+            vm.flatten_what_was_left();
+        }
         let mut status = node.vms.get(id).map(|vm| vm.watch());
         let changed = async {
             match &mut status {
@@ -205,13 +214,15 @@ async fn start_seeds(node: &Arc<Node>, assignment: &WorkerAssignment) {
     }
 }
 
-fn remove_replica(node: &Arc<Node>, vm_id: &str) {
+async fn remove_replica(node: &Arc<Node>, vm_id: &str) {
     let Ok(id) = vm_id.parse::<VmId>() else { return };
     let replica = node.vms.get(id).is_none_or(|vm| matches!(vm.status().record, Record::Replica { .. }));
     if !replica {
         tracing::error!(vm_id, "told to remove the replica of a vm that this worker may run; it stays");
         return;
     }
+    node.flattenings.end(id).await;
+    node.memory.delete(id);
     let removed = tokio::task::block_in_place(|| -> Result<(), VmError> {
         node.groups.forget(id, &LeaseEnd::Removed)?;
         Ok(node.replicas.remove(id)?)

@@ -9,7 +9,6 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::controllers::ControllerError;
 use crate::node::Node;
-use crate::replica::store::image_bytes;
 use crate::vms::ManagedVm;
 
 /// Longest time without a report.
@@ -103,10 +102,10 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
 
 fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
     let status = vm.status();
-    let paths = node.replicas.paths(vm.id());
-    let (disk_bytes, disk_allocated_bytes) = paths
+    let disks = node.replicas.locations(vm.id());
+    let (disk_bytes, disk_allocated_bytes) = disks
         .iter()
-        .filter_map(|path| image_bytes(path).ok())
+        .filter_map(|(_, location)| location.bytes().ok())
         .fold((0, 0), |(bytes, allocated), (disk_bytes, disk_allocated)| {
             (bytes + disk_bytes, allocated + disk_allocated)
         });
@@ -117,8 +116,9 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         record: Some(OwnershipRecord::from(status.record)),
         disk_bytes,
         disk_allocated_bytes,
-        has_replica: !paths.is_empty() && status.record.owned().is_none(),
+        has_replica: !disks.is_empty() && status.record.owned().is_none(),
         recovery_points: node.groups.points(vm.id()),
         halted_power_seq: status.halted_under.unwrap_or_default(),
+        flattening: node.flattenings.report(vm.id()),
     }
 }

@@ -35,9 +35,11 @@ use crate::config::{AcceleratorChoice, Config};
 use crate::drill::export::Grounds;
 use crate::drill::exports::Exports;
 use crate::hypervisor::{self, Accelerator, accel};
+use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::replica::cap::Caps;
+use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
 use crate::replica::store::ReplicaStore;
@@ -63,6 +65,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     node.store.settle(&store)?;
     let owned = |vm| node.vms.get(vm).is_some_and(|vm| vm.status().record.owned().is_some());
     node.views.retain(owned).await;
+    node.memory.retain(|vm| node.vms.get(vm).is_some() && !owned(vm));
     let (assignments, assigned) = watch::channel(None);
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(stop.clone().run_until_cancelled_owned(link::run(node.clone(), assignments)));
@@ -108,11 +111,14 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         reserve_bytes: config.replication.reserve_bytes,
     };
     let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
+    let tool = config.hypervisor.qemu_img.clone();
+    let flattenings = Arc::new(Flattenings::new(tool, config.replication.reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
         hypervisor: hypervisor.clone(),
         replicas: replicas.clone(),
         groups: groups.clone(),
+        flattenings: flattenings.clone(),
         changed: changed.clone(),
     });
     let grounds = Grounds {
@@ -123,13 +129,14 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     };
     let node = Node {
         store: identity_of_store,
-        records: store.clone(),
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
         groups,
+        flattenings,
         exports: Exports::new(grounds, changed.clone()),
         views: Views::new(&config.data_dir),
+        memory: KeptMemory::new(&config.data_dir, config.keep_memory),
         caps: Caps::default(),
         replications: Replications::new(changed.clone()),
         sessions: Sessions::default(),

@@ -130,6 +130,7 @@ async fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
         return Err(RefusedDisk::Owned { vm });
     }
     let disk = tokio::task::block_in_place(|| -> Result<_, RefusedDisk> {
+        node.replicas.must_be_flat(vm)?;
         // Written in place it is at none of its recovery points any more.
         node.groups.forget(vm, &LeaseEnd::Seeded)?;
         Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)

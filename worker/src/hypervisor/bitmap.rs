@@ -10,7 +10,7 @@
 use serde::Serialize;
 
 use super::block::refused_with;
-use super::command_line::disk_node;
+use super::disk::disk_node;
 use super::error::HypervisorError;
 use super::qmp::{Ignored, qmp_command};
 use super::vm::Vm;

@@ -76,6 +76,8 @@ impl JobState {
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct NodeInfo {
     pub node_name: String,
+    /// The driver's name.
+    pub drv: String,
     pub image: ImageInfo,
     #[serde(default)]
     pub dirty_bitmaps: Vec<NodeBitmap>,

@@ -4,13 +4,8 @@
 //! this with the same spec; only host paths, tap names, `-S` and `-incoming` differ.
 //!
 //! ```text
-//!   virtio-blk-pci (blk-NAME, slot 4+i) ─▶ top-NAME (raw) ─▶ disk-NAME (raw) ─▶ file-NAME ─▶ image
-//!                                          mirrors       ▲       bitmaps
-//!                                                        └ here a frozen point puts its filter
+//!   virtio-blk-pci (blk-NAME, slot 4+i) ─▶ nodes of the disk: see `disk`
 //! ```
-//! The upper node is there so that a mirror and a frozen point of one disk do not contend for the same node, and so that its
-//! child can be changed under a running device.
-//!
 //! - Guest memory is one backend whose id is the name of its RAM block. It is not preallocated where a migration will fill it: that would be
 //!   waited for before anything moves, and most of memory is there long before the guest stops.
 //! - The images are opened through the host's page cache: at the destination the worker has written the replica through
@@ -20,16 +15,17 @@
 //! - QEMU may not start programs or change its privileges (seccomp).
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pageport_keeper::BootTime;
 use pageport_proto::VmId;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::VmSpec;
-use serde_json::json;
 
 use super::accel::Accelerator;
+use super::disk::{self, Top};
 use super::paths::VmPaths;
+use crate::image::{Format, Image};
 
 /// The machine type of a VM whose spec does not name one.
 pub const DEFAULT_MACHINE: &str = "pc-q35-9.0";
@@ -67,8 +63,8 @@ pub struct Launch {
     pub vm: VmId,
     /// What it is.
     pub spec: VmSpec,
-    /// Where its disks lie on this host, by name; a disk that is not named here lies where its spec says.
-    pub disk_paths: BTreeMap<String, PathBuf>,
+    /// Its disks on this host, by name; a disk that is not named here is a raw image where its spec says.
+    pub images: BTreeMap<String, Image>,
     /// How to begin.
     pub mode: StartMode,
     /// When the keeper is to kill it, unless [`super::Vm::arm`] extends that; `None`: never.
@@ -76,8 +72,8 @@ pub struct Launch {
 }
 
 impl Launch {
-    fn disk_path(&self, name: &str, path: &str) -> PathBuf {
-        self.disk_paths.get(name).cloned().unwrap_or_else(|| PathBuf::from(path))
+    fn image(&self, name: &str, path: &str) -> Image {
+        self.images.get(name).cloned().unwrap_or_else(|| Image::raw(path))
     }
 }
 
@@ -131,7 +127,8 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
         text("disk name", &disk.name, fits, "use 1 to 20 of a-z, 0-9 and \"-\"")?;
         let unique = spec.disks[..index].iter().all(|other| other.name != disk.name);
         text("disk name", &disk.name, unique, "another disk has it")?;
-        text("disk format", &disk.format, matches!(disk.format.as_str(), "" | "raw"), "only raw so far")?;
+        let format = disk.format.is_empty() || Format::parse(&disk.format).is_some();
+        text("disk format", &disk.format, format, "use raw or qcow2")?;
         text("disk path", &disk.path, file(&disk.path), "use an absolute path")?;
     }
     for nic in &spec.nics {
@@ -145,24 +142,6 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
         text("initrd", &boot.initrd, boot.initrd.is_empty() || file(&boot.initrd), "use an absolute path")?;
     }
     Ok(())
-}
-
-/// Node that the device uses; mirrors attach to it.
-pub fn top_node(disk: &str) -> String {
-    format!("top-{disk}")
-}
-
-/// Node below it, with the disk's bitmaps.
-pub fn disk_node(disk: &str) -> String {
-    format!("disk-{disk}")
-}
-
-/// The options of the upper node, over the node `below` it: also for `blockdev-reopen`, which resets what it is not told.
-pub fn top_layer(disk: &str, below: &str) -> serde_json::Value {
-    json!({
-        "driver": "raw", "node-name": top_node(disk), "file": below,
-        "discard": "unmap", "cache": {"direct": false, "no-flush": false},
-    })
 }
 
 /// The argument that gives QEMU its control socket; also what tells this VM's QEMU from other processes.
@@ -211,18 +190,12 @@ pub fn arguments(
     option("-chardev", format!("socket,id=agent,path={},server=on,wait=off", escaped(&paths.agent())));
     option("-device", format!("virtio-serial-pci,id=ports,max_ports=2,addr={AGENT_SLOT:#x}"));
     option("-device", "virtserialport,id=agent-port,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0".into());
+    if spec.disks.iter().any(|disk| Top::of(&launch.image(&disk.name, &disk.path)) == Top::Transparent) {
+        option("-object", format!("throttle-group,id={}", disk::UNLIMITED));
+    }
     for (index, disk) in spec.disks.iter().enumerate() {
         let name = &disk.name;
-        let image = launch.disk_path(name, &disk.path);
-        let file = json!({
-            "driver": "file", "node-name": format!("file-{name}"), "filename": image.to_string_lossy(),
-            "discard": "unmap", "cache": {"direct": false, "no-flush": false},
-        });
-        let disk_layer = json!({
-            "driver": "raw", "node-name": disk_node(name), "file": format!("file-{name}"),
-            "discard": "unmap", "detect-zeroes": "unmap", "cache": {"direct": false, "no-flush": false},
-        });
-        for node in [file, disk_layer, top_layer(name, &disk_node(name))] {
+        for node in disk::nodes(name, &launch.image(name, &disk.path)) {
             option("-blockdev", node.to_string());
         }
         let serial: String = name.chars().take(SERIAL_BYTES).collect();
@@ -230,7 +203,7 @@ pub fn arguments(
         let boot = if spec.direct_boot.is_none() { format!(",bootindex={}", index + 1) } else { String::new() };
         option(
             "-device",
-            format!("virtio-blk-pci,id=blk-{name},drive={},serial={serial},addr={slot:#x}{boot}", top_node(name)),
+            format!("virtio-blk-pci,id=blk-{name},drive={},serial={serial},addr={slot:#x}{boot}", disk::top_node(name)),
         );
     }
     for (index, (nic, tap)) in spec.nics.iter().zip(taps).enumerate() {
@@ -277,7 +250,7 @@ mod tests {
             ..VmSpec::default()
         };
         let vm = "018f4a3e-7c1b-7000-8000-000000000001".parse().unwrap();
-        Launch { vm, spec, disk_paths: BTreeMap::new(), mode, deadline: None }
+        Launch { vm, spec, images: BTreeMap::new(), mode, deadline: None }
     }
 
     fn argv(launch: &Launch) -> Vec<String> {
@@ -309,24 +282,12 @@ mod tests {
     fn both_sides_of_a_move_differ_only_in_paths_and_start() {
         let source = argv(&launch(StartMode::Running));
         let mut moved = launch(StartMode::Incoming);
-        moved.disk_paths.insert("root".into(), "/replicas/root".into());
+        moved.images.insert("root".into(), Image::raw("/replicas/root"));
         let destination = argv(&moved);
         let differing: Vec<&str> =
             source.iter().zip(&destination).filter(|(a, b)| a != b).map(|(a, _)| a.as_str()).collect();
         assert!(differing.len() == 1 && differing[0].contains("/srv/a,b.raw"), "{differing:?}");
         assert_eq!(destination[source.len()..], ["-S", "-incoming", "defer"]);
-    }
-
-    #[test]
-    fn a_disk_is_three_nodes_from_device_to_file() {
-        let argv = argv(&launch(StartMode::Paused));
-        let nodes: Vec<serde_json::Value> =
-            values(&argv, "-blockdev").into_iter().map(|node| serde_json::from_str(node).unwrap()).collect();
-        assert_eq!(nodes.len(), 6);
-        assert_eq!((&nodes[0]["filename"], &nodes[0]["node-name"]), (&json!("/srv/a,b.raw"), &json!("file-root")));
-        assert_eq!((&nodes[1]["node-name"], &nodes[1]["file"]), (&json!("disk-root"), &json!("file-root")));
-        assert_eq!((&nodes[2]["node-name"], &nodes[2]["file"]), (&json!("top-root"), &json!("disk-root")));
-        assert_eq!(argv.last().map(String::as_str), Some("-S"));
     }
 
     #[test]
@@ -353,7 +314,7 @@ mod tests {
         assert!(refused(|s| s.memory_bytes = 1).contains("memory_bytes"));
         assert!(refused(|s| s.vcpus = 0).contains("vcpus"));
         assert!(refused(|s| s.disks[1].name = "root".into()).contains("another disk"));
-        assert!(refused(|s| s.disks[0].format = "qcow2".into()).contains("raw"));
+        assert!(refused(|s| s.disks[0].format = "vmdk".into()).contains("raw or qcow2"));
         assert!(refused(|s| s.disks[0].path = "nbd://x".into()).contains("absolute"));
         assert!(refused(|s| s.nics[0].mac = "52:54:00:12:34:5g".into()).contains("mac"));
         assert!(refused(|s| s.nics[0].bridge = "br0,x=y".into()).contains("bridge"));

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::block::{BlockJob, JobEvent, LOOK_INTERVAL, nbd_target};
-use super::command_line::top_node;
+use super::disk::top_node;
 use super::error::HypervisorError;
 use super::qmp::{COMMAND_DEADLINE, Ignored, qmp_command};
 use super::vm::Vm;

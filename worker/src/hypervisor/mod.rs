@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   accel          which accelerator runs guests here, by trying
-//!   command_line   VmSpec ─▶ arguments (pure)
+//!   command_line   VmSpec ─▶ arguments (pure)                  disk  the nodes of a disk (pure)
 //!   process        start, find again, watch, kill          tap   its network devices
 //!   keeper         its parent, which enforces its lease
 //!   qmp            commands, replies, events over a socket event what they mean (pure)
@@ -22,6 +22,7 @@ mod bitmap;
 mod block;
 pub mod command_line;
 pub mod console;
+mod disk;
 mod error;
 pub mod event;
 pub mod freeze;
@@ -47,6 +48,7 @@ pub use freeze::{Consistency, FreezeDisk, Frozen, Outcome};
 pub use mirror::{MirrorHandle, MirrorSync};
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;
+pub use process::end_writers_of;
 pub use qmp::QmpError;
 pub use stats::WriteCount;
 pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running, remove};

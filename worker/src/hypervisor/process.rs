@@ -131,6 +131,24 @@ fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::new(pidfd)
 }
 
+/// Ends every process that was told to write to `file`: a tool that outlived its worker. Waits for their ends. The caller writes to it by no process.
+///
+/// # Errors
+/// Processes cannot be looked at.
+pub async fn end_writers_of(file: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(process) = Process::open(pid)? else { continue };
+        // The program itself is no file to write to.
+        if process.arguments()?.iter().skip(1).any(|argument| argument == file.as_os_str().as_bytes()) {
+            tracing::warn!(pid, file = %file.display(), "a tool that an earlier worker left is ended");
+            process.kill()?;
+            process.gone().await?;
+        }
+    }
+    Ok(())
+}
+
 /// Starts QEMU below a keeper; the output of both goes to the VM's log. The child is the keeper (`setsid` becomes it).
 pub fn spawn(keeper: &Path, qemu: &str, arguments: &[String], paths: &VmPaths) -> io::Result<Child> {
     let log = std::fs::File::create(paths.log())?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pageport_proto::v1::{
-    ClockProbe, MigrationHello, StreamHello, ToDestination, ToSource, stream_hello, to_destination, to_source,
+    Accepted, ClockProbe, MigrationHello, StreamHello, ToDestination, ToSource, stream_hello, to_destination, to_source,
 };
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -54,7 +54,7 @@ pub struct Control {
     writer: MessageWriter,
     replies: mpsc::Receiver<Result<to_source::Kind, ControlError>>,
     memory: Arc<OnceLock<Answers>>,
-    admitted: bool,
+    admitted: Option<Accepted>,
     _reader: AbortOnDropHandle<()>,
 }
 
@@ -76,7 +76,7 @@ impl Control {
         let memory = Arc::new(OnceLock::new());
         let (sender, replies) = mpsc::channel(REPLY_QUEUE);
         let reading = tokio::spawn(read(MessageReader::new(recv), memory.clone(), sender));
-        Ok(Self { writer, replies, memory, admitted: false, _reader: AbortOnDropHandle::new(reading) })
+        Ok(Self { writer, replies, memory, admitted: None, _reader: AbortOnDropHandle::new(reading) })
     }
 
     /// From now on acknowledgements go to this pipeline.
@@ -125,13 +125,14 @@ impl Control {
     ///
     /// # Errors
     /// It refuses, or does not answer.
-    pub async fn admission(&mut self, limit: Duration) -> Result<(), ControlError> {
-        if !self.admitted {
-            let pick = |kind| matches!(kind, to_source::Kind::Accepted(_)).then_some(());
-            self.expect("admission", limit, pick).await?;
-            self.admitted = true;
+    pub async fn admission(&mut self, limit: Duration) -> Result<Accepted, ControlError> {
+        if let Some(accepted) = self.admitted {
+            return Ok(accepted);
         }
-        Ok(())
+        let pick = |kind| if let to_source::Kind::Accepted(accepted) = kind { Some(accepted) } else { None };
+        let accepted = self.expect("admission", limit, pick).await?;
+        self.admitted = Some(accepted);
+        Ok(accepted)
     }
 
     /// Compares the clocks.
@@ -146,7 +147,7 @@ impl Control {
                 match self.expect("a clock reply", limit, Some).await? {
                     to_source::Kind::ClockReply(reply) => break reply,
                     // The destination was quicker than the probes.
-                    to_source::Kind::Accepted(_) => self.admitted = true,
+                    to_source::Kind::Accepted(accepted) => self.admitted = Some(accepted),
                     _ => return Err(ControlError::OutOfTurn { expected: "a clock reply" }),
                 }
             };

@@ -24,12 +24,14 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use super::incoming::{Incoming, IncomingError};
+use super::incoming::{Held, Incoming, IncomingError, Written};
 use crate::agent::controllers::ControllerError;
 use crate::clock::{at_ns, now_ns};
 use crate::failpoint;
 use crate::hypervisor::accel::refuse_live_move;
 use crate::hypervisor::{HypervisorError, MigrationStatus, Vm};
+use crate::memory::KeptPages;
+use crate::memory::arrived::Arrived;
 use crate::node::Node;
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replication::mark::{Mark, lineage_of};
@@ -260,16 +262,24 @@ impl Admitted {
 impl Arrival {
     async fn run(&mut self, hello: &MigrationHello) -> Result<(), DestinationError> {
         let admitted = self.phase("admit", async |this| this.admit(hello).await).await?;
-        self.say(to_source::Kind::Accepted(Accepted {}));
+        let held = self.held(&admitted, hello);
+        let kept_pages = held.kept.as_ref().map_or(0, KeptPages::count);
+        self.say(to_source::Kind::Accepted(Accepted { kept_pages }));
         let loaded = async {
-            let end = self.phase("receive", async |this| this.receive(&admitted).await).await?;
-            self.phase("load", async |this| this.load(&admitted, hello, &end).await).await
+            let (end, arrived) = self.phase("receive", async |this| this.receive(&admitted, hello, held).await).await?;
+            self.phase("load", async |this| this.load(&admitted, hello, &end).await).await?;
+            Ok::<_, DestinationError>(arrived)
         };
-        if let Err(error) = loaded.await {
-            admitted.vm.drop_image(&admitted.qemu).await?;
-            return Err(error);
-        }
-        self.phase("resume", async |this| this.resume(&admitted).await).await
+        let arrived = match loaded.await {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                admitted.vm.drop_image(&admitted.qemu).await?;
+                return Err(error);
+            }
+        };
+        self.phase("resume", async |this| this.resume(&admitted).await).await?;
+        self.node.memory.came(admitted.vm.id(), arrived);
+        Ok(())
     }
 
     async fn phase<T>(
@@ -368,18 +378,33 @@ impl Arrival {
         })
     }
 
-    async fn receive(&mut self, admitted: &Admitted) -> Result<StreamEnd, DestinationError> {
+    /// What the source's pages may refer to.
+    fn held(&self, admitted: &Admitted, hello: &MigrationHello) -> Held {
+        let migration = hello.kept_from_migration.parse().ok();
+        let kept = migration.and_then(|migration| self.node.memory.open(admitted.vm.id(), migration));
+        Held { disks: admitted.disks.clone(), kept }
+    }
+
+    async fn receive(
+        &mut self,
+        admitted: &Admitted,
+        hello: &MigrationHello,
+        held: Held,
+    ) -> Result<(StreamEnd, Arrived), DestinationError> {
+        let migration = hello.migration_id.parse();
+        let migration = migration.map_err(|_| DestinationError::Request { what: "the migration's id is none" })?;
+        let arrived = Arrived::of(migration, &hello.source_worker);
         let (memory, fallback) = self.accept_streams().await?;
         let socket = UnixStream::connect(admitted.qemu.paths().incoming()).map_err(DestinationError::Socket)?;
-        let mut incoming = Incoming::start(memory, fallback, socket, admitted.disks.clone(), self.answers.clone())?;
+        let mut incoming = Incoming::start(memory, fallback, socket, held, arrived, self.answers.clone())?;
         // The end may be announced before the last batch is written, or after.
-        let (digest, end) = tokio::select! {
+        let (Written { digest, arrived }, end) = tokio::select! {
             written = incoming.written_all() => (written?, self.stream_end().await?),
             end = self.stream_end() => (incoming.written_all().await?, end?),
         };
         let agrees = end.digest[..] == digest.value()[..]
             && (end.batches, end.raw_bytes) == (digest.batches(), digest.raw_bytes());
-        if agrees { Ok(end) } else { Err(DestinationError::DigestMismatch) }
+        if agrees { Ok((end, arrived)) } else { Err(DestinationError::DigestMismatch) }
     }
 
     /// The memory and the fallback stream, in whichever order they come.

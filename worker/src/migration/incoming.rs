@@ -21,12 +21,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use pageport_proto::v1::{BatchAck, FallbackRequest, to_source};
 use pageport_teleport::{
-    BlockRef, DecodeError, Decoded, Decoder, FrameError, FrameReader, OutOfOrder, ReplicaRead, StreamDigest, Verified,
+    BlockRef, DecodeError, Decoded, Decoder, FrameError, FrameReader, KEPT_MEMORY, OutOfOrder, ReplicaRead,
+    StreamDigest, Verified,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::window::RAW_LIMIT_BYTES;
+use crate::memory::KeptPages;
+use crate::memory::arrived::Arrived;
 use crate::replica::store::{BLOCK_BYTES, ReplicaDisk};
 
 /// Verified bytes that may wait for a batch before them: the source's window and one batch.
@@ -79,10 +82,28 @@ enum Input {
     Failed(quinn::ReadError),
 }
 
+/// What the destination has that pages may refer to.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// The replicas, by number of the disk.
+    pub disks: Vec<Arc<ReplicaDisk>>,
+    /// Memory that was kept when the guest was here before.
+    pub kept: Option<KeptPages>,
+}
+
+/// The whole stream.
+#[derive(Debug)]
+pub struct Written {
+    /// Of all batches.
+    pub digest: StreamDigest,
+    /// What its source may have kept of it.
+    pub arrived: Arrived,
+}
+
 /// The running pipeline. Dropping it ends it.
 #[derive(Debug)]
 pub struct Incoming {
-    done: oneshot::Receiver<Result<StreamDigest, IncomingError>>,
+    done: oneshot::Receiver<Result<Written, IncomingError>>,
     socket: UnixStream,
     _readers: [AbortOnDropHandle<()>; 2],
 }
@@ -97,7 +118,8 @@ impl Incoming {
         memory: quinn::RecvStream,
         fallback: quinn::RecvStream,
         socket: UnixStream,
-        disks: Vec<Arc<ReplicaDisk>>,
+        replica: Held,
+        arrived: Arrived,
         answers: mpsc::UnboundedSender<to_source::Kind>,
     ) -> Result<Self, IncomingError> {
         socket.set_write_timeout(Some(WRITE_LIMIT)).map_err(IncomingError::Hypervisor)?;
@@ -109,11 +131,10 @@ impl Incoming {
             AbortOnDropHandle::new(tokio::spawn(read(fallback, inputs, Input::Fallback, None))),
         ];
         let (done_sender, done) = oneshot::channel();
-        let rebuilding =
-            Rebuilding { decoder, disks: Disks(disks), answers, held: BTreeMap::new(), held_bytes: 0, next: 0 };
+        let rebuilding = Rebuilding { decoder, replica, answers, held: BTreeMap::new(), held_bytes: 0, next: 0 };
         tokio::task::spawn_blocking(move || {
             // Who waits may have given up.
-            let _ = done_sender.send(rebuild(rebuilding, writing, received));
+            let _ = done_sender.send(rebuild(rebuilding, writing, arrived, received));
         });
         Ok(Self { done, socket, _readers: readers })
     }
@@ -122,7 +143,7 @@ impl Incoming {
     ///
     /// # Errors
     /// Why it did not come to that.
-    pub async fn written_all(&mut self) -> Result<StreamDigest, IncomingError> {
+    pub async fn written_all(&mut self) -> Result<Written, IncomingError> {
         (&mut self.done).await.map_err(|_| IncomingError::Ended)?
     }
 }
@@ -157,12 +178,12 @@ async fn read(
     }
 }
 
-/// The replicas as the decoder reads them, by number of the disk.
-struct Disks(Vec<Arc<ReplicaDisk>>);
-
-impl ReplicaRead for Disks {
+impl ReplicaRead for Held {
     fn read(&mut self, at: BlockRef, _count: u32, into: &mut [u8]) -> io::Result<()> {
-        let disk = self.0.get(usize::from(at.disk)).ok_or(io::ErrorKind::NotFound)?;
+        if at.disk == KEPT_MEMORY {
+            return self.kept.as_ref().ok_or(io::ErrorKind::NotFound)?.read(at.block, into);
+        }
+        let disk = self.disks.get(usize::from(at.disk)).ok_or(io::ErrorKind::NotFound)?;
         let offset = at.block.checked_mul(BLOCK_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
         // The last block of a disk that ends inside it reads as if it went on with zeros.
         let held = disk.size_bytes().saturating_sub(offset).min(into.len() as u64) as usize;
@@ -176,12 +197,13 @@ impl ReplicaRead for Disks {
 fn rebuild(
     rebuilding: Rebuilding,
     socket: UnixStream,
+    arrived: Arrived,
     received: mpsc::Receiver<Input>,
-) -> Result<StreamDigest, IncomingError> {
+) -> Result<Written, IncomingError> {
     let answers = rebuilding.answers.clone();
     let (ready, queue) = std::sync::mpsc::sync_channel(WRITE_QUEUE);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(move || write(socket, &queue, &answers));
+        let writer = scope.spawn(move || write(socket, arrived, &queue, &answers));
         let decoded = rebuilding.run(received, ready);
         let written = writer.join().unwrap_or(Err(IncomingError::Ended));
         match decoded {
@@ -195,22 +217,24 @@ fn rebuild(
 /// Writes what was verified to the hypervisor, until no more comes.
 fn write(
     mut socket: UnixStream,
+    mut arrived: Arrived,
     queue: &std::sync::mpsc::Receiver<Verified>,
     answers: &mpsc::UnboundedSender<to_source::Kind>,
-) -> Result<StreamDigest, IncomingError> {
+) -> Result<Written, IncomingError> {
     let mut digest = StreamDigest::new();
     for batch in queue {
         socket.write_all(&batch.bytes).map_err(IncomingError::Hypervisor)?;
         digest.append(&batch.summary)?;
+        arrived.add(&batch.memory_pages);
         // A control stream that is gone ends the migration by itself.
         let _ = answers.send(to_source::Kind::BatchAck(BatchAck { sequence: batch.summary.sequence }));
     }
-    Ok(digest)
+    Ok(Written { digest, arrived })
 }
 
 struct Rebuilding {
     decoder: Decoder,
-    disks: Disks,
+    replica: Held,
     answers: mpsc::UnboundedSender<to_source::Kind>,
     /// Verified, but behind a batch that is not.
     held: BTreeMap<u64, Verified>,
@@ -228,7 +252,7 @@ impl Rebuilding {
                 Input::Memory(bytes) => {
                     memory.push(&bytes);
                     while let Some(frame) = memory.next_frame()? {
-                        match self.decoder.decode(&frame, &mut self.disks)? {
+                        match self.decoder.decode(&frame, &mut self.replica)? {
                             Decoded::Verified(batch) => self.take(batch, &ready)?,
                             Decoded::Mismatch { sequence, teleported_pages } => {
                                 tracing::debug!(
@@ -300,7 +324,7 @@ mod tests {
     }
 
     /// Sends these bytes over QUIC as the memory stream; hands back how it ended and what reached the hypervisor.
-    async fn receive(memory_bytes: &[u8]) -> (Result<StreamDigest, IncomingError>, Vec<u8>) {
+    async fn receive(memory_bytes: &[u8]) -> (Result<Written, IncomingError>, Vec<u8>) {
         let ConnectedPair { source, destination, .. } = &ConnectedPair::new().await;
         let (mut memory, mut fallback) = (source.open_uni(0).await.unwrap(), source.open_uni(0).await.unwrap());
         memory.write_all(memory_bytes).await.unwrap();
@@ -309,7 +333,8 @@ mod tests {
         let (memory, fallback) = (destination.accept_uni().await.unwrap(), destination.accept_uni().await.unwrap());
         let (ours, mut hypervisor) = UnixStream::pair().unwrap();
         let (answers, _answered) = mpsc::unbounded_channel();
-        let mut incoming = Incoming::start(memory, fallback, ours, Vec::new(), answers).unwrap();
+        let mut incoming =
+            Incoming::start(memory, fallback, ours, Held::default(), Arrived::default(), answers).unwrap();
         let outcome = incoming.written_all().await;
         drop(incoming);
         let mut reached = Vec::new();
@@ -320,7 +345,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_whole_stream_reaches_the_hypervisor() {
         let (outcome, reached) = receive(&sent()).await;
-        assert_eq!(outcome.unwrap().raw_bytes(), STREAM.len() as u64);
+        assert_eq!(outcome.unwrap().digest.raw_bytes(), STREAM.len() as u64);
         assert_eq!(reached, STREAM);
     }
 

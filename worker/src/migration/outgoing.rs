@@ -21,6 +21,8 @@ use tokio::sync::{Notify, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::window::{Outstanding, Window};
+use crate::memory::arrived::{Arrived, Both};
+use crate::memory::keeping::Keeping;
 use crate::replica::view::ReplicaView;
 use crate::transport::{MessageError, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority};
 
@@ -97,6 +99,15 @@ impl Shared {
     }
 }
 
+/// What the destination holds that pages may refer to.
+#[derive(Debug)]
+pub struct Held {
+    /// The replicas of the disks.
+    pub disks: Arc<ReplicaView>,
+    /// Memory that it has kept.
+    pub kept: Option<Arc<Arrived>>,
+}
+
 /// What the destination answers goes here.
 #[derive(Debug, Clone)]
 pub struct Answers {
@@ -126,7 +137,8 @@ pub struct Outgoing {
     shared: Arc<Shared>,
     answers: Answers,
     socket: UnixStream,
-    sending: AbortOnDropHandle<Result<StreamTotals, OutgoingError>>,
+    sending: AbortOnDropHandle<Result<(StreamTotals, Option<Keeping>), OutgoingError>>,
+    kept: Option<Keeping>,
     _fallback_task: AbortOnDropHandle<()>,
 }
 
@@ -140,7 +152,8 @@ impl Outgoing {
         migration_id: &str,
         traceparent: &str,
         socket: UnixStream,
-        view: Arc<ReplicaView>,
+        held: Held,
+        keeping: Option<Keeping>,
     ) -> Result<Self, OutgoingError> {
         let hello = |kind| StreamHello {
             protocol_version: PROTOCOL_VERSION,
@@ -156,7 +169,7 @@ impl Outgoing {
         let shared = Arc::new(Shared::default());
         let (batches, encoded) = mpsc::channel(1);
         let reading = socket.try_clone().map_err(OutgoingError::Hypervisor)?;
-        let encoding = tokio::task::spawn_blocking(move || encode(reading, &view, &batches));
+        let encoding = tokio::task::spawn_blocking(move || encode(reading, &held, keeping, &batches));
         let sending = send(shared.clone(), connection.clone(), memory.into_stream(), encoded);
         let sending = tokio::spawn(async move {
             let sent = sending.await;
@@ -177,6 +190,7 @@ impl Outgoing {
             shared,
             socket,
             sending: AbortOnDropHandle::new(sending),
+            kept: None,
             _fallback_task: AbortOnDropHandle::new(answering),
         })
     }
@@ -208,7 +222,14 @@ impl Outgoing {
     /// # Errors
     /// Why it did not come to that.
     pub async fn sent_all(&mut self) -> Result<StreamTotals, OutgoingError> {
-        (&mut self.sending).await.map_err(|_| OutgoingError::Ended)?
+        let (totals, kept) = (&mut self.sending).await.map_err(|_| OutgoingError::Ended)??;
+        self.kept = kept;
+        Ok(totals)
+    }
+
+    /// The memory that was sent, once all is; it is kept if the guest has gone.
+    pub fn take_kept(&mut self) -> Option<Keeping> {
+        self.kept.take()
     }
 }
 
@@ -222,33 +243,45 @@ impl Drop for Outgoing {
 /// Runs on a thread of its own until the hypervisor closes its socket or nobody takes batches.
 fn encode(
     mut socket: UnixStream,
-    view: &ReplicaView,
+    held: &Held,
+    mut keeping: Option<Keeping>,
     batches: &mpsc::Sender<EncodedBatch>,
-) -> Result<StreamTotals, OutgoingError> {
+) -> Result<(StreamTotals, Option<Keeping>), OutgoingError> {
     socket.set_read_timeout(Some(QUIET)).map_err(OutgoingError::Hypervisor)?;
-    let mut encoder = Encoder::new(EncoderParams::default())?;
+    let params = EncoderParams { memory_pages: keeping.is_some(), ..EncoderParams::default() };
+    let mut encoder = Encoder::new(params)?;
+    let lookup = || Both(held.disks.index(), held.kept.as_deref());
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
         match socket.read(&mut chunk) {
             Ok(0) => break,
-            Ok(length) => encoder.push(&chunk[..length], &view.index())?,
+            Ok(length) => encoder.push(&chunk[..length], &lookup())?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => encoder.flush()?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(OutgoingError::Hypervisor(error)),
         }
-        hand_over(&mut encoder, batches)?;
+        hand_over(&mut encoder, &mut keeping, batches)?;
     }
-    encoder.finish(&view.index())?;
-    hand_over(&mut encoder, batches)?;
+    encoder.finish(&lookup())?;
+    hand_over(&mut encoder, &mut keeping, batches)?;
     if let Mode::PassingThrough(reason) = encoder.mode() {
         tracing::warn!(?reason, "the hypervisor's stream has parts that cannot be delimited; they were sent verbatim");
     }
     let digest = encoder.stream_digest();
-    Ok(StreamTotals { digest: digest.value(), batches: digest.batches(), raw_bytes: digest.raw_bytes() })
+    let totals = StreamTotals { digest: digest.value(), batches: digest.batches(), raw_bytes: digest.raw_bytes() };
+    Ok((totals, keeping))
 }
 
-fn hand_over(encoder: &mut Encoder, batches: &mpsc::Sender<EncodedBatch>) -> Result<(), OutgoingError> {
-    while let Some(batch) = encoder.next_batch() {
+fn hand_over(
+    encoder: &mut Encoder,
+    keeping: &mut Option<Keeping>,
+    batches: &mpsc::Sender<EncodedBatch>,
+) -> Result<(), OutgoingError> {
+    while let Some(mut batch) = encoder.next_batch() {
+        let memory_pages = std::mem::take(&mut batch.memory_pages);
+        if let Some(keeping) = keeping.as_mut().filter(|_| !memory_pages.is_empty()) {
+            keeping.add(memory_pages);
+        }
         batches.blocking_send(batch).map_err(|_| OutgoingError::Ended)?;
     }
     Ok(())

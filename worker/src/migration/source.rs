@@ -10,6 +10,9 @@
 //!
 //! The phases run through one wrapper ([`Move::phase`]) that gives the span, the timing and the seam for cancelling.
 
+mod figures;
+mod leaving;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -23,15 +26,14 @@ use tracing::Instrument;
 
 use super::control::{Control, ControlError};
 use super::disks::{Disks, DisksError};
-use super::outgoing::{Outgoing, OutgoingError, StreamTotals};
+use super::outgoing::{Held, Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
 use super::stream::{self, StreamError};
 use super::waits;
-use crate::clock::{self, Offset};
+use crate::clock::Offset;
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
-use crate::replication::mark::lineage_of;
 use crate::replication::registry::MigrationTurn;
 use crate::transport::{PeerConnection, TransportError};
 use crate::vms::{ManagedVm, VmError};
@@ -148,6 +150,8 @@ struct Move {
     outgoing: Option<Outgoing>,
     memory_started: Option<Instant>,
     memory_held: bool,
+    /// Pages that the destination has kept.
+    kept_pages: u64,
     downtime_marks: Vec<(&'static str, Instant)>,
 }
 
@@ -176,6 +180,7 @@ impl Move {
             outgoing: None,
             memory_started: None,
             memory_held: false,
+            kept_pages: 0,
             downtime_marks: Vec::new(),
         }
     }
@@ -241,6 +246,10 @@ impl Move {
             vm_id: assignment.vm_id.clone(),
             epoch: assignment.epoch,
             source_worker: self.order.node.config.name.to_string(),
+            kept_from_migration: self
+                .kept()
+                .and_then(|kept| kept.migration())
+                .map_or_else(String::new, |id| id.to_string()),
         };
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         self.connection = Some(connection.clone());
@@ -280,9 +289,10 @@ impl Move {
             tokio::select! {
                 ready = &mut ready => {
                     ready?;
-                    return Ok(admitted.await?);
+                    self.kept_pages = admitted.await?.kept_pages;
+                    return Ok(());
                 }
-                admitted = &mut admitted => admitted?,
+                admitted = &mut admitted => self.kept_pages = admitted?.kept_pages,
             }
         }
         tokio::select! {
@@ -299,10 +309,13 @@ impl Move {
         }
         let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S).await?;
-        let view = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
+        let disks = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
+        // It may have kept another migration's, or a part.
+        let kept = self.kept().filter(|kept| kept.count() == self.kept_pages);
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         let migration_id = self.order.assignment.migration_id.clone();
-        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, view).await?;
+        let (held, keeping) = (Held { disks, kept }, self.begin_keeping());
+        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, held, keeping).await?;
         if let Some(control) = &self.control {
             control.attach(outgoing.answers());
         }
@@ -446,10 +459,14 @@ impl Move {
             return None;
         };
         let record = self.record(&switched, resumed.resumed_ns);
+        let flat = self.is_flat();
         if let Err(error) = self.order.vm.step(Event::Acquired(self.epoch)).await {
             tracing::error!(%error, "the guest that was handed over could not be ended");
         } else {
-            self.keep_as_replica();
+            self.keep_memory().await;
+            if flat {
+                self.keep_as_replica();
+            }
         }
         self.close("migration complete");
         tracing::info!(
@@ -461,52 +478,6 @@ impl Move {
             "migration complete"
         );
         Some(record)
-    }
-
-    /// The disks here are those that the guest went on with there: replication back begins with them.
-    fn keep_as_replica(&self) {
-        let Ok(migration) = self.order.assignment.migration_id.parse() else { return };
-        let node = &self.order.node;
-        let names: Vec<&str> = self.order.spec.disks.iter().map(|disk| disk.name.as_str()).collect();
-        let stopped = self.downtime_marks.first().map_or_else(Instant::now, |(_, at)| *at);
-        let taken = SystemTime::now().checked_sub(stopped.elapsed()).unwrap_or(UNIX_EPOCH);
-        let taken_unix_ms = taken.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
-        let kept = tokio::task::block_in_place(|| {
-            node.groups.adopt(&node.replicas, self.order.vm.id(), &names, lineage_of(migration), taken_unix_ms)
-        });
-        if let Err(error) = kept {
-            // Replication compares the disks then.
-            tracing::warn!(error = %crate::error::with_causes(&error), "the disks are no recovery point");
-        }
-    }
-
-    fn record(&self, switched: &Switched, resumed_ns: u64) -> MigrationRecord {
-        let ms = |duration: Duration| duration.as_millis() as u64;
-        let since = |moment: Instant| self.offset.between(clock::at_ns(moment), resumed_ns);
-        let sent = self.outgoing.as_ref().map(Outgoing::sent).unwrap_or_default();
-        let steps = self.downtime_marks.windows(2).map(|pair| PhaseTiming {
-            name: pair[1].0.to_owned(),
-            duration_ms: ms(pair[1].1.duration_since(pair[0].1)),
-        });
-        let last = self.downtime_marks.last().map(|(_, at)| since(*at)).unwrap_or_default();
-        let hand_over = PhaseTiming { name: "resume".to_owned(), duration_ms: ms(last) };
-        let mut phases = self.timings.clone();
-        if let Some(current) = phases.last_mut() {
-            current.duration_ms = ms(last);
-        }
-        MigrationRecord {
-            total_time_ms: ms(since(self.started) + self.waited_before),
-            memory_time_ms: self.memory_started.map_or(0, |began| ms(since(began))),
-            downtime_ms: self.downtime_marks.first().map_or(0, |(_, stopped)| ms(since(*stopped))),
-            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
-            disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
-            memory_bytes: switched.totals.raw_bytes,
-            pages: Some(super::page_counts(sent.pages)),
-            stream_digest_match: switched.digest_match,
-            phases,
-            stream_digest: blake3::Hash::from_bytes(switched.totals.digest).to_hex().to_string(),
-            downtime_parts: steps.chain([hand_over]).collect(),
-        }
     }
 
     /// Before the commit point: the guest goes on here, durably, and nothing is left behind.
@@ -550,22 +521,5 @@ impl Move {
         if let Some(connection) = &self.connection {
             connection.close(reason);
         }
-    }
-
-    fn mark(&mut self, name: &'static str) {
-        self.downtime_marks.push((name, Instant::now()));
-    }
-
-    fn report_progress(&self, live: Option<MigrationProgress>) {
-        let sent = self.outgoing.as_ref().map(Outgoing::sent).unwrap_or_default();
-        self.order.entry.set_progress(MigrationProgress {
-            phase: self.timings.last().map(|timing| timing.name.clone()).unwrap_or_default(),
-            pages: Some(super::page_counts(sent.pages)),
-            memory_bytes: sent.raw_bytes,
-            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
-            disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
-            elapsed_ms: (self.started.elapsed() + self.waited_before).as_millis() as u64,
-            ..live.unwrap_or_default()
-        });
     }
 }

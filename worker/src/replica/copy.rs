@@ -18,7 +18,7 @@ use pageport_proto::v1::{DiskHello, VmSpec};
 use super::CopiesFrom;
 use super::cap::Cap;
 use super::session::{DiskSession, SessionError};
-use super::store::{ReplicaError, image_bytes};
+use super::store::ReplicaError;
 use super::view::ReplicaView;
 use crate::hypervisor::mirror::MirrorSync;
 use crate::hypervisor::{HypervisorError, MirrorHandle, Vm};
@@ -289,9 +289,9 @@ impl DiskCopies {
 /// The image is not where it should be.
 pub fn hello(node: &Node, vm: VmId, name: &str) -> Result<DiskHello, CopyError> {
     let missing = || ReplicaError::Missing { vm, disk: name.to_owned() };
-    let path = node.replicas.locate(vm, name)?.ok_or_else(missing)?.path;
-    let (size_bytes, allocated_bytes) =
-        image_bytes(&path).map_err(|source| CopyError::Image { disk: name.to_owned(), source })?;
+    let image = node.replicas.locate(vm, name)?.ok_or_else(missing)?.image().map_err(ReplicaError::from)?;
+    let bytes = || Ok((image.size_bytes()?, image.allocated_bytes()?));
+    let (size_bytes, allocated_bytes) = bytes().map_err(|source| CopyError::Image { disk: name.to_owned(), source })?;
     let disk = name.to_owned();
     Ok(DiskHello { vm_id: vm.to_string(), disk, size_bytes, allocated_bytes, ..DiskHello::default() })
 }

@@ -7,6 +7,7 @@
 //!                           ▲ view (digest of every block) ◀── done ┘
 //! ```
 //! - [`store`]: which file holds a VM's disk on this host, and reads and writes of replicas.
+//! - [`flatten`]: raw files of qcow2 images, before they are replicas.
 //! - [`points`], [`groups`]: their recovery points.
 //! - [`serve`]: the destination's end of a disk stream.
 //! - [`view`]: what the source knows of a replica: the block index that both the copies and the codec ask.
@@ -24,6 +25,7 @@ mod blocks;
 pub mod cap;
 pub mod change;
 pub mod copy;
+pub mod flatten;
 pub mod groups;
 mod in_flight;
 pub mod merge;

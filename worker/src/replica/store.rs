@@ -2,11 +2,13 @@
 //!
 //! | where | what |
 //! |---|---|
-//! | key `disk/<vm>/<disk>` of the worker's store | path and [`Origin`] of the image on this host |
+//! | key `disk/<vm>/<disk>` of the worker's store | path, format and [`Origin`] of the image on this host |
 //! | `<data_dir>/replicas/<vm>/<disk>.raw` | a replica that this worker made |
 //!
 //! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
-//! replica for the way back.
+//! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]).
+
+pub mod flattening;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -17,13 +19,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
 use pageport_common::store::{Batch, Store, StoreError};
 use pageport_proto::VmId;
 use serde::{Deserialize, Serialize};
 
 use super::points;
+use crate::image::{Format, Image, ImageError, begins_like_qcow2, qcow2_bytes};
 
 /// Unit of digests and of comparison, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;
@@ -47,6 +50,32 @@ pub struct DiskLocation {
     pub path: PathBuf,
     /// Who provided it.
     pub origin: Origin,
+    /// What its bytes mean.
+    #[serde(default)]
+    pub format: Format,
+}
+
+impl DiskLocation {
+    /// Size of the disk, and how much of the image's own file is not holes, in bytes.
+    ///
+    /// # Errors
+    /// The image cannot be looked at.
+    pub fn bytes(&self) -> Result<(u64, u64), ImageError> {
+        let failed = |source| ImageError::Open { path: self.path.clone(), source };
+        let (length, allocated_bytes) = image_bytes(&self.path).map_err(failed)?;
+        match self.format {
+            Format::Raw => Ok((length, allocated_bytes)),
+            Format::Qcow2 => Ok((qcow2_bytes(&self.path)?, allocated_bytes)),
+        }
+    }
+
+    /// The image with everything that it is backed by.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn image(&self) -> Result<Image, ImageError> {
+        Image::open(&self.path, self.format)
+    }
 }
 
 /// Why a disk or replica cannot be used.
@@ -118,6 +147,33 @@ pub enum ReplicaError {
         /// What was asked for.
         size_bytes: u64,
     },
+    /// The image cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Nobody said what the image is, and it looks like something else than raw.
+    #[error(
+        "the image {} begins like a qcow2 file and the vm's definition does not say which format it has; that is not guessed, since a guest can \
+         write such a beginning into a raw disk: define the vm with \"format: qcow2\" for this disk, or with \"format: raw\"", path.display()
+    )]
+    FormatUnsaid {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A file of that name is there, and it is not ours.
+    #[error("the image is to be flattened to {}, and such a file is there already: move it away", path.display())]
+    InTheWay {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A replica is raw, and this is not yet.
+    #[error(
+        "the disks of vm {vm} are being flattened from qcow2 to raw here before they are replicas: wait until that is done \
+         (\"pageportctl replica list\" shows how far it is)"
+    )]
+    NotFlat {
+        /// The VM.
+        vm: VmId,
+    },
     /// There is no replica of this disk here.
     #[error("this site holds no replica of disk {disk:?} of vm {vm}: seed it first")]
     Missing {
@@ -181,16 +237,6 @@ impl ReplicaDisk {
     /// The system's, or `UnexpectedEof` past the end.
     pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, offset)
-    }
-
-    /// Reads what the device holds, not what the system remembers of it, as far as the system goes along.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub fn read_anew(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        posix_fadvise(self.file.as_fd(), offset as i64, into.len() as i64, advice)?;
-        self.read(offset, into)
     }
 
     /// Writes; all of it must lie inside the disk.
@@ -289,22 +335,34 @@ impl ReplicaStore {
         location.map(Some).map_err(|source| ReplicaError::Record { vm, disk: disk.to_owned(), source })
     }
 
-    /// Where the owner's disk lies: as recorded, or (the first time) where the VM's definition says.
+    /// Where the owner's disk lies: as recorded, or (the first time) where and as the VM's definition says; [`None`]: it does not say the format.
     ///
     /// # Errors
-    /// The worker's store failed.
-    pub fn locate_or_adopt(&self, vm: VmId, disk: &str, given: &Path) -> Result<PathBuf, ReplicaError> {
+    /// The worker's store failed, or the format would have to be guessed.
+    pub fn locate_or_adopt(
+        &self,
+        vm: VmId,
+        disk: &str,
+        given: &Path,
+        format: Option<Format>,
+    ) -> Result<DiskLocation, ReplicaError> {
         if let Some(location) = self.locate(vm, disk)? {
-            return Ok(location.path);
+            return Ok(location);
         }
-        self.record(vm, disk, &DiskLocation { path: given.to_owned(), origin: Origin::Given })?;
-        Ok(given.to_owned())
+        // One that cannot be read is for the hypervisor to complain of.
+        if format.is_none() && begins_like_qcow2(given).unwrap_or(false) {
+            return Err(ReplicaError::FormatUnsaid { path: given.to_owned() });
+        }
+        let location =
+            DiskLocation { path: given.to_owned(), origin: Origin::Given, format: format.unwrap_or_default() };
+        self.record(vm, disk, &location)?;
+        Ok(location)
     }
 
     /// Opens a replica for writing, making it if there is none.
     ///
     /// # Errors
-    /// [`ReplicaError::NoSpace`] when the source's `allocated_bytes` do not fit; the system's.
+    /// [`ReplicaError::NoSpace`] when the source's `allocated_bytes` do not fit; [`ReplicaError::NotFlat`]; the system's.
     pub fn open_for_writing(
         &self,
         vm: VmId,
@@ -322,10 +380,13 @@ impl ReplicaStore {
             return Ok(found.clone());
         }
         let location = match self.locate(vm, disk)? {
+            Some(DiskLocation { format: Format::Qcow2, .. }) => {
+                return Err(ReplicaError::NotFlat { vm });
+            }
             Some(location) => location,
             None => {
                 let path = self.folder.join(vm.to_string()).join(format!("{disk}.raw"));
-                DiskLocation { path, origin: Origin::Made }
+                DiskLocation { path, origin: Origin::Made, format: Format::Raw }
             }
         };
         let replica = open_file(&location.path, size_bytes, allocated_bytes)?;
@@ -341,16 +402,19 @@ impl ReplicaStore {
     /// [`ReplicaError::Missing`]; the system's.
     pub fn open_existing(&self, vm: VmId, disk: &str) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let missing = || ReplicaError::Missing { vm, disk: disk.to_owned() };
-        let path = self.locate(vm, disk)?.ok_or_else(missing)?.path;
-        let (size_bytes, _) = image_bytes(&path).map_err(|source| ReplicaError::Open { path, source })?;
+        let (size_bytes, _) = self.locate(vm, disk)?.ok_or_else(missing)?.bytes()?;
         self.open_for_writing(vm, disk, size_bytes, 0)
     }
 
-    /// The images of a VM on this host.
-    pub fn paths(&self, vm: VmId) -> Vec<PathBuf> {
-        let pairs = self.store.scan(format!("disk/{vm}/")).unwrap_or_default();
-        let location = |text: Vec<u8>| serde_json::from_slice::<DiskLocation>(&text).ok();
-        pairs.into_iter().filter_map(|(_, text)| location(text)).map(|location| location.path).collect()
+    /// The images of a VM on this host, with the names of their disks.
+    pub fn locations(&self, vm: VmId) -> Vec<(String, DiskLocation)> {
+        let prefix = format!("disk/{vm}/");
+        let pairs = self.store.scan(&prefix).unwrap_or_default();
+        let location = |(key, text): (Vec<u8>, Vec<u8>)| {
+            let name = String::from_utf8(key).ok()?.strip_prefix(&prefix)?.to_owned();
+            Some((name, serde_json::from_slice::<DiskLocation>(&text).ok()?))
+        };
+        pairs.into_iter().filter_map(location).collect()
     }
 
     /// Names of the disks of a VM on this host.
@@ -377,6 +441,7 @@ impl ReplicaStore {
     /// The worker's store failed, or a file cannot be deleted.
     pub fn remove(&self, vm: VmId) -> Result<(), ReplicaError> {
         self.close(vm);
+        self.forget_flattening(vm)?;
         let prefix = format!("disk/{vm}/");
         let failed = |source| ReplicaError::Store { vm, disk: String::new(), source };
         let mut batch = Batch::default();
@@ -400,13 +465,17 @@ impl ReplicaStore {
     }
 
     fn record(&self, vm: VmId, disk: &str, location: &DiskLocation) -> Result<(), ReplicaError> {
-        let text = serde_json::to_vec(location).map_err(|source| ReplicaError::Record {
-            vm,
-            disk: disk.to_owned(),
-            source,
-        })?;
         let mut batch = Batch::default();
-        batch.put(key(vm, disk), text);
+        batch.put(key(vm, disk), self.text(vm, disk, location)?);
+        self.commit(vm, disk, batch)
+    }
+
+    fn text(&self, vm: VmId, disk: &str, value: &impl Serialize) -> Result<Vec<u8>, ReplicaError> {
+        let failed = |source| ReplicaError::Record { vm, disk: disk.to_owned(), source };
+        serde_json::to_vec(value).map_err(failed)
+    }
+
+    fn commit(&self, vm: VmId, disk: &str, batch: Batch) -> Result<(), ReplicaError> {
         self.store.commit(batch).map_err(|source| ReplicaError::Store { vm, disk: disk.to_owned(), source })
     }
 }
@@ -535,6 +604,35 @@ mod tests {
     }
 
     #[test]
+    fn the_format_of_an_image_is_said_once_and_never_guessed() {
+        let (folder, replicas) = setup();
+        let given = folder.path().join("given");
+        std::fs::write(&given, b"QFI\xfb and so on").unwrap();
+        let adopt = |vm, format| replicas.locate_or_adopt(vm, "root", &given, format);
+        let (unsaid, raw, qcow2) = (VmId::generate(), VmId::generate(), VmId::generate());
+        let refused = adopt(unsaid, None).unwrap_err().to_string();
+        assert!(refused.contains("format: qcow2") && refused.contains("format: raw"), "{refused}");
+        assert_eq!(replicas.locate(unsaid, "root").unwrap(), None);
+        assert_eq!(adopt(raw, Some(Format::Raw)).unwrap().format, Format::Raw);
+        assert_eq!(adopt(qcow2, Some(Format::Qcow2)).unwrap().format, Format::Qcow2);
+        // What is recorded counts from then on.
+        assert_eq!(adopt(raw, None).unwrap().format, Format::Raw);
+        assert_eq!(adopt(qcow2, None).unwrap().format, Format::Qcow2);
+        std::fs::write(&given, [0; 4096]).unwrap();
+        assert_eq!(adopt(unsaid, None).unwrap().format, Format::Raw);
+    }
+
+    #[test]
+    fn a_qcow2_image_is_no_replica() {
+        let (folder, replicas) = setup();
+        let (vm, given) = (VmId::generate(), folder.path().join("given"));
+        replicas.locate_or_adopt(vm, "root", &given, Some(Format::Qcow2)).unwrap();
+        let refused = replicas.open_for_writing(vm, "root", 4096, 0);
+        assert!(matches!(refused, Err(ReplicaError::NotFlat { .. })), "{refused:?}");
+        assert!(!given.exists());
+    }
+
+    #[test]
     fn a_replica_that_cannot_fit_is_refused_before_it_is_made() {
         let (folder, replicas) = setup();
         let vm = VmId::generate();
@@ -549,7 +647,7 @@ mod tests {
         let given = folder.path().join("given.raw");
         std::fs::write(&given, [0; 4096]).unwrap();
         let (owner, copied) = (VmId::generate(), VmId::generate());
-        assert_eq!(replicas.locate_or_adopt(owner, "root", &given).unwrap(), given);
+        assert_eq!(replicas.locate_or_adopt(owner, "root", &given, None).unwrap().path, given);
         let made = replicas.open_for_writing(copied, "root", 4096, 0).unwrap().path.clone();
         replicas.remove(owner).unwrap();
         replicas.remove(copied).unwrap();

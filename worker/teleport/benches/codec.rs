@@ -36,7 +36,7 @@ fn report(name: &str, bytes: usize, seconds: f64, remark: &str) {
 }
 
 fn encode(stream: &[u8], index: &dyn BlockLookup, level: Level) -> Vec<EncodedBatch> {
-    let mut encoder = Encoder::new(EncoderParams { level }).unwrap();
+    let mut encoder = Encoder::new(EncoderParams { level, ..EncoderParams::default() }).unwrap();
     let mut batches = Vec::new();
     for piece in stream.chunks(1 << 20) {
         encoder.push(piece, index).unwrap();
@@ -49,7 +49,7 @@ fn encode(stream: &[u8], index: &dyn BlockLookup, level: Level) -> Vec<EncodedBa
 
 /// Encodes as a worker does, which drops each batch once it is acknowledged.
 fn encode_and_drop(stream: &[u8], index: &dyn BlockLookup, level: Level) -> usize {
-    let mut encoder = Encoder::new(EncoderParams { level }).unwrap();
+    let mut encoder = Encoder::new(EncoderParams { level, ..EncoderParams::default() }).unwrap();
     let mut wire = 0;
     for piece in stream.chunks(1 << 20) {
         encoder.push(piece, index).unwrap();

@@ -9,7 +9,7 @@
 
 use crate::counts::PageCounts;
 use crate::digest::{BatchDigest, Transcript};
-use crate::index::{BlockLookup, BlockRef};
+use crate::index::{BlockLookup, BlockRef, KEPT_MEMORY};
 use crate::page::{PAGE_SIZE, Page, PageHash, ZERO_PAGE_HASH, is_zero};
 use crate::qemu::{Item, PageContent, PageRecord};
 use crate::wire::OpsError;
@@ -26,27 +26,37 @@ pub(crate) struct Closed {
     pub(crate) content: Vec<u8>,
 }
 
+/// A stretch of a batch's content.
+#[derive(Debug)]
+pub(crate) struct Stretch<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// It is to be sent.
+    pub(crate) literal: bool,
+    /// It is pages that lie on no disk.
+    pub(crate) of_memory: bool,
+}
+
 impl Closed {
-    /// The stretches of the content that are to be sent, in order.
-    pub(crate) fn literals(&self) -> impl Iterator<Item = Result<&[u8], OpsError>> {
+    /// The stretches of the content that are to be sent or lie on no disk, in order.
+    pub(crate) fn stretches(&self) -> impl Iterator<Item = Result<Stretch<'_>, OpsError>> {
         let mut reader = OpsReader::new(&self.ops, self.raw_length);
         let mut rest = &self.content[..];
         std::iter::from_fn(move || {
             loop {
-                let (length, literal) = match reader.segment() {
+                let (length, literal, of_memory) = match reader.segment() {
                     Err(error) => return Some(Err(error)),
                     Ok(None) => return None,
-                    Ok(Some(Segment::Verbatim { length })) => (length, true),
+                    Ok(Some(Segment::Verbatim { length })) => (length, true, false),
                     Ok(Some(Segment::Run(run))) => match run.class {
-                        Class::Fill(_) | Class::Zero => (0, false),
-                        Class::Literal => (run.count * PAGE_SIZE, true),
-                        Class::Extent(_) => (run.count * PAGE_SIZE, false),
+                        Class::Fill(_) | Class::Zero => (0, false, false),
+                        Class::Literal => (run.count * PAGE_SIZE, true, true),
+                        Class::Extent(at) => (run.count * PAGE_SIZE, false, at.disk == KEPT_MEMORY),
                     },
                 };
-                let (front, back) = rest.split_at(length);
+                let (bytes, back) = rest.split_at(length);
                 rest = back;
-                if literal {
-                    return Some(Ok(front));
+                if literal || of_memory {
+                    return Some(Ok(Stretch { bytes, literal, of_memory }));
                 }
             }
         })

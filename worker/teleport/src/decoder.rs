@@ -16,6 +16,7 @@ use crate::counts::PageCounts;
 use crate::digest::{BatchSummary, Transcript};
 use crate::index::BlockRef;
 use crate::literals::{self, Decompressor};
+use crate::page::BlockDigest;
 use crate::rebuild::{self, Plan, Rebuilt};
 use crate::wire::limits::{BATCH_LITERAL_MAX, PENDING_FALLBACKS_MAX};
 use crate::wire::{Frame, FrameKind, OpsError};
@@ -114,6 +115,8 @@ pub struct Verified {
     pub bytes: Vec<u8>,
     /// Its pages.
     pub counts: PageCounts,
+    /// Of each page that lies on no disk, in the order of [`crate::EncodedBatch::memory_pages`], the digest, if it is known.
+    pub memory_pages: Vec<Option<BlockDigest>>,
 }
 
 /// What became of a batch.
@@ -134,6 +137,7 @@ pub enum Decoded {
 struct Pending {
     summary: BatchSummary,
     counts: PageCounts,
+    memory_pages: usize,
 }
 
 /// Decodes one stream and its fallbacks.
@@ -186,13 +190,17 @@ impl Decoder {
             rebuild::rebuild(frame.ops(), &summary, &self.literals, replica, &mut self.transcript, &mut self.scratch)
                 .map_err(|source| DecodeError::Ops { sequence, source })?;
         match rebuilt {
-            Rebuilt::Verified(bytes) => Ok(Decoded::Verified(Verified { summary, bytes, counts: plan.counts })),
+            Rebuilt::Verified(bytes, digests) => {
+                let memory_pages = digests.into_iter().map(Some).collect();
+                Ok(Decoded::Verified(Verified { summary, bytes, counts: plan.counts, memory_pages }))
+            }
             Rebuilt::Differs if plan.counts.teleported == 0 => Err(DecodeError::Digest { sequence }),
             Rebuilt::Differs if self.pending.len() == PENDING_FALLBACKS_MAX => {
                 Err(DecodeError::TooManyPending { sequence })
             }
             Rebuilt::Differs => {
-                self.pending.insert(sequence, Pending { summary, counts: plan.counts });
+                let Plan { counts, memory_pages, .. } = plan;
+                self.pending.insert(sequence, Pending { summary, counts, memory_pages });
                 Ok(Decoded::Mismatch { sequence, teleported_pages: plan.counts.teleported })
             }
         }
@@ -213,7 +221,7 @@ impl Decoder {
         if frame.kind != FrameKind::Fallback {
             return Err(DecodeError::Kind { sequence, kind: frame.kind });
         }
-        let Some(Pending { summary, counts }) = self.pending.get(&sequence).copied() else {
+        let Some(Pending { summary, counts, memory_pages }) = self.pending.get(&sequence).copied() else {
             return Err(DecodeError::Unasked { sequence });
         };
         let plan = plan(frame)?;
@@ -229,9 +237,11 @@ impl Decoder {
         let (transcript, scratch) = (&mut self.transcript, &mut self.scratch);
         let rebuilt = rebuild::rebuild(frame.ops(), &summary, &literals, &mut rebuild::NoReplica, transcript, scratch)
             .map_err(|source| DecodeError::Ops { sequence, source })?;
-        let Rebuilt::Verified(bytes) = rebuilt else { return Err(DecodeError::Digest { sequence }) };
+        let Rebuilt::Verified(bytes, _) = rebuilt else { return Err(DecodeError::Digest { sequence }) };
         self.pending.remove(&sequence);
-        Ok(Verified { summary, bytes, counts: counts.fallen_back() })
+        // A fallback has all pages as bytes: which of them lie on no disk is not told.
+        let memory_pages = vec![None; memory_pages];
+        Ok(Verified { summary, bytes, counts: counts.fallen_back(), memory_pages })
     }
 }
 

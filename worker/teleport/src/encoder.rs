@@ -16,7 +16,7 @@ use crate::counts::PageCounts;
 use crate::digest::{BatchSummary, StreamDigest};
 use crate::index::BlockLookup;
 use crate::literals::{self, Compressor, Level};
-use crate::qemu::{Mode, StreamParser};
+use crate::qemu::{Item, Mode, StreamParser};
 use crate::wire::{self, FrameKind, OpsError, ops};
 
 /// Why encoding cannot go on.
@@ -57,6 +57,8 @@ pub enum EncodeError {
 pub struct EncoderParams {
     /// How hard literals are compressed at first.
     pub level: Level,
+    /// Batches are to carry their pages of memory: see [`EncodedBatch::memory_pages`].
+    pub memory_pages: bool,
 }
 
 /// A batch, ready to be sent.
@@ -71,6 +73,9 @@ pub struct EncodedBatch {
     pub retained: Option<Retained>,
     /// Its pages.
     pub counts: PageCounts,
+    /// Its pages that lie on no disk, one behind the other: what [`crate::Verified::memory_pages`] tells the digests of, in the same
+    /// order. Empty unless [`EncoderParams::memory_pages`] asks for them.
+    pub memory_pages: Vec<u8>,
 }
 
 /// All that is needed to send a batch again as bytes.
@@ -97,23 +102,13 @@ impl Retained {
 #[derive(Debug)]
 pub struct Encoder {
     parser: StreamParser,
-    batch: Batch,
-    compressor: Compressor,
-    digest: StreamDigest,
-    ready: VecDeque<EncodedBatch>,
+    packer: Packer,
 }
 
 impl Encoder {
     /// An encoder at the start of a stream.
     pub fn new(params: EncoderParams) -> Result<Self, EncodeError> {
-        let compressor = Compressor::new(params.level).map_err(|source| EncodeError::Start { source })?;
-        Ok(Self {
-            parser: StreamParser::new(),
-            batch: Batch::default(),
-            compressor,
-            digest: StreamDigest::new(),
-            ready: VecDeque::new(),
-        })
+        Ok(Self { parser: StreamParser::new(), packer: Packer::new(params)? })
     }
 
     /// Takes in more of the stream; take the batches that this completes with [`Encoder::next_batch`] before the next
@@ -122,13 +117,10 @@ impl Encoder {
         while !bytes.is_empty() {
             let (used, item) = self.parser.next(bytes);
             bytes = &bytes[used..];
-            let Some(mut item) = item else { break };
-            while let Some(rest) = self.batch.add(item, index) {
-                item = rest;
-                close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
-            }
-            if self.batch.is_full() {
-                close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
+            let Some(item) = item else { break };
+            self.packer.add(item, index)?;
+            if self.packer.batch.is_full() {
+                self.packer.close()?;
             }
         }
         Ok(())
@@ -136,30 +128,25 @@ impl Encoder {
 
     /// Closes the batch under way: for when the hypervisor goes quiet, so that nothing waits.
     pub fn flush(&mut self) -> Result<(), EncodeError> {
-        if self.batch.is_empty() {
-            return Ok(());
-        }
-        close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)
+        if self.packer.batch.is_empty() { Ok(()) } else { self.packer.close() }
     }
 
     /// The stream has ended: closes the last batch, whatever it ends within.
     pub fn finish(&mut self, index: &dyn BlockLookup) -> Result<(), EncodeError> {
-        let mut item = self.parser.finish();
-        while let Some(rest) = item.and_then(|item| self.batch.add(item, index)) {
-            item = Some(rest);
-            close(&mut self.batch, &mut self.compressor, &mut self.digest, &mut self.ready)?;
+        if let Some(item) = self.parser.finish() {
+            self.packer.add(item, index)?;
         }
         self.flush()
     }
 
     /// The next batch to send.
     pub fn next_batch(&mut self) -> Option<EncodedBatch> {
-        self.ready.pop_front()
+        self.packer.ready.pop_front()
     }
 
     /// The level of compression from the next batch on.
     pub fn set_level(&mut self, level: Level) {
-        self.compressor.set_level(level);
+        self.packer.compressor.set_level(level);
     }
 
     /// What the parser makes of the stream.
@@ -169,31 +156,65 @@ impl Encoder {
 
     /// The digest of all batches closed so far.
     pub fn stream_digest(&self) -> &StreamDigest {
-        &self.digest
+        &self.packer.digest
     }
 }
 
-/// Turns the batch under way into a frame and begins the next one.
-fn close(
-    batch: &mut Batch,
-    compressor: &mut Compressor,
-    digest: &mut StreamDigest,
-    ready: &mut VecDeque<EncodedBatch>,
-) -> Result<(), EncodeError> {
-    let sequence = digest.batches();
-    let closed = batch.close();
-    let summary = BatchSummary { sequence, raw_length: closed.raw_length, digest: closed.digest };
-    digest.append(&summary)?;
-    for literal in closed.literals() {
-        let literal = literal.map_err(|source| EncodeError::Ops { sequence, source })?;
-        compressor.add(literal).map_err(|source| EncodeError::Compress { sequence, source })?;
+/// Items in, batches out.
+#[derive(Debug)]
+struct Packer {
+    batch: Batch,
+    compressor: Compressor,
+    memory_pages: bool,
+    digest: StreamDigest,
+    ready: VecDeque<EncodedBatch>,
+}
+
+impl Packer {
+    fn new(params: EncoderParams) -> Result<Self, EncodeError> {
+        Ok(Self {
+            batch: Batch::default(),
+            compressor: Compressor::new(params.level).map_err(|source| EncodeError::Start { source })?,
+            memory_pages: params.memory_pages,
+            digest: StreamDigest::new(),
+            ready: VecDeque::new(),
+        })
     }
-    let literals = compressor.flush().map_err(|source| EncodeError::Compress { sequence, source })?;
-    let frame = wire::write_frame(FrameKind::Batch, &summary, &closed.ops, &literals);
-    let counts = closed.counts;
-    let retained = (counts.teleported > 0).then_some(Retained { summary, ops: closed.ops, content: closed.content });
-    ready.push_back(EncodedBatch { summary, frame, retained, counts });
-    Ok(())
+
+    /// Adds an item, to as many batches as it takes.
+    fn add(&mut self, mut item: Item<'_>, index: &dyn BlockLookup) -> Result<(), EncodeError> {
+        while let Some(rest) = self.batch.add(item, index) {
+            item = rest;
+            self.close()?;
+        }
+        Ok(())
+    }
+
+    /// Turns the batch under way into a frame and begins the next one.
+    fn close(&mut self) -> Result<(), EncodeError> {
+        let sequence = self.digest.batches();
+        let closed = self.batch.close();
+        let summary = BatchSummary { sequence, raw_length: closed.raw_length, digest: closed.digest };
+        self.digest.append(&summary)?;
+        let mut memory_pages = Vec::new();
+        for stretch in closed.stretches() {
+            let stretch = stretch.map_err(|source| EncodeError::Ops { sequence, source })?;
+            if stretch.literal {
+                let added = self.compressor.add(stretch.bytes);
+                added.map_err(|source| EncodeError::Compress { sequence, source })?;
+            }
+            if stretch.of_memory && self.memory_pages {
+                memory_pages.extend_from_slice(stretch.bytes);
+            }
+        }
+        let literals = self.compressor.flush().map_err(|source| EncodeError::Compress { sequence, source })?;
+        let frame = wire::write_frame(FrameKind::Batch, &summary, &closed.ops, &literals);
+        let counts = closed.counts;
+        let retained =
+            (counts.teleported > 0).then_some(Retained { summary, ops: closed.ops, content: closed.content });
+        self.ready.push_back(EncodedBatch { summary, frame, retained, counts, memory_pages });
+        Ok(())
+    }
 }
 
 /// The frame that answers a request for fallback: the batch with all its bytes, standing alone.

@@ -6,7 +6,7 @@ mod common;
 
 use common::{MemoryReplica, StreamBuilder, page, through};
 use pageport_teleport::index::EmptyReplica;
-use pageport_teleport::{PAGE_SIZE, Page};
+use pageport_teleport::{KEPT_MEMORY, PAGE_SIZE, Page};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -94,6 +94,23 @@ fn image() -> impl Strategy<Value = Vec<u8>> {
         }
         image
     })
+}
+
+#[test]
+fn pages_that_lie_on_no_disk_are_told_whether_they_are_sent_or_were_kept() {
+    let mut stream = StreamBuilder::preamble(&BLOCKS);
+    for seed in 0..40 {
+        stream.page(u64::from(seed), (seed == 0).then_some("pc.ram"), &page(seed));
+    }
+    stream.fill(40, None, 0).end_section();
+    // Of these the first ten lie on a disk, and the next ten were kept.
+    let image = |seeds: std::ops::Range<u32>| seeds.flat_map(page).collect::<Vec<u8>>();
+    let mut replica = MemoryReplica::with_disk(0, image(0..10));
+    replica.disks.insert(KEPT_MEMORY, image(10..20));
+    let outcome = through(&stream.0, &[5000], &replica.index(), &mut replica);
+    assert_eq!(outcome.bytes, stream.0);
+    assert_eq!((outcome.counts.teleported, outcome.counts.literal), (20, 20));
+    assert_eq!(outcome.memory_pages, image(10..40));
 }
 
 proptest! {

@@ -9,6 +9,7 @@ use pageport_worker::hypervisor::{
     Accelerator, Console, ExitCause, Host, HypervisorError, RunState, StartMode, Vm, VmEventKind, clean_up,
     list_running,
 };
+use pageport_worker::image::Image;
 
 use crate::support::{Fixture, QEMU, SOON, tool, writes};
 
@@ -70,7 +71,7 @@ async fn a_qemu_that_does_not_start_is_reported_in_its_own_words() {
     let error = Vm::start(&fixture.host, &launch).await.unwrap_err().to_string();
     assert!(error.contains("did not start") && error.contains("machine type"), "{error}");
     let mut launch = fixture.launch(StartMode::Running);
-    launch.disk_paths.insert("root".into(), fixture.path("no-such-disk"));
+    launch.images.insert("root".into(), Image::raw(fixture.path("no-such-disk")));
     let error = Vm::start(&fixture.host, &launch).await.unwrap_err().to_string();
     assert!(error.contains("no-such-disk"), "{error}");
     let missing = Host { qemu: "/nonexistent/qemu".into(), ..fixture.host.clone() };

@@ -9,6 +9,7 @@ mod lease;
 mod life;
 mod migration;
 mod mirror;
+mod qcow2;
 mod support;
 mod targets;
 mod writer;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use pageport_worker::hypervisor::migrate::SourceSettings;
 use pageport_worker::hypervisor::{Console, MigrationStatus, RunState, StartMode, Vm};
+use pageport_worker::image::Image;
 
 use crate::support::{Fixture, MIB, SOON, count_on, writes};
 
@@ -14,7 +15,7 @@ async fn migrate_to_the_pause(fixture: &Fixture) -> (Vm, Vm) {
     let mut arriving = fixture.launch(StartMode::Incoming);
     let replica = fixture.path("replica.raw");
     std::fs::copy(fixture.path("disk.raw"), &replica).unwrap();
-    arriving.disk_paths.insert("root".into(), replica);
+    arriving.images.insert("root".into(), Image::raw(replica));
     let destination = Vm::start(&fixture.host, &arriving).await.unwrap();
     assert_eq!(destination.run_state().await.unwrap(), RunState::Inmigrate);
     let socket = destination.paths().incoming();

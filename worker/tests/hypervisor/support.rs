@@ -56,7 +56,7 @@ impl Fixture {
             disks: vec![DiskSpec { name: "root".into(), path, format: "raw".into() }],
             ..VmSpec::default()
         };
-        Launch { vm: VmId::generate(), spec, disk_paths: BTreeMap::new(), mode, deadline: None }
+        Launch { vm: VmId::generate(), spec, images: BTreeMap::new(), mode, deadline: None }
     }
 
     pub async fn start(&self, mode: StartMode) -> Vm {

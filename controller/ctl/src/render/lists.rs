@@ -116,7 +116,8 @@ pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
     optional("machine", &spec.machine);
     optional("cpu", &spec.cpu);
     for disk in &spec.disks {
-        optional("disk", &format!("{} {} ({})", disk.name, disk.path, disk.format));
+        let format = if disk.format.is_empty() { "raw" } else { &disk.format };
+        optional("disk", &format!("{} {} ({format})", disk.name, disk.path));
     }
     for nic in &spec.nics {
         optional("nic", &format!("{} on {}", nic.mac, nic.bridge));
@@ -174,11 +175,15 @@ fn replica_table(replicas: &[Replica]) -> String {
         ("PROBLEM", Left),
     ]);
     for replica in replicas {
+        let (state, done_bytes, total_bytes) = match &replica.flattening {
+            Some(flattening) => ("flattening", flattening.done_bytes, flattening.total_bytes),
+            None => (words::replica_state(replica.state), replica.done_bytes, replica.total_bytes),
+        };
         table.row([
             replica.site.clone(),
-            words::replica_state(replica.state).to_owned(),
-            units::bytes(replica.done_bytes),
-            units::bytes(replica.total_bytes),
+            state.to_owned(),
+            units::bytes(done_bytes),
+            units::bytes(total_bytes),
             units::bytes(replica.wan_bytes),
             units::rate(replica.rate_bps),
             replica.problem.clone(),

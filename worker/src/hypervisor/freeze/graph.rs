@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use serde_json::json;
 
 use super::FreezeDisk;
-use crate::hypervisor::command_line::{disk_node, top_layer};
+use crate::hypervisor::block::NodeInfo;
+use crate::hypervisor::disk::{disk_node, repointed};
 use crate::hypervisor::error::HypervisorError;
 use crate::hypervisor::vm::Vm;
 
@@ -57,8 +58,8 @@ impl Vm {
     }
 
     /// Re-points the disks' devices to their filters: the moment.
-    pub(super) async fn put_filters_in(&self, disks: &[String]) -> Result<(), HypervisorError> {
-        self.reopen_nodes(disks.iter().map(|disk| top_layer(disk, &filter_node(disk))).collect()).await
+    pub(super) async fn put_filters_in(&self, disks: &[String], nodes: &[NodeInfo]) -> Result<(), HypervisorError> {
+        self.reopen_nodes(disks.iter().map(|disk| repointed(nodes, disk, &filter_node(disk))).collect()).await
     }
 
     /// Opens the disk as it was when its filter was put in. Only then: before, it would ask that nobody writes to the disk.
@@ -72,10 +73,11 @@ impl Vm {
     /// Takes out whatever there is of a frozen point.
     pub(super) async fn dismantle(&self) -> Result<(), HypervisorError> {
         self.stop_nbd_server().await?;
-        let nodes: BTreeSet<String> = self.nodes().await?.into_iter().map(|node| node.node_name).collect();
+        let nodes = self.nodes().await?;
+        let names: BTreeSet<&str> = nodes.iter().map(|node| node.node_name.as_str()).collect();
         let with = |node: fn(&str) -> String| {
             let prefix = node("");
-            let disks = nodes.iter().filter_map(|name| name.strip_prefix(&prefix).map(str::to_owned));
+            let disks = names.iter().filter_map(|name| name.strip_prefix(&prefix).map(str::to_owned));
             disks.collect::<Vec<String>>()
         };
         for disk in with(point_node) {
@@ -83,7 +85,8 @@ impl Vm {
         }
         let filtered = with(filter_node);
         if !filtered.is_empty() {
-            self.reopen_nodes(filtered.iter().map(|disk| top_layer(disk, &disk_node(disk))).collect()).await?;
+            let back = filtered.iter().map(|disk| repointed(&nodes, disk, &disk_node(disk)));
+            self.reopen_nodes(back.collect()).await?;
             tracing::debug!(vm_id = %self.id(), disks = ?filtered, "frozen point taken out");
         }
         for disk in filtered {

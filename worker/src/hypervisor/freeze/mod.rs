@@ -45,7 +45,7 @@ pub use graph::SCRATCH_SECONDS;
 
 use super::bitmap::{BitmapSource, GRANULARITY_BYTES};
 use super::block::NodeInfo;
-use super::command_line::disk_node;
+use super::disk::disk_node;
 use super::error::HypervisorError;
 use super::guest_agent::Quiescence;
 use super::vm::Vm;
@@ -165,7 +165,7 @@ impl Vm {
             };
             self.add_bitmap(&names, next).await?;
             let moment = SystemTime::now();
-            self.put_filters_in(&names).await?;
+            self.put_filters_in(&names, &nodes).await?;
             let quiescence = match at_rest {
                 None => Quiescence::default(),
                 Some(Ok(guest)) => guest.thaw().await,

@@ -1,7 +1,6 @@
 //! What a step asks of the hypervisor, done: boot, resume, pause, kill; and what becomes of a hypervisor that ends.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,6 +11,7 @@ use pageport_proto::v1::{VmSpec, VmState};
 
 use super::{ManagedVm, Shared, State, VmError};
 use crate::hypervisor::{self, ExitCause, HypervisorError, Launch, StartMode, Vm};
+use crate::image::{Format, Image};
 use crate::replica::groups::Surrender;
 use crate::replica::store::ReplicaError;
 use crate::vms::fence;
@@ -54,7 +54,7 @@ impl ManagedVm {
     pub(super) async fn resume(&self, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         let qemu = state.qemu.clone().ok_or(VmError::NotHere { vm: self.id })?;
         // From now on the hypervisor changes the disks.
-        self.surrender_disks(Surrender::AsTheyAre)?;
+        self.surrender_disks(Surrender::AsTheyAre).await?;
         if let Some(until_ms) = permission.deadline_ms() {
             qemu.arm(fence::deadline(until_ms))?;
         }
@@ -65,7 +65,7 @@ impl ManagedVm {
 
     pub(super) async fn boot(self: &Arc<Self>, state: &mut State, permission: MayRun) -> Result<(), VmError> {
         self.modify(|status| status.state = VmState::Starting);
-        self.surrender_disks(Surrender::NewestPoint)?;
+        self.surrender_disks(Surrender::NewestPoint).await?;
         let Some(until_ms) = permission.deadline_ms() else {
             self.launch(state, StartMode::Running, None).await?;
             tracing::info!(vm_id = %self.id, epoch = %permission.own(), "guest booted");
@@ -90,40 +90,45 @@ impl ManagedVm {
         deadline: Option<BootTime>,
     ) -> Result<Vm, VmError> {
         let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
-        let disk_paths = self.disk_paths(&spec, mode, state.durable.record())?;
-        let launch = Launch { vm: self.id, spec, disk_paths, mode, deadline };
+        let images = self.images(&spec, mode, state.durable.record())?;
+        let launch = Launch { vm: self.id, spec, images, mode, deadline };
         let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
         Ok(qemu)
     }
 
-    pub(super) fn disk_paths(
+    pub(super) fn images(
         &self,
         spec: &VmSpec,
         mode: StartMode,
         record: Record,
-    ) -> Result<BTreeMap<String, PathBuf>, VmError> {
+    ) -> Result<BTreeMap<String, Image>, VmError> {
         // Once it was moved or taken over, its disk is where this worker noted it, and the definition's path may be another's.
         let as_defined = record.owned() == Some(Epoch::ZERO.next());
         let locate = |disk: &pageport_proto::v1::DiskSpec| {
-            let path = match mode {
+            let location = match mode {
                 // A destination has its replicas; the definition's path is another host's.
                 StartMode::Incoming => {
                     let found = self.shared.replicas.locate(self.id, &disk.name)?;
-                    let missing = || ReplicaError::Missing { vm: self.id, disk: disk.name.clone() };
-                    found.ok_or_else(missing)?.path
+                    found.ok_or_else(|| ReplicaError::Missing { vm: self.id, disk: disk.name.clone() })?
                 }
                 StartMode::Running | StartMode::Paused if as_defined => {
-                    self.shared.replicas.locate_or_adopt(self.id, &disk.name, disk.path.as_ref())?
+                    let (given, format) = (disk.path.as_ref(), Format::parse(&disk.format));
+                    self.shared.replicas.locate_or_adopt(self.id, &disk.name, given, format)?
                 }
                 StartMode::Running | StartMode::Paused => {
                     let found = self.shared.replicas.locate(self.id, &disk.name)?;
-                    found.ok_or_else(|| VmError::DiskForgotten { vm: self.id, disk: disk.name.clone() })?.path
+                    found.ok_or_else(|| VmError::DiskForgotten { vm: self.id, disk: disk.name.clone() })?
                 }
             };
-            Ok((disk.name.clone(), path))
+            Ok((disk.name.clone(), location.image().map_err(ReplicaError::from)?))
         };
-        tokio::task::block_in_place(|| spec.disks.iter().map(locate).collect())
+        tokio::task::block_in_place(|| {
+            if mode == StartMode::Incoming {
+                self.shared.replicas.must_be_flat(self.id)?;
+            }
+            spec.disks.iter().map(locate).collect()
+        })
     }
 
     pub(super) fn install(self: &Arc<Self>, state: &mut State, qemu: Vm) {
@@ -180,9 +185,14 @@ impl ManagedVm {
     }
 
     /// A hypervisor is about to change the disks.
-    fn surrender_disks(&self, surrender: Surrender) -> Result<(), VmError> {
-        let Shared { groups, replicas, .. } = &*self.shared;
-        tokio::task::block_in_place(|| groups.surrender(replicas, self.id, surrender))?;
+    async fn surrender_disks(&self, surrender: Surrender) -> Result<(), VmError> {
+        let Shared { groups, replicas, flattenings, .. } = &*self.shared;
+        flattenings.end(self.id).await;
+        tokio::task::block_in_place(|| {
+            replicas.forget_flattening(self.id)?;
+            groups.surrender(replicas, self.id, surrender)?;
+            Ok::<_, VmError>(())
+        })?;
         replicas.close(self.id);
         Ok(())
     }

@@ -9,10 +9,12 @@
 //! | `guest` | the effects: boot, resume, pause, kill; a hypervisor that ends |
 //! | `leased` | policy and lease |
 //! | `found` | what an earlier worker left |
+//! | `flat` | images that become raw once the VM has left |
 //!
 //! Guarantees: one step at a time; effects only after the record is durable; a guest is booted or resumed only with the
 //! proof of a durable `Own` in hand.
 
+mod flat;
 mod found;
 mod guest;
 mod leased;
@@ -32,6 +34,7 @@ use super::fence::Fence;
 use super::records::{self, RecordError};
 use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, StartMode, Vm};
+use crate::replica::flatten::Flattenings;
 use crate::replica::groups::{Groups, GroupsError};
 use crate::replica::points::LeaseEnd;
 use crate::replica::store::{ReplicaError, ReplicaStore};
@@ -97,6 +100,12 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// Disks that were to be a replica's.
+    #[error("a hypervisor has, or may have, the disks of vm {vm}, or they were removed")]
+    DisksTaken {
+        /// The VM.
+        vm: VmId,
+    },
     /// No hypervisor.
     #[error("vm {vm} does not run here")]
     NotHere {
@@ -116,6 +125,8 @@ pub struct Shared {
     pub replicas: Arc<ReplicaStore>,
     /// Recovery points of replicas.
     pub groups: Arc<Groups>,
+    /// Images that become raw.
+    pub flattenings: Arc<Flattenings>,
     /// Notified when a report would differ from the one before.
     pub changed: Arc<Notify>,
 }
@@ -362,8 +373,9 @@ impl ManagedVm {
         let mut state = self.state.lock().await;
         self.end_qemu(&mut state).await?;
         hypervisor::remove(&self.shared.hypervisor.runtime_dir, self.id).await?;
-        let Shared { store, replicas, groups, .. } = &*self.shared;
+        let Shared { store, replicas, groups, flattenings, .. } = &*self.shared;
         let id = self.id;
+        flattenings.end(id).await;
         tokio::task::block_in_place(|| {
             groups.forget(id, &LeaseEnd::Removed)?;
             replicas.remove(id)?;

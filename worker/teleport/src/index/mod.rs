@@ -14,6 +14,9 @@ pub use digests::{DigestStore, HeapDigests, PART_BLOCKS, PartKind, StoreFailed};
 
 use crate::page::BlockDigest;
 
+/// Number of the "disk" whose blocks are pages of the guest's memory that the destination has kept: no disk of a VM has it.
+pub const KEPT_MEMORY: u16 = u16::MAX;
+
 /// A block of a disk of the VM.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct BlockRef {

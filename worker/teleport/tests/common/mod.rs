@@ -55,12 +55,13 @@ pub struct Outcome {
     pub wire_bytes: usize,
     pub fallback_wire_bytes: usize,
     pub batches: u64,
+    pub memory_pages: Vec<u8>,
 }
 
 /// Sends `stream`, cut as `cuts` says (lengths, used in turn; 0 means a flush), through encoder and decoder, answers
 /// every mismatch, and compares digests.
 pub fn through(stream: &[u8], cuts: &[usize], index: &dyn BlockLookup, replica: &mut dyn ReplicaRead) -> Outcome {
-    let mut encoder = Encoder::new(EncoderParams::default()).unwrap();
+    let mut encoder = Encoder::new(EncoderParams { memory_pages: true, ..EncoderParams::default() }).unwrap();
     let mut rest = stream;
     let mut batches = Vec::new();
     let mut cuts = cuts.iter().copied().cycle();
@@ -92,6 +93,10 @@ pub fn through(stream: &[u8], cuts: &[usize], index: &dyn BlockLookup, replica: 
             main.push(piece);
             frame = main.next_frame().unwrap();
         }
+        let (pages, rest): (&[Page], _) = batch.memory_pages.as_chunks();
+        assert!(rest.is_empty());
+        outcome.memory_pages.extend_from_slice(&batch.memory_pages);
+        let mut known: Vec<_> = pages.iter().map(|page| Some(BlockDigest::of(page))).collect();
         let verified = match decoder.decode(&frame.unwrap(), replica).unwrap() {
             Decoded::Verified(verified) => {
                 assert_eq!(verified.counts, batch.counts);
@@ -104,10 +109,12 @@ pub fn through(stream: &[u8], cuts: &[usize], index: &dyn BlockLookup, replica: 
                 fallbacks.push(&answer);
                 let verified = decoder.decode_fallback(&fallbacks.next_frame().unwrap().unwrap()).unwrap();
                 assert_eq!(verified.counts, batch.counts.fallen_back());
+                known.fill(None);
                 verified
             }
         };
         assert_eq!(verified.summary, batch.summary);
+        assert_eq!(verified.memory_pages, known);
         outcome.counts += verified.counts;
         digest.append(&verified.summary).unwrap();
         outcome.bytes.extend_from_slice(&verified.bytes);

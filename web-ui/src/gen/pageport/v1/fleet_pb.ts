@@ -144,7 +144,7 @@ export type DiskSpec = Message<"pageport.v1.DiskSpec"> & {
   path: string;
 
   /**
-   * Only "raw" so far.
+   * Of the image at `path`: "raw" or "qcow2". Empty: raw, and the VM does not start if the image looks like something else. Replicas are raw.
    *
    * @generated from field: string format = 3;
    */

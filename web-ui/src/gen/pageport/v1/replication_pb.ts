@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEizgIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEg4KBndvcmtlchg8IAEoCRIRCglzY3J1Yl9zZXEYPSABKARCDQoLX3Byb3RlY3Rpb25CDgoMX3JlcGxpY2F0aW9uIkIKClByb3RlY3Rpb24SDgoGcnBvX21zGAEgASgEEhMKC2tlZXBfcG9pbnRzGAIgASgNEg8KB3F1aWVzY2UYAyABKAgi1QMKEVJlcGxpY2F0aW9uU3RhdHVzEiwKBXBoYXNlGAEgASgOMh0ucGFnZXBvcnQudjEuUmVwbGljYXRpb25QaGFzZRIqCgZuZXdlc3QYAiABKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50Eg4KBmxhZ19tcxgDIAEoBBIRCglsYWdfYnl0ZXMYBCABKAQSEgoKZG9uZV9ieXRlcxgFIAEoBBITCgt0b3RhbF9ieXRlcxgGIAEoBBIQCghyYXRlX2JwcxgHIAEoBBIUCgx3b3JzdF9ycG9fbXMYCCABKAQSEQoJd2luZG93X21zGAkgASgEEhIKCmV0YV9sb3dfbXMYCiABKAQSEwoLZXRhX2hpZ2hfbXMYCyABKAQSEgoKcnBvX21pc3NlZBgMIAEoCBIPCgdwcm9ibGVtGA0gASgJEhcKD3F1aWVzY2VfcHJvYmxlbRgOIAEoCRIsCgVzY3J1Yhg8IAEoCzIYLnBhZ2Vwb3J0LnYxLlNjcnViU3RhdHVzSACIAQESMQoKbGFzdF9zY3J1Yhg9IAEoCzIYLnBhZ2Vwb3J0LnYxLlNjcnViU3RhdHVzSAGIAQFCCAoGX3NjcnViQg0KC19sYXN0X3NjcnViIs8BCgtTY3J1YlN0YXR1cxILCgNzZXEYASABKAQSFwoPc3RhcnRlZF91bml4X21zGAIgASgDEhUKDWVuZGVkX3VuaXhfbXMYAyABKAMSEgoKZG9uZV9ieXRlcxgEIAEoBBITCgt0b3RhbF9ieXRlcxgFIAEoBBIWCg5jb21wYXJlZF9ieXRlcxgJIAEoBBIYChBkaWZmZXJlbnRfYmxvY2tzGAYgASgEEhcKD3JlcGFpcmVkX2Jsb2NrcxgHIAEoBBIPCgdwcm9ibGVtGAggASgJIl8KDVJlY292ZXJ5UG9pbnQSDgoGbnVtYmVyGAEgASgEEhUKDXRha2VuX3VuaXhfbXMYAiABKAMSFQoNY2hhbmdlZF9ieXRlcxgDIAEoBBIQCghxdWllc2NlZBgEIAEoCCJwChBQcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIrCgpwcm90ZWN0aW9uGAQgASgLMhcucGFnZXBvcnQudjEuUHJvdGVjdGlvbiI6ChFQcm90ZWN0Vm1SZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSJCChJVbnByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhUKE1VucHJvdGVjdFZtUmVzcG9uc2UiQwoTU2NydWJSZXBsaWNhUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiPQoUU2NydWJSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiNQoZTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBIKCgJ2bRgBIAEoCRIMCgRzaXRlGAIgASgJInMKGkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEioKBnBvaW50cxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLlJlY292ZXJ5UG9pbnQSKQoHZXhwb3J0cxg8IAMoCzIYLnBhZ2Vwb3J0LnYxLlBvaW50RXhwb3J0Iu0BCgtQb2ludEV4cG9ydBINCgV2bV9pZBgBIAEoCRIOCgZudW1iZXIYAiABKAQSFQoNdGFrZW5fdW5peF9tcxgDIAEoAxIsCgVzdGF0ZRgEIAEoDjIdLnBhZ2Vwb3J0LnYxLlBvaW50RXhwb3J0U3RhdGUSFgoOb3BlbmVkX3VuaXhfbXMYBSABKAMSFAoMZW5kc191bml4X21zGAYgASgDEg4KBnJlYXNvbhgHIAEoCRISCgpoZWxkX2J5dGVzGAggASgEEigKBWRpc2tzGAkgAygLMhkucGFnZXBvcnQudjEuRXhwb3J0ZWREaXNrIj4KDEV4cG9ydGVkRGlzaxIMCgRuYW1lGAEgASgJEhIKCnNpemVfYnl0ZXMYAiABKAQSDAoEdXJscxgDIAMoCSI7CgRMaW5rEhEKCWZyb21fc2l0ZRgBIAEoCRIPCgd0b19zaXRlGAIgASgJEg8KB2NhcF9icHMYAyABKAQiSAoRU2V0TGlua0NhcFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIfCgRsaW5rGAIgASgLMhEucGFnZXBvcnQudjEuTGluayI1ChJTZXRMaW5rQ2FwUmVzcG9uc2USHwoEbGluaxgBIAEoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiEgoQTGlzdExpbmtzUmVxdWVzdCI1ChFMaXN0TGlua3NSZXNwb25zZRIgCgVsaW5rcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiRQoSU2VlZFJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCSI8ChNTZWVkUmVwbGljYVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIiEKE0xpc3RSZXBsaWNhc1JlcXVlc3QSCgoCdm0YASABKAkiPgoUTGlzdFJlcGxpY2FzUmVzcG9uc2USJgoIcmVwbGljYXMYASADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkQKFERlbGV0ZVJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIXChVEZWxldGVSZXBsaWNhUmVzcG9uc2UqmAEKDFJlcGxpY2FTdGF0ZRIdChlSRVBMSUNBX1NUQVRFX1VOU1BFQ0lGSUVEEAASGQoVUkVQTElDQV9TVEFURV9TRUVESU5HEAESGAoUUkVQTElDQV9TVEFURV9TRUVERUQQAhIYChRSRVBMSUNBX1NUQVRFX0ZBSUxFRBADEhoKFlJFUExJQ0FfU1RBVEVfT1VUREFURUQQBCrTAQoQUmVwbGljYXRpb25QaGFzZRIhCh1SRVBMSUNBVElPTl9QSEFTRV9VTlNQRUNJRklFRBAAEh0KGVJFUExJQ0FUSU9OX1BIQVNFX1dBSVRJTkcQARIfChtSRVBMSUNBVElPTl9QSEFTRV9GVUxMX0NPUFkQAhIfChtSRVBMSUNBVElPTl9QSEFTRV9JTkNSRU1FTlQQAxIaChZSRVBMSUNBVElPTl9QSEFTRV9JRExFEAQSHwobUkVQTElDQVRJT05fUEhBU0VfTUlHUkFUSU5HEAUqcQoQUG9pbnRFeHBvcnRTdGF0ZRIiCh5QT0lOVF9FWFBPUlRfU1RBVEVfVU5TUEVDSUZJRUQQABIbChdQT0lOVF9FWFBPUlRfU1RBVEVfT1BFThABEhwKGFBPSU5UX0VYUE9SVF9TVEFURV9FTkRFRBACMogGChJSZXBsaWNhdGlvblNlcnZpY2USUAoLU2VlZFJlcGxpY2ESHy5wYWdlcG9ydC52MS5TZWVkUmVwbGljYVJlcXVlc3QaIC5wYWdlcG9ydC52MS5TZWVkUmVwbGljYVJlc3BvbnNlElMKDExpc3RSZXBsaWNhcxIgLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1JlcXVlc3QaIS5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXNwb25zZRJKCglQcm90ZWN0Vm0SHS5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVzcG9uc2USUAoLVW5wcm90ZWN0Vm0SHy5wYWdlcG9ydC52MS5VbnByb3RlY3RWbVJlcXVlc3QaIC5wYWdlcG9ydC52MS5VbnByb3RlY3RWbVJlc3BvbnNlElMKDFNjcnViUmVwbGljYRIgLnBhZ2Vwb3J0LnYxLlNjcnViUmVwbGljYVJlcXVlc3QaIS5wYWdlcG9ydC52MS5TY3J1YlJlcGxpY2FSZXNwb25zZRJlChJMaXN0UmVjb3ZlcnlQb2ludHMSJi5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0GicucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USTQoKU2V0TGlua0NhcBIeLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlc3BvbnNlEkoKCUxpc3RMaW5rcxIdLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXNwb25zZRJWCg1EZWxldGVSZXBsaWNhEiEucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlcXVlc3QaIi5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEi/AIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDgoGd29ya2VyGDwgASgJQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbkINCgtfZmxhdHRlbmluZyJGCgpGbGF0dGVuaW5nEhIKCmRvbmVfYnl0ZXMYASABKAQSEwoLdG90YWxfYnl0ZXMYAiABKAQSDwoHcHJvYmxlbRgDIAEoCSJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIItsCChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCRIXCg9xdWllc2NlX3Byb2JsZW0YDiABKAkiXwoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkicwoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIpCgdleHBvcnRzGDwgAygLMhgucGFnZXBvcnQudjEuUG9pbnRFeHBvcnQi7QEKC1BvaW50RXhwb3J0Eg0KBXZtX2lkGAEgASgJEg4KBm51bWJlchgCIAEoBBIVCg10YWtlbl91bml4X21zGAMgASgDEiwKBXN0YXRlGAQgASgOMh0ucGFnZXBvcnQudjEuUG9pbnRFeHBvcnRTdGF0ZRIWCg5vcGVuZWRfdW5peF9tcxgFIAEoAxIUCgxlbmRzX3VuaXhfbXMYBiABKAMSDgoGcmVhc29uGAcgASgJEhIKCmhlbGRfYnl0ZXMYCCABKAQSKAoFZGlza3MYCSADKAsyGS5wYWdlcG9ydC52MS5FeHBvcnRlZERpc2siPgoMRXhwb3J0ZWREaXNrEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBBIMCgR1cmxzGAMgAygJIjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBSpxChBQb2ludEV4cG9ydFN0YXRlEiIKHlBPSU5UX0VYUE9SVF9TVEFURV9VTlNQRUNJRklFRBAAEhsKF1BPSU5UX0VYUE9SVF9TVEFURV9PUEVOEAESHAoYUE9JTlRfRVhQT1JUX1NUQVRFX0VOREVEEAIyswUKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -72,18 +72,18 @@ export type Replica = Message<"pageport.v1.Replica"> & {
   replication?: ReplicationStatus | undefined;
 
   /**
+   * Set while the VM's old images there are being made raw, or wait for that. They are no replica before.
+   *
+   * @generated from field: optional pageport.v1.Flattening flattening = 40;
+   */
+  flattening?: Flattening | undefined;
+
+  /**
    * The worker that holds it.
    *
    * @generated from field: string worker = 60;
    */
   worker: string;
-
-  /**
-   * Number of the newest order to scrub it; 0: there was none since it was protected there.
-   *
-   * @generated from field: uint64 scrub_seq = 61;
-   */
-  scrubSeq: bigint;
 };
 
 /**
@@ -92,6 +92,39 @@ export type Replica = Message<"pageport.v1.Replica"> & {
  */
 export const ReplicaSchema: GenMessage<Replica> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 0);
+
+/**
+ * A qcow2 image, with what it is backed by, becomes a raw one.
+ *
+ * @generated from message pageport.v1.Flattening
+ */
+export type Flattening = Message<"pageport.v1.Flattening"> & {
+  /**
+   * Bytes of the disk looked at so far and in all.
+   *
+   * @generated from field: uint64 done_bytes = 1;
+   */
+  doneBytes: bigint;
+
+  /**
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Why it does not go on; it is tried again.
+   *
+   * @generated from field: string problem = 3;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message pageport.v1.Flattening.
+ * Use `create(FlatteningSchema)` to create a new message.
+ */
+export const FlatteningSchema: GenMessage<Flattening> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 1);
 
 /**
  * What an operator asked for.
@@ -127,7 +160,7 @@ export type Protection = Message<"pageport.v1.Protection"> & {
  * Use `create(ProtectionSchema)` to create a new message.
  */
 export const ProtectionSchema: GenMessage<Protection> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 1);
+  messageDesc(file_pageport_v1_replication, 2);
 
 /**
  * @generated from message pageport.v1.ReplicationStatus
@@ -216,20 +249,6 @@ export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
    * @generated from field: string quiesce_problem = 14;
    */
   quiesceProblem: string;
-
-  /**
-   * Under way, or waiting for its turn.
-   *
-   * @generated from field: optional pageport.v1.ScrubStatus scrub = 60;
-   */
-  scrub?: ScrubStatus | undefined;
-
-  /**
-   * The newest that is complete.
-   *
-   * @generated from field: optional pageport.v1.ScrubStatus last_scrub = 61;
-   */
-  lastScrub?: ScrubStatus | undefined;
 };
 
 /**
@@ -237,75 +256,6 @@ export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
  * Use `create(ReplicationStatusSchema)` to create a new message.
  */
 export const ReplicationStatusSchema: GenMessage<ReplicationStatus> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 2);
-
-/**
- * @generated from message pageport.v1.ScrubStatus
- */
-export type ScrubStatus = Message<"pageport.v1.ScrubStatus"> & {
-  /**
-   * Number of the order.
-   *
-   * @generated from field: uint64 seq = 1;
-   */
-  seq: bigint;
-
-  /**
-   * By the clock of the VM's host; `ended_unix_ms` is 0 until it is complete.
-   *
-   * @generated from field: int64 started_unix_ms = 2;
-   */
-  startedUnixMs: bigint;
-
-  /**
-   * @generated from field: int64 ended_unix_ms = 3;
-   */
-  endedUnixMs: bigint;
-
-  /**
-   * Bytes of the disks that it has passed, and in all.
-   *
-   * @generated from field: uint64 done_bytes = 4;
-   */
-  doneBytes: bigint;
-
-  /**
-   * @generated from field: uint64 total_bytes = 5;
-   */
-  totalBytes: bigint;
-
-  /**
-   * Of those passed, the bytes that were compared; the rest had just been written by the guest, and is brought by the next recovery point.
-   *
-   * @generated from field: uint64 compared_bytes = 9;
-   */
-  comparedBytes: bigint;
-
-  /**
-   * Blocks of 4 KiB of the replica that were not what they should be, and those of them that a recovery point has put right.
-   *
-   * @generated from field: uint64 different_blocks = 6;
-   */
-  differentBlocks: bigint;
-
-  /**
-   * @generated from field: uint64 repaired_blocks = 7;
-   */
-  repairedBlocks: bigint;
-
-  /**
-   * Why it did not get on the last time; it is tried again.
-   *
-   * @generated from field: string problem = 8;
-   */
-  problem: string;
-};
-
-/**
- * Describes the message pageport.v1.ScrubStatus.
- * Use `create(ScrubStatusSchema)` to create a new message.
- */
-export const ScrubStatusSchema: GenMessage<ScrubStatus> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 3);
 
 /**
@@ -440,50 +390,6 @@ export const UnprotectVmResponseSchema: GenMessage<UnprotectVmResponse> = /*@__P
   messageDesc(file_pageport_v1_replication, 8);
 
 /**
- * @generated from message pageport.v1.ScrubReplicaRequest
- */
-export type ScrubReplicaRequest = Message<"pageport.v1.ScrubReplicaRequest"> & {
-  /**
-   * @generated from field: string request_id = 1;
-   */
-  requestId: string;
-
-  /**
-   * @generated from field: string vm = 2;
-   */
-  vm: string;
-
-  /**
-   * @generated from field: string site = 3;
-   */
-  site: string;
-};
-
-/**
- * Describes the message pageport.v1.ScrubReplicaRequest.
- * Use `create(ScrubReplicaRequestSchema)` to create a new message.
- */
-export const ScrubReplicaRequestSchema: GenMessage<ScrubReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 9);
-
-/**
- * @generated from message pageport.v1.ScrubReplicaResponse
- */
-export type ScrubReplicaResponse = Message<"pageport.v1.ScrubReplicaResponse"> & {
-  /**
-   * @generated from field: pageport.v1.Replica replica = 1;
-   */
-  replica?: Replica | undefined;
-};
-
-/**
- * Describes the message pageport.v1.ScrubReplicaResponse.
- * Use `create(ScrubReplicaResponseSchema)` to create a new message.
- */
-export const ScrubReplicaResponseSchema: GenMessage<ScrubReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 10);
-
-/**
  * @generated from message pageport.v1.ListRecoveryPointsRequest
  */
 export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsRequest"> & {
@@ -503,7 +409,7 @@ export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsR
  * Use `create(ListRecoveryPointsRequestSchema)` to create a new message.
  */
 export const ListRecoveryPointsRequestSchema: GenMessage<ListRecoveryPointsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 9);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsResponse
@@ -527,7 +433,7 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  * Use `create(ListRecoveryPointsResponseSchema)` to create a new message.
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 10);
 
 /**
  * A recovery point that is open for reading over NBD (HostService.OpenPoint).
@@ -590,7 +496,7 @@ export type PointExport = Message<"pageport.v1.PointExport"> & {
  * Use `create(PointExportSchema)` to create a new message.
  */
 export const PointExportSchema: GenMessage<PointExport> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 11);
 
 /**
  * @generated from message pageport.v1.ExportedDisk
@@ -619,7 +525,7 @@ export type ExportedDisk = Message<"pageport.v1.ExportedDisk"> & {
  * Use `create(ExportedDiskSchema)` to create a new message.
  */
 export const ExportedDiskSchema: GenMessage<ExportedDisk> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.Link
@@ -648,7 +554,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -670,7 +576,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -687,7 +593,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -700,7 +606,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -717,7 +623,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -744,7 +650,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -761,7 +667,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 21);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -778,7 +684,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 22);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -795,7 +701,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 23);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -822,7 +728,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 24);
+  messageDesc(file_pageport_v1_replication, 22);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -835,7 +741,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 25);
+  messageDesc(file_pageport_v1_replication, 23);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
@@ -997,17 +903,6 @@ export const ReplicationService: GenService<{
     methodKind: "unary";
     input: typeof UnprotectVmRequestSchema;
     output: typeof UnprotectVmResponseSchema;
-  },
-  /**
-   * Compares a protected replica's files with the VM's disks, block by block, and has what differs repaired by the next recovery point. The
-   * answer comes at once, progress is in the VM. Ordered again it begins anew.
-   *
-   * @generated from rpc pageport.v1.ReplicationService.ScrubReplica
-   */
-  scrubReplica: {
-    methodKind: "unary";
-    input: typeof ScrubReplicaRequestSchema;
-    output: typeof ScrubReplicaResponseSchema;
   },
   /**
    * The recovery points that a site can bring the VM back to, oldest first.
