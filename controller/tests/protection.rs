@@ -81,6 +81,10 @@ impl Story {
         self.client(ClientOrder::Unprotect { vm: self.id, site: site(at) })
     }
 
+    fn scrub(&mut self, at: &str) -> Result<Answer, Rejection> {
+        self.client(ClientOrder::Scrub { vm: self.id, site: site(at) })
+    }
+
     fn seed(&mut self, at: &str) -> Result<Answer, Rejection> {
         self.client(ClientOrder::SeedReplica { vm: self.id, site: site(at), worker: worker(at) })
     }
@@ -391,4 +395,26 @@ fn a_state_from_before_there_was_protection_is_read() {
     let vm = &mut fields["vms"][story.id.to_string()];
     vm["replicas"]["b"].as_object_mut().unwrap().remove("protection").unwrap();
     assert_eq!(serde_json::from_value::<State>(old).unwrap(), story.state);
+}
+
+#[test]
+fn a_scrub_is_ordered_of_a_protected_replica_with_a_point_and_each_order_has_a_number_of_its_own() {
+    let mut story = Story::new();
+    assert!(matches!(story.scrub("b"), Err(Rejection::NotProtected { .. })));
+    story.protect("b").unwrap();
+    assert!(matches!(story.scrub("b"), Err(Rejection::NoPointYet { .. })));
+    story.reach("b");
+    assert_eq!(story.replications("a")[0].scrub_seq, 0);
+    story.scrub("b").unwrap();
+    let first = story.replications("a")[0].scrub_seq;
+    assert!(first > story.seq("b"));
+    story.scrub("b").unwrap();
+    let second = story.replications("a")[0].scrub_seq;
+    assert!(second > first);
+    story.protect("b").unwrap();
+    assert_eq!(story.replications("a")[0].scrub_seq, second, "other terms do not forget it");
+    story.reach("b");
+    let id = story.begin_move("b").unwrap();
+    story.arrive(id);
+    assert_eq!(story.replications("b")[0].scrub_seq, 0, "another replica, the other way round");
 }

@@ -4,9 +4,61 @@
 
 mod support;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
 use pageport_lab::netns;
+use serde_json::Value;
 use support::protected::{Protected, assert_sound, digest, number_of};
-use support::{VM, cut, heal, wait_for};
+use support::{VM, ctl, cut, heal, wait_for};
+
+/// Changes bytes of a file by hand.
+fn damage(path: &Path, offsets: &[u64]) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    for offset in offsets {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, *offset).unwrap();
+        file.write_all_at(&[!byte[0]], *offset).unwrap();
+    }
+}
+
+impl Protected {
+    /// Three blocks are damaged, one of them twice; the guest must be quiet.
+    async fn assert_scrub_repairs(&mut self, disk: &Path) {
+        let replica = self.replica("b").await;
+        damage(&replica, &[5_000_000, 5_000_001, 5_004_097, 60_000_000]);
+        assert_ne!(digest(&replica), digest(disk));
+        let ordered = self.lab.ctl_json(["replication", "scrub", VM]).await.unwrap();
+        self.lab.worker("a").kill().unwrap();
+        self.lab.worker("a").restart().unwrap();
+        let scrub = self.scrubbed("b", number_of(&ordered["scrub_seq"]).unwrap()).await;
+        let count = |name: &str| number_of(&scrub[name]).unwrap();
+        assert_eq!((count("different_blocks"), count("repaired_blocks")), (3, 3), "{scrub}");
+        assert_eq!(count("done_bytes"), std::fs::metadata(disk).unwrap().len(), "{scrub}");
+        assert!(count("compared_bytes") <= count("done_bytes") && count("compared_bytes") > 0, "{scrub}");
+        self.assert_replica_is_the_disk("b", disk).await;
+    }
+
+    /// While the guest writes: what it writes is no damage.
+    async fn assert_scrub_finds(&self, site: &str, different_blocks: u64) {
+        let watched = ctl(&self.lab, &["replication", "scrub", VM, "--site", site, "--watch", "--json"]).await.unwrap();
+        let last: Value = serde_json::from_str(watched.lines().last().unwrap()).unwrap();
+        let scrub = &last["replication"]["last_scrub"];
+        assert_eq!(number_of(&scrub["different_blocks"]), Some(different_blocks), "{last}");
+    }
+
+    /// Waits for the end of a scrub.
+    async fn scrubbed(&self, site: &str, seq: u64) -> Value {
+        wait_for("the end of the scrub", || async {
+            let vm = self.lab.ctl_json(["vm", "get", VM]).await.unwrap_or_default();
+            let replicas = vm["replicas"].as_array().into_iter().flatten();
+            let mut last = replicas.filter(|it| it["site"] == site).map(|it| it["replication"]["last_scrub"].clone());
+            last.find(|last| number_of(&last["seq"]) == Some(seq)).ok_or(vm.to_string())
+        })
+        .await
+    }
+}
 
 /// A recovery point that is open for reading.
 struct Drill {
@@ -101,9 +153,13 @@ async fn a_protected_vm_keeps_its_points_through_kills_and_cuts_and_moves_there_
     let points = points["points"].as_array().unwrap().len();
     assert!((1..=4).contains(&points), "{points} points are kept");
 
+    eprintln!("the replica is damaged by hand, and scrubbed while the worker of the vm is killed");
+    vm.assert_scrub_repairs(&disk).await;
+
     eprintln!("a point is read while newer ones come");
     let drill = vm.open_newest().await;
     vm.write(3).await;
+    vm.assert_scrub_finds("b", 0).await;
     vm.point_after("b", drill.point + 5).await;
     vm.assert_reads_as_it_was(&drill).await;
     eprintln!("... also after a restart of the worker that holds it");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pageport_common::store::Store;
 use pageport_proto::VmId;
 use tokio::sync::Notify;
 
@@ -31,6 +32,8 @@ pub struct Node {
     pub config: Config,
     /// Which store its records are in.
     pub store: StoreIdentity,
+    /// That store.
+    pub records: Arc<Store>,
     /// How QEMU is run here.
     pub hypervisor: hypervisor::Host,
     /// Which QEMU that is.

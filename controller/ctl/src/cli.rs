@@ -134,6 +134,11 @@ Example:
   pageportctl recovery-point list web --site b
   pageportctl recovery-point open web 41 --for 2h   read it as it was then, for a drill";
 
+const SCRUB_EXAMPLE: &str = "\
+Example:
+  pageportctl replication scrub web --watch
+  pageportctl replication scrub web --site b --watch --json | tail -1    .replication.last_scrub: what it found";
+
 const OPEN_EXAMPLE: &str = "\
 Example:
   pageportctl recovery-point list web
@@ -172,6 +177,7 @@ impl Command {
             Self::Protect { .. } => "protect",
             Self::Unprotect { .. } => "unprotect",
             Self::Replication(ReplicationCommand::Status { .. }) => "replication status",
+            Self::Replication(ReplicationCommand::Scrub { .. }) => "replication scrub",
             Self::RecoveryPoint(RecoveryPointCommand::List { .. }) => "recovery-point list",
             Self::RecoveryPoint(RecoveryPointCommand::Open { .. }) => "recovery-point open",
             Self::RecoveryPoint(RecoveryPointCommand::Close { .. }) => "recovery-point close",
@@ -330,6 +336,23 @@ pub enum ReplicationCommand {
         /// Name or id of a VM; left out: all.
         vm: Option<String>,
         /// Show it again as it changes.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Compare a protected replica with the VM's disks, block by block, and repair what differs.
+    ///
+    /// Both are read from the files themselves, and compared by digest; blocks that differ are brought with the next recovery point. Recovery points
+    /// are taken as often as without, and the guest's writes slow it down, not the other way round. It goes on after a restart of
+    /// anything; ordered again it begins anew. `replication status` shows how far it is and what the last one found. The exit code is 0
+    /// whether something differed or not.
+    #[command(after_help = SCRUB_EXAMPLE)]
+    Scrub {
+        /// Name or id of the VM.
+        vm: String,
+        /// Site of the replica; may be left out if there is one only.
+        #[arg(long, value_name = "SITE")]
+        site: Option<String>,
+        /// Follow it until it has ended.
         #[arg(long)]
         watch: bool,
     },

@@ -117,6 +117,42 @@ async fn a_watched_protection_ends_with_the_first_recovery_point() {
 }
 
 #[tokio::test]
+async fn a_watched_scrub_ends_with_the_result_of_the_order_and_not_with_an_older_one() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let scrub = |seq, different_blocks| v1::ScrubStatus {
+        seq,
+        started_unix_ms: 1_000,
+        ended_unix_ms: 61_000,
+        compared_bytes: 1 << 30,
+        different_blocks,
+        repaired_blocks: different_blocks,
+        ..Default::default()
+    };
+    let at_seq = |status| {
+        let mut vm = protected(status, ReplicaState::Seeded);
+        vm.replicas[0].scrub_seq = 9;
+        vm
+    };
+    let older = || v1::ReplicationStatus { last_scrub: Some(scrub(4, 1)), ..idle(7, 0) };
+    let running = v1::ReplicationStatus { scrub: Some(scrub(9, 3)), ..older() };
+    let done = v1::ReplicationStatus { last_scrub: Some(scrub(9, 3)), ..idle(8, 0) };
+    fake.script().vms = vec![at_seq(older())];
+    fake.script().fleets = [vec![fleet(at_seq(running)), fleet(at_seq(done))]].into();
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let ended = run(&authority, &at, &["replication", "scrub", "web", "--watch"]).await.succeeded();
+    assert_eq!(
+        ended.stdout,
+        "the replica of web at b: 1.00 GiB compared in 1 min 0 s, 3 blocks of 4 KiB differed, 3 repaired\n"
+    );
+    assert!(ended.stderr.contains("scrub"), "{}", ended.stderr);
+    let ordered = run(&authority, &at, &["replication", "scrub", "web", "--site", "b"]).await.succeeded();
+    assert!(ordered.stdout.starts_with("the replica of web at b is compared"), "{}", ordered.stdout);
+    let refused = run(&authority, &at, &["replication", "scrub", "web", "--site", "c"]).await;
+    assert!(refused.error().contains("is not protected there"), "{}", refused.stderr);
+}
+
+#[tokio::test]
 async fn a_watched_status_goes_on_until_it_is_interrupted_which_is_no_failure() {
     let (authority, fake) = (Authority::new(), Fake::default());
     let steps = [1, 1, 2].map(|number| fleet(protected(idle(number, 0), ReplicaState::Seeded)));

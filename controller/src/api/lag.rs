@@ -129,7 +129,7 @@ mod tests {
             let owner = Ownership::first("worker-a".parse().unwrap());
             let mut vm = Vm::new(Spec::try_from(sample("web")).unwrap(), owner, Power::Run);
             let terms = Terms { rpo_ms: 30_000, keep_points: 10, quiesce: false };
-            let protection = Some(Protection { terms, seq: 1 });
+            let protection = Some(Protection { terms, seq: 1, scrub_seq: 0 });
             let worker = "worker-b".parse().unwrap();
             let replica = Replica { worker, seed_seq: 0, phase: ReplicaPhase::Seeded, protection };
             vm.replicas.insert("b".parse().unwrap(), replica);

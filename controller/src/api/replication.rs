@@ -52,6 +52,15 @@ impl Api {
         Ok(replica_of(&after, vm_id, &site))
     }
 
+    async fn scrub(&self, request: v1::ScrubReplicaRequest) -> Result<Option<v1::Replica>, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let moment = self.read().await?;
+        let (vm, _) = moment.vm(&request.vm)?;
+        let site = moment.site(&request.site)?;
+        let (_, after) = self.order(id, ClientOrder::Scrub { vm, site: site.clone() }).await?;
+        Ok(replica_of(&after, vm, &site))
+    }
+
     async fn cap(&self, request: v1::SetLinkCapRequest) -> Result<v1::Link, ApiError> {
         let id = request_id(&request.request_id)?;
         let asked = request.link.ok_or(ApiError::Missing { field: "link", fix: "name two sites" })?;
@@ -127,6 +136,11 @@ impl ReplicationService for Api {
         let site = moment.site(&request.site)?;
         self.order(id, ClientOrder::Unprotect { vm, site }).await?;
         Ok(Response::new(v1::UnprotectVmResponse {}))
+    }
+
+    async fn scrub_replica(&self, request: Request<v1::ScrubReplicaRequest>) -> Reply<v1::ScrubReplicaResponse> {
+        let replica = self.scrub(request.into_inner()).await?;
+        Ok(Response::new(v1::ScrubReplicaResponse { replica }))
     }
 
     async fn list_recovery_points(

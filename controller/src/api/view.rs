@@ -191,6 +191,7 @@ impl<'a> View<'a> {
     fn kept_up_to_date(&self, id: VmId, vm: &Vm, site: &SiteName, replica: &Replica, out: &mut v1::Replica) {
         let Some(status) = self.replication(id, vm, site, replica) else { return };
         out.protection = replica.protection.map(|protection| protection.terms.into());
+        out.scrub_seq = replica.protection.map_or(0, |protection| protection.scrub_seq);
         let report = self.observations.last(vm.ownership.owner().0).and_then(|owner| owner.replication(id, site));
         out.wan_bytes = report.map_or(0, |report| report.wan_bytes);
         out.rate_bps = status.rate_bps;

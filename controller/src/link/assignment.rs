@@ -133,6 +133,7 @@ fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssi
             protect_seq: protection.seq,
             protection: Some(protection.terms.into()),
             cap_bps: cap_bps(state, from, site),
+            scrub_seq: protection.scrub_seq,
         })
     });
     replications.collect()

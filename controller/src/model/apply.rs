@@ -83,6 +83,7 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
         ClientOrder::Protect { vm, site, worker, terms } => protection::protect(state, vm, site, worker, terms),
         ClientOrder::Unprotect { vm, site } => protection::unprotect(state, vm, site),
+        ClientOrder::Scrub { vm, site } => protection::scrub(state, vm, site),
         ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
         ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
@@ -109,7 +110,9 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
         }
         (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
         (
-            ClientOrder::SeedReplica { vm, site, .. } | ClientOrder::Protect { vm, site, .. },
+            ClientOrder::SeedReplica { vm, site, .. }
+            | ClientOrder::Protect { vm, site, .. }
+            | ClientOrder::Scrub { vm, site },
             Answer::Replica(answered, at),
         ) => vm == answered && site == at,
         (_, Answer::Done | Answer::Vm(_) | Answer::Migration(_) | Answer::Replica(..)) => false,

@@ -180,6 +180,13 @@ pub enum ClientOrder {
         /// Where.
         site: SiteName,
     },
+    /// Compare a protected replica's files with the disks, and repair what differs.
+    Scrub {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+    },
     /// Cap what replication and seeds send from one site to another.
     SetLinkCap {
         /// From where.

@@ -52,6 +52,9 @@ pub struct Protection {
     pub terms: Terms,
     /// Number of the order, or of the turn that renewed it.
     pub seq: u64,
+    /// Number of the newest order to scrub the replica; 0: none.
+    #[serde(default)]
+    pub scrub_seq: u64,
 }
 
 /// A recovery point that a VM was booted from.
@@ -157,7 +160,8 @@ pub(super) fn protect(state: &mut State, id: VmId, site: SiteName, worker: Worke
         // The first copy may write into what lies there.
         replica.phase = ReplicaPhase::Seeding;
     }
-    replica.protection = Some(Protection { terms, seq });
+    let scrub_seq = replica.protection.map_or(0, |protection| protection.scrub_seq);
+    replica.protection = Some(Protection { terms, seq, scrub_seq });
     state.protect_seq = seq;
     Ok(Answer::Replica(id, site))
 }
@@ -182,6 +186,21 @@ pub(super) fn unprotect(state: &mut State, id: VmId, site: SiteName) -> Outcome 
     Ok(Answer::Done)
 }
 
+/// Orders that a replica's files are compared with the disks. The owner's worker does it, between points.
+pub(super) fn scrub(state: &mut State, id: VmId, site: SiteName) -> Outcome {
+    let seq = state.protect_seq + 1;
+    let vm = vm_mut(state, id)?;
+    let name = vm.spec.name.clone();
+    let protected = vm.replicas.get(&site).filter(|replica| replica.protection.is_some());
+    let Some(replica) = protected else { return Err(Rejection::NotProtected { name, site }) };
+    has_point(vm, &site, replica)?;
+    if let Some(protection) = vm.replicas.get_mut(&site).and_then(|replica| replica.protection.as_mut()) {
+        protection.scrub_seq = seq;
+    }
+    state.protect_seq = seq;
+    Ok(Answer::Replica(id, site))
+}
+
 /// The replica has its first recovery point under this order.
 pub(super) fn reached_a_point(state: &mut State, id: VmId, site: &SiteName, protect_seq: u64) {
     let replica = state.vms.get_mut(&id).and_then(|vm| vm.replicas.get_mut(site));
@@ -203,7 +222,7 @@ pub(super) fn set_link_cap(state: &mut State, from: SiteName, to: SiteName, cap_
 pub(super) fn turn_round(protect_seq: &mut u64, arrived: Option<&Replica>) -> Option<Protection> {
     let Protection { terms, .. } = arrived?.protection?;
     *protect_seq += 1;
-    Some(Protection { terms, seq: *protect_seq })
+    Some(Protection { terms, seq: *protect_seq, scrub_seq: 0 })
 }
 
 /// Is the replica, if it is protected, one to boot from or move to?

@@ -129,6 +129,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     };
     let node = Node {
         store: identity_of_store,
+        records: store.clone(),
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::unistd::{Whence, lseek64};
 use pageport_common::store::{Batch, Store, StoreError};
 use pageport_proto::VmId;
@@ -237,6 +237,16 @@ impl ReplicaDisk {
     /// The system's, or `UnexpectedEof` past the end.
     pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, offset)
+    }
+
+    /// Reads what the device holds, not what the system remembers of it, as far as the system goes along.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_anew(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        posix_fadvise(self.file.as_fd(), offset as i64, into.len() as i64, advice)?;
+        self.read(offset, into)
     }
 
     /// Writes; all of it must lie inside the disk.

@@ -74,6 +74,14 @@ impl ReplicaView {
         self.write().start_over(disk, name, size_bytes)
     }
 
+    /// The peer has read these blocks of its files: what was known of them otherwise is corrected. Tells of how many. Not within an attempt.
+    ///
+    /// # Errors
+    /// They are not on the disk.
+    pub fn correct(&self, disk: u16, first_block: u64, found: &[BlockDigest]) -> Result<u64, IndexError> {
+        self.write().correct(BlockRef { disk, block: first_block }, found)
+    }
+
     /// These blocks are about to change at the peer: until it confirms, nothing is known of them.
     ///
     /// # Errors

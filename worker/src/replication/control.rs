@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use pageport_common::telemetry;
 use pageport_proto::v1::{
-    BeginLayer, BeginPoint, CommitPoint, Committed, DiskHello, ReplicaPoints, ReplicationDisk, ReplicationHello,
-    ReplicationReply, ReplicationRequest, StreamHello, replication_reply, replication_request, stream_hello,
+    BeginLayer, BeginPoint, CommitPoint, Committed, CompareBlocks, Compared, DiskHello, ReplicaPoints, ReplicationDisk,
+    ReplicationHello, ReplicationReply, ReplicationRequest, StreamHello, replication_reply, replication_request,
+    stream_hello,
 };
 
 use crate::transport::{
@@ -17,6 +18,9 @@ const POINTS_LIMIT: Duration = Duration::from_secs(600);
 const BEGIN_LIMIT: Duration = Duration::from_secs(60);
 /// The destination brings the whole journal, or the disks, to stable storage.
 const COMMIT_LIMIT: Duration = Duration::from_secs(600);
+
+/// The destination reads a piece of its file, from a slow disk at worst.
+const COMPARE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Why the destination did not do as told.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +110,19 @@ impl Control {
         self.ask(replication_request::Kind::Commit(commit)).await?;
         self.expect("its commit", COMMIT_LIMIT, |kind| match kind {
             replication_reply::Kind::Committed(committed) => Some(committed),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Has blocks of the replica's file read and compared; nothing is begun meanwhile.
+    ///
+    /// # Errors
+    /// The destination refuses, or does not answer.
+    pub async fn compare(&mut self, blocks: CompareBlocks) -> Result<Compared, ControlError> {
+        self.ask(replication_request::Kind::Compare(blocks)).await?;
+        self.expect("its comparison", COMPARE_LIMIT, |kind| match kind {
+            replication_reply::Kind::Compared(compared) => Some(compared),
             _ => None,
         })
         .await

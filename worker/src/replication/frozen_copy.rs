@@ -175,18 +175,38 @@ impl FrozenCopy {
         throttle: Option<&Throttle>,
     ) -> Result<(), FrozenCopyError> {
         self.set_pace(throttle);
-        let socket = self.frozen.export().await?;
-        for (disk, sink) in sinks {
-            let states =
-                self.frozen.since().map_or(States::Zeroes, |bitmap| States::Dirty { bitmap: bitmap.to_owned() });
-            let client = match NbdClient::connect(&socket, &disk, states).await {
-                Ok(client) => client,
-                Err(source) => return Err(FrozenCopyError::Read { disk, source }),
-            };
+        let (disks, sinks): (Vec<_>, Vec<_>) = sinks.into_iter().unzip();
+        let clients = self.readers(&disks).await?;
+        for ((disk, sink), client) in disks.into_iter().zip(sinks).zip(clients) {
             let pulled = pull(client, sink, self.pace.clone(), self.done_bytes.clone());
             self.pulls.spawn(async move { pulled.await.map_err(|error| explain(disk, error)) });
         }
         Ok(())
+    }
+
+    /// Connections to these disks as they were at the moment, with what the bitmap says of them. Once; they must be closed before the release.
+    ///
+    /// # Errors
+    /// The hypervisor refuses.
+    pub async fn readers(&self, disks: &[String]) -> Result<Vec<NbdClient>, FrozenCopyError> {
+        let socket = self.frozen.export().await?;
+        let mut clients = vec![];
+        for disk in disks {
+            let states =
+                self.frozen.since().map_or(States::Zeroes, |bitmap| States::Dirty { bitmap: bitmap.to_owned() });
+            let client = NbdClient::connect(&socket, disk, states).await;
+            clients.push(client.map_err(|source| FrozenCopyError::Read { disk: disk.clone(), source })?);
+        }
+        Ok(clients)
+    }
+
+    /// Whether scratch is within its bound.
+    ///
+    /// # Errors
+    /// It is not, or cannot be looked at.
+    pub async fn check_scratch(&self) -> Result<(), FrozenCopyError> {
+        let used = self.frozen.scratch_bytes().await.map_err(FrozenCopyError::LookAtScratch)?;
+        self.bounds.check(used)
     }
 
     /// Waits until all disks are copied. Cancel-safe.
@@ -213,8 +233,7 @@ impl FrozenCopy {
                 _ = look.tick() => {
                     let copied = self.copied();
                     progress(copied);
-                    let used = self.frozen.scratch_bytes().await.map_err(FrozenCopyError::LookAtScratch)?;
-                    self.bounds.check(used)?;
+                    self.check_scratch().await?;
                     if copied.done_bytes > advanced.1 {
                         advanced = (Instant::now(), copied.done_bytes);
                     } else if advanced.0.elapsed() > STALL_LIMIT {
@@ -261,8 +280,15 @@ impl FrozenCopy {
 /// A point that broke refuses to be read.
 fn explain(disk: String, error: PullError) -> FrozenCopyError {
     match error {
-        PullError::Read(error) if error.is_refusal() => HypervisorError::PointBroken { disk }.into(),
-        PullError::Read(source) => FrozenCopyError::Read { disk, source },
+        PullError::Read(error) => unreadable(disk, error),
         PullError::Sink(error) => FrozenCopyError::Sessions(error),
+    }
+}
+
+/// Why a frozen disk could not be read.
+pub fn unreadable(disk: String, source: ClientError) -> FrozenCopyError {
+    match source.is_refusal() {
+        true => HypervisorError::PointBroken { disk }.into(),
+        false => FrozenCopyError::Read { disk, source },
     }
 }

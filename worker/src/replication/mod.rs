@@ -14,6 +14,7 @@
 //! - [`control`], [`serve`]: the two ends of a session's control stream.
 //! - [`schedule`]: when the next point is taken, and how old the newest became.
 //! - [`throttle`]: how fast a full copy may go.
+//! - [`scrub`]: whether the replica's files hold what they should, and their repair.
 //! - [`plan`]: what the replica's points and the hypervisor's bitmaps mean for the next point.
 //! - [`mark`]: the names of bitmaps.
 //! - [`moving`], [`last_increment`]: the disks of a migration that starts from a standing replica.
@@ -32,6 +33,7 @@ pub mod registry;
 pub mod replicators;
 pub mod round;
 pub mod schedule;
+pub mod scrub;
 pub mod serve;
 pub mod source;
 pub mod throttle;

@@ -7,7 +7,8 @@
 //! ```
 //! Guarantees: the mirrors run before the moment is frozen, so no write is missed between; the mirror's bytes win; after an abort the
 //! destination is at its newest point again, the bitmap of that point has missed nothing, and the view knows what it knew.
-//! Without a bitmap that goes on from the newest point the mirrors look at the whole disks, which are compared.
+//! Without a bitmap that goes on from the newest point, or when a scrub has found damage, the mirrors look at the whole disks, which are
+//! compared.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,7 +90,11 @@ impl MovingDisks {
         };
         let hellos = tokio::task::block_in_place(|| names.iter().map(of).collect::<Result<Vec<_>, _>>())?;
         let (mut control, points) = Control::open(&connection, session, &hellos).await?;
-        let plan = Plan::make(qemu, &names, &points, peer).await?;
+        let mut plan = Plan::make(qemu, &names, &points, peer).await?;
+        if node.replications.has_damage(qemu.id()) {
+            // The bitmap says nothing of what a scrub has found.
+            plan.since = None;
+        }
         if plan.in_place {
             connection.close("the replica has no recovery point");
             return Ok(None);

@@ -13,6 +13,24 @@ pub struct Turn {
     held: Arc<tokio::sync::Mutex<()>>,
     /// Migrations that hold the turn or wait for it.
     migrations: watch::Sender<u32>,
+    /// Rounds, of whichever replica, and parts of scrubs that wait for it.
+    waiting: watch::Sender<u32>,
+}
+
+/// One that waits; it is counted until this is dropped.
+struct Waits<'a>(&'a watch::Sender<u32>);
+
+impl<'a> Waits<'a> {
+    fn count(waiting: &'a watch::Sender<u32>) -> Self {
+        waiting.send_modify(|count| *count += 1);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
 }
 
 /// The turn of a migration, or its wish for it; it ends with this.
@@ -31,12 +49,13 @@ impl Drop for MigrationTurn {
 
 impl Turn {
     fn new() -> Self {
-        Self { held: Arc::default(), migrations: watch::Sender::new(0) }
+        Self { held: Arc::default(), migrations: watch::Sender::new(0), waiting: watch::Sender::new(0) }
     }
 
     /// The turn of a round; [`None`]: a migration comes first.
     pub async fn take(&self) -> Option<OwnedMutexGuard<()>> {
         let mut migrations = self.migrations.subscribe();
+        let _waits = Waits::count(&self.waiting);
         tokio::select! {
             biased;
             _ = migrations.wait_for(|count| *count > 0) => None,
@@ -48,6 +67,16 @@ impl Turn {
     pub async fn wanted(&self) {
         // The sender lives as long as this.
         let _ = self.migrations.subscribe().wait_for(|count| *count > 0).await;
+    }
+
+    /// Ends when anybody wants the turn: for what can wait.
+    pub async fn contended(&self) {
+        let mut waiting = self.waiting.subscribe();
+        tokio::select! {
+            () = self.wanted() => {}
+            // The sender lives as long as this.
+            _ = waiting.wait_for(|count| *count > 0) => {}
+        }
     }
 
     /// The turn of a migration: a round under way is interrupted.
@@ -72,6 +101,8 @@ struct EntryState {
     report: ReplicationReport,
     /// The bitmap of what the guest has written since the newest point.
     mark: Option<String>,
+    /// Blocks of the replica are known not to be what they should, whatever the bitmap says.
+    damaged: bool,
 }
 
 impl Entry {
@@ -88,6 +119,11 @@ impl Entry {
     /// See [`Self::mark`].
     pub fn set_mark(&self, mark: Option<String>) {
         self.state().mark = mark;
+    }
+
+    /// The replica has damage that no point has put right yet.
+    pub fn set_damaged(&self, damaged: bool) {
+        self.state().damaged = damaged;
     }
 
     /// Changes what is reported.
@@ -128,7 +164,7 @@ impl Replications {
             protect_seq,
             ..ReplicationReport::default()
         };
-        let state = Mutex::new(EntryState { report, mark: None });
+        let state = Mutex::new(EntryState { report, ..EntryState::default() });
         let entry = Arc::new(Entry { turn: self.turn(vm), state, changed: self.changed.clone() });
         self.lock().insert((vm, to_site.to_owned()), entry.clone());
         entry
@@ -143,6 +179,11 @@ impl Replications {
     pub fn turn(&self, vm: VmId) -> Arc<Turn> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         turns.entry(vm).or_insert_with(|| Arc::new(Turn::new())).clone()
+    }
+
+    /// Whether a replica of the VM has damage that no point has put right yet.
+    pub fn has_damage(&self, vm: VmId) -> bool {
+        self.lock().iter().any(|((of, _), entry)| *of == vm && entry.state().damaged)
     }
 
     /// What is reported.
@@ -173,6 +214,36 @@ mod tests {
         assert!(turn.take().await.is_none());
         drop(migration);
         assert!(turn.take().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn what_can_wait_makes_way_for_the_round_of_another_replica() {
+        let turn = Arc::new(Turn::new());
+        let pass = turn.take().await.unwrap();
+        let quiet = tokio::time::timeout(std::time::Duration::from_millis(1), turn.contended()).await;
+        assert!(quiet.is_err(), "whoever holds it does not wait for it");
+        let round = tokio::spawn({
+            let turn = turn.clone();
+            async move { turn.take().await }
+        });
+        turn.contended().await;
+        drop(pass);
+        let round = round.await.unwrap().unwrap();
+        let quiet = tokio::time::timeout(std::time::Duration::from_millis(1), turn.contended()).await;
+        assert!(quiet.is_err());
+        drop(round);
+    }
+
+    #[test]
+    fn damage_is_known_until_a_point_has_put_it_right() {
+        let (replications, vm) = (Replications::new(Arc::default()), VmId::generate());
+        let entry = replications.begin(vm, "b", 1);
+        let _other = replications.begin(VmId::generate(), "b", 2);
+        assert!(!replications.has_damage(vm));
+        entry.set_damaged(true);
+        assert!(replications.has_damage(vm));
+        entry.set_damaged(false);
+        assert!(!replications.has_damage(vm));
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tracing::Instrument;
 
 use super::registry::Entry;
+use super::scrub;
 use super::source::{self, Wanted};
 use crate::node::Node;
 
@@ -50,10 +51,12 @@ impl Replicators {
 impl Replicator {
     /// Waits for the end of the task. What was known of the replica is of no use any more: it may be removed, or the VM has left.
     async fn end(self, node: Arc<Node>, vm: VmId) {
-        let peer = self.wanted.borrow().order.peer_worker.clone();
+        let order = self.wanted.borrow().order.clone();
+        let (peer, site) = (order.peer_worker, order.to_site);
         drop(self.wanted);
         if self.task.await.is_ok() {
             node.views.forget_peer(vm, &peer).await;
+            tokio::task::block_in_place(|| scrub::forget(&node.records, vm, &site));
         }
     }
 

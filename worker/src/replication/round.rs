@@ -22,6 +22,7 @@ use super::control::{Control, ControlError};
 use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
 use super::mark::Mark;
 use super::plan::Plan;
+use super::scrub::pass::Difference;
 use super::throttle::Throttle;
 use crate::hypervisor::freeze::{Consistency, Outcome};
 use crate::hypervisor::guest_agent::NotQuiesced;
@@ -120,6 +121,8 @@ pub struct Round<'a> {
     pub spec: &'a VmSpec,
     /// The order.
     pub order: &'a ReplicationAssignment,
+    /// What a scrub has found: brought with the point, in front of what the guest has changed.
+    pub repairs: &'a [Difference],
 }
 
 /// A disk's stream.
@@ -207,6 +210,7 @@ impl Round<'_> {
         let quiescence = frozen.take_quiescence();
         tell(News::Moment(quiescence.problem));
         let copied = async {
+            self.repair(streams).await.map_err(FrozenCopyError::Sessions)?;
             let sink = |stream: &DiskStream| (stream.name.clone(), stream.session.clone());
             frozen.start(streams.iter().map(sink).collect(), throttle.as_ref()).await?;
             let progress = |Copied { done_bytes, total_bytes }| {
@@ -237,6 +241,16 @@ impl Round<'_> {
                 Ok((Taken { number, taken_unix_ms, at, changed_bytes, quiesced, mark }, frozen))
             }
         }
+    }
+
+    /// Older than the moment: what the guest has written since comes behind it.
+    async fn repair(&self, streams: &[DiskStream]) -> std::io::Result<()> {
+        for Difference { disk, offset, data } in self.repairs {
+            if let Some(stream) = streams.iter().find(|stream| stream.name == *disk) {
+                stream.session.write(*offset, data.clone()).await?;
+            }
+        }
+        Ok(())
     }
 
     fn consistency(&self) -> Consistency {

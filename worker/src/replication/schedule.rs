@@ -15,6 +15,8 @@ const SHARE_OF_TARGET: f64 = 0.9;
 const ROUND_MARGIN: f64 = 1.5;
 /// Shortest time between two rounds, so that the guest has some without a snapshot.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// A pause that is shorter leaves no time for anything else.
+const TIGHT_PAUSE: Duration = Duration::from_secs(2);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How far back ages are remembered.
@@ -55,10 +57,21 @@ impl Schedule {
 
     /// How long to wait from now, with the newest point taken at `taken`.
     pub fn pause(&self, taken: Instant, now: Instant) -> Duration {
-        let round = self.expected_round.mul_f64(ROUND_MARGIN);
-        let interval = self.target.mul_f64(SHARE_OF_TARGET).saturating_sub(round);
+        let interval = self.interval();
         let age = now.saturating_duration_since(taken);
         interval.saturating_sub(age).max(SHORTEST_PAUSE)
+    }
+}
+
+impl Schedule {
+    /// From a point to the beginning of the next round.
+    fn interval(&self) -> Duration {
+        self.target.mul_f64(SHARE_OF_TARGET).saturating_sub(self.expected_round.mul_f64(ROUND_MARGIN))
+    }
+
+    /// Whether rounds take so long that hardly a pause is left between them.
+    pub fn is_tight(&self) -> bool {
+        self.interval() < self.expected_round + TIGHT_PAUSE
     }
 }
 
@@ -128,6 +141,7 @@ mod tests {
         let mut schedule = Schedule::new(TARGET);
         schedule.committed(Duration::from_secs(100));
         assert_eq!(schedule.pause(start, start + Duration::from_secs(100)), SHORTEST_PAUSE);
+        assert!(schedule.is_tight() && !Schedule::new(TARGET).is_tight());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!   begin  ─▶ journal, or in place     ┐
 //!   layer  ─▶ in place, behind an undo ┴─ changes come on the disks' streams
 //!   commit ─▶ digests agree? ─▶ sealed, recorded ─▶ committed ─▶ applied
+//!   compare ─▶ blocks of the files, read anew ─▶ the same, or their digests
 //!   end    ─▶ a journal is dropped; a layer is undone, unless a hypervisor here waits for the VM
 //! ```
 //! Guarantees: one session of a VM at a time; `committed` is said only once the point is on stable storage; what a session leaves
@@ -19,11 +20,12 @@ use pageport_ownership::Guest;
 use pageport_proto::VmId;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::{
-    BeginPoint, Begun, CommitPoint, Committed, DiskFailure, DiskHello, RecoveryPoint, ReplicaPoints, ReplicationHello,
-    ReplicationReply, ReplicationRequest, replication_reply, replication_request,
+    BeginPoint, Begun, CommitPoint, Committed, CompareBlocks, Compared, DiskFailure, DiskHello, RecoveryPoint,
+    ReplicaPoints, ReplicationHello, ReplicationReply, ReplicationRequest, replication_reply, replication_request,
 };
 use tokio::sync::OwnedMutexGuard;
 
+use super::scrub::answer::{CompareError, compare};
 use crate::node::Node;
 use crate::replica::groups::Points;
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
@@ -63,6 +65,9 @@ pub enum SessionError {
     /// Its points.
     #[error(transparent)]
     Points(#[from] PointError),
+    /// The replica could not be compared.
+    #[error(transparent)]
+    Compare(#[from] CompareError),
     /// The VM at this host.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -236,6 +241,14 @@ impl Session {
         Ok(lineage.get())
     }
 
+    /// Blocks of the files, which must be at the newest point.
+    fn compare(&self, blocks: &CompareBlocks) -> Result<Compared, SessionError> {
+        if !matches!(&*self.target(), Target::Nowhere) {
+            return Err(SessionError::Request { what: "a comparison while something is received" });
+        }
+        Ok(compare(&self.disks, blocks)?)
+    }
+
     fn begin_layer(&self) -> Result<u64, SessionError> {
         self.points.open_layer()?;
         self.replace(Target::Layer);
@@ -350,6 +363,9 @@ async fn control(
                 }
                 replication_request::Kind::Layer(_) => {
                     replication_reply::Kind::Begun(Begun { lineage: serving.begin_layer()? })
+                }
+                replication_request::Kind::Compare(blocks) => {
+                    replication_reply::Kind::Compared(serving.compare(&blocks)?)
                 }
                 replication_request::Kind::Commit(commit) => {
                     replication_reply::Kind::Committed(serving.commit(&commit)?)

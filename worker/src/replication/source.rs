@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   wait until a point is due ─▶ turn ─▶ round ─▶ report ─▶ …
-//!                                  ▲ held by a migration of the VM while it lasts
+//!     └─ a scrub was ordered ─▶ turn ─▶ pass ─▶ …
+//!                                 ▲ held by a migration of the VM while it lasts
 //! ```
 //! Guarantees: one round of a VM at a time, whatever the number of its replicas; none while a migration holds the VM's turn; a round that
 //! failed is tried again, ever later up to half a minute; the task ends with the order.
@@ -10,12 +11,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageport_proto::v1::{RecoveryPoint, ReplicationAssignment, ReplicationPhase, ReplicationStatus, VmSpec};
+use pageport_proto::v1::{
+    RecoveryPoint, ReplicationAssignment, ReplicationPhase, ReplicationStatus, ScrubStatus, VmSpec,
+};
 use tokio::sync::watch;
 
 use super::registry::Entry;
 use super::round::{News, Progress, Round, RoundError, Taken};
 use super::schedule::{Ages, Schedule};
+use super::scrub::pass::Pass;
+use super::scrub::{LONGEST_PASS, Scrub};
 use crate::error::with_causes;
 use crate::hypervisor::guest_agent::NotQuiesced;
 use crate::node::Node;
@@ -25,6 +30,10 @@ use crate::vms::ManagedVm;
 const LAG_INTERVAL: Duration = Duration::from_secs(2);
 /// Without a running guest there is nothing to copy; it is looked for again after this.
 const GUEST_INTERVAL: Duration = Duration::from_secs(1);
+/// Less time before the next round is not worth a pass of a scrub.
+const SHORTEST_PASS: Duration = Duration::from_secs(1);
+/// Damage that was found is repaired after this.
+const REPAIR_PAUSE: Duration = Duration::from_millis(500);
 
 /// What is wanted now.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,11 +47,14 @@ pub struct Wanted {
 /// Replicates until `wanted` is closed.
 pub async fn run(node: Arc<Node>, vm: Arc<ManagedVm>, mut wanted: watch::Receiver<Wanted>, entry: Arc<Entry>) {
     let first = wanted.borrow().clone();
+    let scrub = Scrub::load(node.records.clone(), vm.id(), &first.order.to_site);
     let mut replication = Replication {
         schedule: Schedule::new(target(&first.order)),
         ages: Ages::new(Instant::now()),
         newest: None,
         retry: None,
+        scrub,
+        passed: false,
         node,
         vm,
         entry,
@@ -50,10 +62,14 @@ pub async fn run(node: Arc<Node>, vm: Arc<ManagedVm>, mut wanted: watch::Receive
     loop {
         let now = wanted.borrow_and_update().clone();
         replication.schedule.set_target(target(&now.order));
+        replication.scrub.order(now.order.scrub_seq);
         tokio::select! {
             biased;
             news = wanted.changed() => if news.is_err() { break },
-            () = replication.wait() => replication.round(&now, &mut wanted).await,
+            due = replication.wait() => match due {
+                Due::Round => replication.round(&now, &mut wanted).await,
+                Due::Pass { until } => replication.pass(&now, &mut wanted, until).await,
+            },
         }
         if wanted.has_changed().is_err() {
             break;
@@ -65,6 +81,24 @@ fn target(order: &ReplicationAssignment) -> Duration {
     Duration::from_millis(order.protection.as_ref().map_or(u64::MAX, |protection| protection.rpo_ms))
 }
 
+/// What there is to do.
+enum Due {
+    Round,
+    /// A part of a scrub; then the next round is due.
+    Pass {
+        until: Instant,
+    },
+}
+
+/// Ends when the turn is wanted, or the order is withdrawn. A changed order waits; a withdrawn one does not.
+async fn interrupted(wanted: impl Future<Output = ()>, news: &mut watch::Receiver<Wanted>) {
+    let withdrawn = async { while news.changed().await.is_ok() {} };
+    tokio::select! {
+        () = wanted => {}
+        () = withdrawn => {}
+    }
+}
+
 struct Replication {
     node: Arc<Node>,
     vm: Arc<ManagedVm>,
@@ -73,20 +107,36 @@ struct Replication {
     ages: Ages,
     newest: Option<Taken>,
     retry: Option<Instant>,
+    scrub: Scrub,
+    /// There was a pass since the last round.
+    passed: bool,
 }
 
 impl Replication {
-    /// Waits until the next round is due, and tells meanwhile how the replica lags behind. Cancel-safe.
-    async fn wait(&self) {
+    /// Waits until there is something to do, and tells meanwhile how the replica lags behind. Cancel-safe.
+    async fn wait(&self) -> Due {
         let now = Instant::now();
         let due = match (&self.retry, &self.newest) {
             (Some(retry), _) => *retry,
+            (None, Some(_)) if !self.scrub.differences().is_empty() => now + REPAIR_PAUSE,
             (None, Some(newest)) => now + self.schedule.pause(newest.at, now),
             (None, None) => now,
         };
-        while Instant::now() < due {
+        // Only behind a point of this worker's own: then the bitmap is there, and little has been written since.
+        let pass = self.scrub.next_pass().filter(|at| {
+            // Where rounds follow each other without a pause, passes take turns with them.
+            let takes_turns = self.schedule.is_tight() && !self.passed;
+            let enough = |left: Duration| left >= SHORTEST_PASS || takes_turns;
+            self.retry.is_none() && self.newest.is_some() && enough(due.saturating_duration_since(now.max(*at)))
+        });
+        let until = pass.unwrap_or(due).min(due);
+        while Instant::now() < until {
             self.tell_lag().await;
-            tokio::time::sleep(due.saturating_duration_since(Instant::now()).min(LAG_INTERVAL)).await;
+            tokio::time::sleep(until.saturating_duration_since(Instant::now()).min(LAG_INTERVAL)).await;
+        }
+        match pass {
+            Some(_) => Due::Pass { until: due.min(Instant::now() + LONGEST_PASS) },
+            None => Due::Round,
         }
     }
 
@@ -117,18 +167,10 @@ impl Replication {
             self.tell(|status| status.phase = ReplicationPhase::Migrating.into());
             return self.wait_for_guest("").await;
         };
-        let round = Round { node: &self.node, qemu: &qemu, spec: &wanted.spec, order: &wanted.order };
+        let repairs = self.scrub.differences();
+        let round = Round { node: &self.node, qemu: &qemu, spec: &wanted.spec, order: &wanted.order, repairs };
         let began = Instant::now();
-        let withdrawn = async {
-            // A changed order waits for the end of the round; a withdrawn one does not.
-            while news.changed().await.is_ok() {}
-        };
-        let interrupt = async {
-            tokio::select! {
-                () = turn.wanted() => {}
-                () = withdrawn => {}
-            }
-        };
+        let interrupt = interrupted(turn.wanted(), news);
         let mut rate = Rate::default();
         let tell = |news| match news {
             News::Progress(progress) => self.tell_progress(progress, &mut rate),
@@ -139,6 +181,25 @@ impl Replication {
             Ok(taken) => self.committed(taken, wanted, began),
             Err(error) => self.failed(&error),
         }
+    }
+
+    /// A part of a scrub.
+    async fn pass(&mut self, wanted: &Wanted, news: &mut watch::Receiver<Wanted>, until: Instant) {
+        let (Ok(qemu), true) = (self.vm.qemu().await, self.vm.owns_and_runs()) else {
+            return self.wait_for_guest("the vm is not running here").await;
+        };
+        let turn = self.entry.turn();
+        let Some(_turn) = turn.take().await else {
+            self.tell(|status| status.phase = ReplicationPhase::Migrating.into());
+            return self.wait_for_guest("").await;
+        };
+        let pass = Pass { node: &self.node, qemu: &qemu, spec: &wanted.spec, order: &wanted.order, until };
+        let entry = self.entry.clone();
+        let tell = |progress: &_| entry.update(|status| status.scrub = Some(ScrubStatus::from(progress)));
+        self.scrub.compare(&pass, interrupted(turn.contended(), news), tell).await;
+        self.passed = true;
+        self.entry.set_damaged(!self.scrub.differences().is_empty());
+        self.tell(|_| {});
     }
 
     async fn wait_for_guest(&self, problem: &str) {
@@ -156,7 +217,9 @@ impl Replication {
         if let Some(before) = &self.newest {
             self.ages.superseded(before.at, now);
         }
-        self.retry = None;
+        (self.retry, self.passed) = (None, false);
+        self.scrub.repaired();
+        self.entry.set_damaged(false);
         self.schedule.committed(began.elapsed());
         tracing::info!(
             vm_id = %self.vm.id(),
@@ -238,6 +301,7 @@ impl Replication {
             status.lag_ms = taken.map_or(0, |taken| now.saturating_duration_since(taken).as_millis() as u64);
             status.worst_rpo_ms = self.ages.worst(taken, now).as_millis() as u64;
             status.window_ms = self.ages.window(now).as_millis() as u64;
+            self.scrub.tell(status);
         });
     }
 }

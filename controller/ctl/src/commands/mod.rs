@@ -55,6 +55,9 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Replication(ReplicationCommand::Status { vm, watch: true }) => {
             protection::watch_status(&mut context, vm).await
         }
+        Command::Replication(ReplicationCommand::Scrub { vm, site, watch }) => {
+            protection::scrub(&mut context, vm, site, watch).await
+        }
         Command::RecoveryPoint(command) => point::run(&mut context, command).await,
         Command::Link(LinkCommand::List) => protection::links(&mut context).await,
         Command::Link(LinkCommand::Set { from, to, cap }) => {

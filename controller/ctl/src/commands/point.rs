@@ -48,13 +48,18 @@ pub async fn run(context: &mut Context, command: RecoveryPointCommand) -> Result
 }
 
 async fn list(context: &mut Context, vm: String, site: Option<String>) -> Result<(), CtlError> {
-    let site = match site {
-        Some(site) => site,
-        None => only_site(&get(context, vm.clone()).await?)?,
-    };
+    let site = site_of(context, &vm, site).await?;
     let request = v1::ListRecoveryPointsRequest { vm, site };
     let response = ask!(context, Replication, list_recovery_points, request).await?;
     context.output.message(&response, |response| point::points(response, now_unix_ms()))
+}
+
+/// The site that is named, or that is meant.
+pub async fn site_of(context: &mut Context, vm: &str, named: Option<String>) -> Result<String, CtlError> {
+    match named {
+        Some(site) => Ok(site),
+        None => only_site(&get(context, vm.to_owned()).await?),
+    }
 }
 
 /// The VM, and the worker that holds its replica.

@@ -1,4 +1,4 @@
-//! `protect`, `unprotect`, `replication status` and `link list | set`.
+//! `protect`, `unprotect`, `replication status | scrub` and `link list | set`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::ReplicaState;
@@ -6,7 +6,7 @@ use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use pageport_proto::v1::replication_service_client::ReplicationServiceClient;
 
 use super::replica::{self, Told};
-use super::{Context, ask, follow, request_id, required};
+use super::{Context, ask, follow, now_unix_ms, point, request_id, required};
 use crate::error::CtlError;
 use crate::render::screen::Screen;
 use crate::render::sheet::Sheet;
@@ -63,6 +63,34 @@ pub async fn unprotect(context: &mut Context, vm: String, site: String) -> Resul
     context.output.message(&response, |_| line)
 }
 
+pub async fn scrub(context: &mut Context, vm: String, site: Option<String>, watch: bool) -> Result<(), CtlError> {
+    let site = point::site_of(context, &vm, site).await?;
+    let request = v1::ScrubReplicaRequest { request_id: request_id(), vm: vm.clone(), site: site.clone() };
+    let response = ask!(context, Replication, scrub_replica, request).await?;
+    let replica = required(response.replica, "ScrubReplica", "replica")?;
+    if !watch {
+        return context.output.message(&replica, |replica| protection::scrub_ordered(&vm, replica));
+    }
+    let hint = format!("the scrub goes on; `pageportctl replication status {vm} --watch` follows it");
+    let told = Told { line: progress::scrub, has_ended: is_scrubbed, hint };
+    let replica = replica::follow(context, &vm, &site, replica, told).await?;
+    if replica.protection.is_none() {
+        let reason = "nobody compares it any more".to_owned();
+        return Err(CtlError::Protection { vm, site, reason });
+    }
+    if context.output.is_json() {
+        // The last line of the stream has said it.
+        return Ok(());
+    }
+    context.output.text(&protection::scrubbed(&vm, &replica))
+}
+
+/// The newest order is carried out, or nobody does that.
+fn is_scrubbed(replica: &v1::Replica) -> bool {
+    let last = replica.replication.as_ref().and_then(|status| status.last_scrub.as_ref());
+    replica.protection.is_none() || last.is_some_and(|last| last.seq >= replica.scrub_seq)
+}
+
 pub async fn status(context: &mut Context, vm: Option<String>) -> Result<(), CtlError> {
     let vms = match vm {
         Some(vm) => {
@@ -71,7 +99,8 @@ pub async fn status(context: &mut Context, vm: Option<String>) -> Result<(), Ctl
         }
         None => ask!(context, Fleet, list_vms, v1::ListVmsRequest {}).await?.vms,
     };
-    context.output.message(&protection::protected(v1::ListVmsResponse { vms }), protection::statuses)
+    let vms = protection::protected(v1::ListVmsResponse { vms });
+    context.output.message(&vms, |vms| protection::statuses(vms, now_unix_ms()))
 }
 
 /// Shows the status until the user has seen enough, which is no failure.
@@ -90,7 +119,7 @@ pub async fn watch_status(context: &mut Context, vm: Option<String>) -> Result<(
         }
         let vms = protection::protected(v1::ListVmsResponse { vms: fleet.vms });
         if !output.is_json() {
-            sheet.show(protection::statuses(&vms))?;
+            sheet.show(protection::statuses(&vms, now_unix_ms()))?;
         } else if told.as_ref() != Some(&vms) {
             output.message(&vms, |_| String::new())?;
             told = Some(vms);

@@ -6,7 +6,7 @@
 //! What matters most stands left, since a narrow terminal cuts the line at its right end.
 
 use pageport_proto::v1::{
-    Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState, ReplicationStatus,
+    Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState, ReplicationStatus, ScrubStatus,
 };
 
 use super::units;
@@ -95,6 +95,23 @@ pub fn first_copy(replica: &Replica) -> String {
     if !replica.problem.is_empty() {
         parts.push(replica.problem.clone());
     }
+    parts.join("  ")
+}
+
+/// The line of a replica that is scrubbed.
+pub fn scrub(replica: &Replica) -> String {
+    let unknown = ScrubStatus::default();
+    let status = replica.replication.as_ref();
+    let scrub = status.and_then(|status| status.scrub.as_ref()).unwrap_or(&unknown);
+    let done = (scrub.total_bytes > 0).then(|| scrub.done_bytes as f64 / scrub.total_bytes as f64);
+    let mut parts = vec![head("scrub", done)];
+    parts.extend(of(scrub.done_bytes, scrub.total_bytes));
+    if scrub.different_blocks > 0 {
+        let (different, repaired) = (units::count(scrub.different_blocks), units::count(scrub.repaired_blocks));
+        parts.push(format!("{different} blocks differ, {repaired} of them repaired"));
+    }
+    let problems = [&scrub.problem, &replica.problem];
+    parts.extend(problems.into_iter().find(|problem| !problem.is_empty()).cloned());
     parts.join("  ")
 }
 

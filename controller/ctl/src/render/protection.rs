@@ -1,7 +1,7 @@
 //! How protected VMs stand, and links. Pure: messages in, text out.
 
 use pageport_proto::v1::{
-    Link, ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, Vm,
+    Link, ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, ScrubStatus, Vm,
 };
 
 use super::progress::time_left;
@@ -18,7 +18,7 @@ pub fn protected(mut response: ListVmsResponse) -> ListVmsResponse {
 }
 
 /// `replication status`
-pub fn statuses(response: &ListVmsResponse) -> String {
+pub fn statuses(response: &ListVmsResponse, now_unix_ms: i64) -> String {
     let mut table = Table::new([
         ("VM", Left),
         ("SITE", Left),
@@ -30,12 +30,13 @@ pub fn statuses(response: &ListVmsResponse) -> String {
         ("WORST", Left),
         ("RATE", Right),
         ("LEFT", Left),
+        ("SCRUB", Left),
         ("PROBLEM", Left),
     ]);
     for vm in &response.vms {
         for replica in &vm.replicas {
             if let Some(protection) = replica.protection {
-                table.row(status_cells(name(vm), replica, protection));
+                table.row(status_cells(name(vm), replica, protection, now_unix_ms));
             }
         }
     }
@@ -46,7 +47,7 @@ fn name(vm: &Vm) -> String {
     vm.spec.as_ref().map(|spec| spec.name.clone()).unwrap_or_default()
 }
 
-fn status_cells(vm: String, replica: &Replica, protection: Protection) -> [String; 11] {
+fn status_cells(vm: String, replica: &Replica, protection: Protection, now_unix_ms: i64) -> [String; 12] {
     let unknown = ReplicationStatus::default();
     let status = replica.replication.as_ref().unwrap_or(&unknown);
     let dash = || "-".to_owned();
@@ -67,6 +68,7 @@ fn status_cells(vm: String, replica: &Replica, protection: Protection) -> [Strin
         worst,
         units::rate(status.rate_bps),
         time_left(status).unwrap_or_else(dash),
+        scrub(status, now_unix_ms),
         problem(status),
     ]
 }
@@ -79,6 +81,53 @@ fn phase(status: &ReplicationStatus) -> String {
         return format!("{word} {}", units::percent(status.done_bytes, status.total_bytes));
     }
     word.to_owned()
+}
+
+/// How far a scrub is, or how the last one ended.
+fn scrub(status: &ReplicationStatus, now_unix_ms: i64) -> String {
+    let damaged = |blocks: u64, word: &str| format!("{} {word}", units::count(blocks));
+    match (&status.scrub, &status.last_scrub) {
+        (Some(running), _) => {
+            let share = units::percent(running.done_bytes, running.total_bytes);
+            match running.different_blocks {
+                0 => share,
+                blocks => format!("{share}, {}", damaged(blocks, "damaged")),
+            }
+        }
+        (None, Some(last)) => {
+            let ago = units::ago(last.ended_unix_ms, now_unix_ms);
+            match last.different_blocks {
+                0 => format!("clean, {ago}"),
+                _ => format!("{}, {ago}", damaged(last.repaired_blocks, "repaired")),
+            }
+        }
+        (None, None) => "-".to_owned(),
+    }
+}
+
+/// `replication scrub`, without waiting for its end.
+pub fn scrub_ordered(vm: &str, replica: &Replica) -> String {
+    format!(
+        "the replica of {vm} at {} is compared with the vm's disks\nhow far it is: pageportctl replication status {vm}",
+        replica.site
+    )
+}
+
+/// `replication scrub`, at its end.
+pub fn scrubbed(vm: &str, replica: &Replica) -> String {
+    let none = ScrubStatus::default();
+    let last = replica.replication.as_ref().and_then(|status| status.last_scrub.as_ref()).unwrap_or(&none);
+    let took = u64::try_from(last.ended_unix_ms.saturating_sub(last.started_unix_ms)).unwrap_or_default();
+    let compared = format!("{} compared in {}", units::bytes(last.compared_bytes), units::duration(took));
+    let found = match last.different_blocks {
+        0 => "nothing differed".to_owned(),
+        blocks => format!(
+            "{} blocks of 4 KiB differed, {} repaired",
+            units::count(blocks),
+            units::count(last.repaired_blocks)
+        ),
+    };
+    format!("the replica of {vm} at {}: {compared}, {found}", replica.site)
 }
 
 fn problem(status: &ReplicationStatus) -> String {
@@ -130,6 +179,8 @@ mod tests {
     use super::*;
     use crate::render::progress;
 
+    const NOW: i64 = 1_000_000;
+
     fn web(status: ReplicationStatus) -> ListVmsResponse {
         let replica = Replica {
             site: "b".into(),
@@ -158,29 +209,64 @@ mod tests {
     #[test]
     fn a_status_has_a_row_for_each_protected_site() {
         assert_eq!(
-            statuses(&web(idle())),
-            "VM   SITE  PHASE  POINT     LAG    BEHIND  TARGET  WORST                    RATE  LEFT  PROBLEM\n\
-             web  b     idle      41  12.3 s  3.00 MiB     30s  34.0 s in 24 h 0 min  0 bit/s  -\n"
+            statuses(&web(idle()), NOW),
+            "VM   SITE  PHASE  POINT     LAG    BEHIND  TARGET  WORST                    RATE  LEFT  SCRUB  PROBLEM\n\
+             web  b     idle      41  12.3 s  3.00 MiB     30s  34.0 s in 24 h 0 min  0 bit/s  -     -\n"
         );
         assert_eq!(protected(web(idle())).vms.len(), 1);
-        assert!(statuses(&ListVmsResponse::default()).contains("pageportctl protect VM --to SITE"));
+        assert!(statuses(&ListVmsResponse::default(), NOW).contains("pageportctl protect VM --to SITE"));
+    }
+
+    #[test]
+    fn a_scrub_says_how_far_it_is_and_the_last_one_what_it_found() {
+        let scrub = |different_blocks, repaired_blocks| ScrubStatus {
+            seq: 7,
+            started_unix_ms: NOW - 100_000,
+            ended_unix_ms: NOW - 40_000,
+            done_bytes: 1 << 30,
+            total_bytes: 4 << 30,
+            compared_bytes: 1 << 30,
+            different_blocks,
+            repaired_blocks,
+            ..ScrubStatus::default()
+        };
+        let cell = |running, last| scrub_cell(&ReplicationStatus { scrub: running, last_scrub: last, ..idle() });
+        assert_eq!(cell(None, None), "-");
+        assert_eq!(cell(None, Some(scrub(0, 0))), "clean, 40.0 s ago");
+        assert_eq!(cell(None, Some(scrub(1200, 1200))), "1,200 repaired, 40.0 s ago");
+        assert_eq!(cell(Some(scrub(0, 0)), Some(scrub(3, 3))), "25.0 %");
+        assert_eq!(cell(Some(scrub(2, 1)), None), "25.0 %, 2 damaged");
+        let replica =
+            |last| web(ReplicationStatus { last_scrub: Some(last), ..idle() }).vms.remove(0).replicas.remove(0);
+        assert_eq!(
+            scrubbed("web", &replica(scrub(0, 0))),
+            "the replica of web at b: 1.00 GiB compared in 1 min 0 s, nothing differed"
+        );
+        assert!(scrubbed("web", &replica(scrub(3, 3))).ends_with("3 blocks of 4 KiB differed, 3 repaired"));
+        assert!(statuses(&web(ReplicationStatus { last_scrub: Some(scrub(0, 0)), ..idle() }), NOW).contains("clean"));
+    }
+
+    fn scrub_cell(status: &ReplicationStatus) -> String {
+        super::scrub(status, NOW)
     }
 
     #[test]
     fn a_missed_target_cannot_be_overlooked() {
         let late = ReplicationStatus { lag_ms: 95_000, rpo_missed: true, ..idle() };
-        assert!(statuses(&web(late.clone())).contains("1 min 35 s"));
-        assert!(statuses(&web(late.clone())).trim_end().ends_with("TARGET MISSED"));
+        assert!(statuses(&web(late.clone()), NOW).contains("1 min 35 s"));
+        assert!(statuses(&web(late.clone()), NOW).trim_end().ends_with("TARGET MISSED"));
         let why = ReplicationStatus { problem: "scratch is full".into(), ..late };
-        assert!(statuses(&web(why)).trim_end().ends_with("TARGET MISSED: scratch is full"));
+        assert!(statuses(&web(why), NOW).trim_end().ends_with("TARGET MISSED: scratch is full"));
     }
 
     #[test]
     fn points_that_are_not_quiesced_as_ordered_have_a_reason() {
         let status = ReplicationStatus { quiesce_problem: "no guest agent answers".into(), ..idle() };
-        assert!(statuses(&web(status.clone())).trim_end().ends_with("-     quiescing: no guest agent answers"));
+        assert!(
+            statuses(&web(status.clone()), NOW).trim_end().ends_with("-     -      quiescing: no guest agent answers")
+        );
         let both = ReplicationStatus { rpo_missed: true, ..status };
-        assert!(statuses(&web(both)).trim_end().ends_with("TARGET MISSED; quiescing: no guest agent answers"));
+        assert!(statuses(&web(both), NOW).trim_end().ends_with("TARGET MISSED; quiescing: no guest agent answers"));
     }
 
     #[test]
@@ -194,7 +280,7 @@ mod tests {
             eta_high_ms: 300_000,
             ..Default::default()
         };
-        let table = statuses(&web(copying.clone()));
+        let table = statuses(&web(copying.clone()), NOW);
         assert!(table.contains("full copy 25.0 %"), "{table}");
         assert!(table.contains("4 min 0 s to 5 min 0 s"), "{table}");
         let replica = Replica { wan_bytes: 70 << 20, ..web(copying).vms.remove(0).replicas.remove(0) };

@@ -439,6 +439,15 @@ impl ReplicationService for Fake {
         Err(Status::failed_precondition(format!("vm \"{vm}\" is not protected at site \"{site}\"")))
     }
 
+    async fn scrub_replica(&self, request: Request<v1::ScrubReplicaRequest>) -> Reply<v1::ScrubReplicaResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let replica = self.vm(&request.vm)?.replicas.into_iter().find(|replica| replica.site == request.site);
+        let protected = replica.filter(|replica| replica.protection.is_some());
+        let missing = || Status::failed_precondition(format!("vm \"{}\" is not protected there", request.vm));
+        Ok(Response::new(v1::ScrubReplicaResponse { replica: Some(protected.ok_or_else(missing)?) }))
+    }
+
     async fn list_recovery_points(
         &self,
         request: Request<v1::ListRecoveryPointsRequest>,

@@ -122,6 +122,21 @@ impl Account {
         Ok(())
     }
 
+    /// What is known is what was found. Nothing is written where it was known already.
+    pub(super) fn correct(&mut self, from: BlockRef, found: &[BlockDigest]) -> Result<u64, IndexError> {
+        self.check(from, found.len() as u64)?;
+        let (disk, state) = (from.disk, self.state(from.disk));
+        let mut corrected = 0;
+        for (block, digest) in (from.block..).zip(found) {
+            if self.seen().get(BlockRef { disk, block }) != Some(*digest) {
+                let digests = std::slice::from_ref(digest);
+                self.confirm(disk, state, Confirmed::Digests { first_block: block, digests })?;
+                corrected += 1;
+            }
+        }
+        Ok(corrected)
+    }
+
     pub(super) fn forget_blocks(&mut self, from: BlockRef, blocks: u64) -> Result<(), IndexError> {
         self.fill(from, blocks, BlockDigest::UNKNOWN)
     }

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEi/AIKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDgoGd29ya2VyGDwgASgJQg0KC19wcm90ZWN0aW9uQg4KDF9yZXBsaWNhdGlvbkINCgtfZmxhdHRlbmluZyJGCgpGbGF0dGVuaW5nEhIKCmRvbmVfYnl0ZXMYASABKAQSEwoLdG90YWxfYnl0ZXMYAiABKAQSDwoHcHJvYmxlbRgDIAEoCSJCCgpQcm90ZWN0aW9uEg4KBnJwb19tcxgBIAEoBBITCgtrZWVwX3BvaW50cxgCIAEoDRIPCgdxdWllc2NlGAMgASgIItsCChFSZXBsaWNhdGlvblN0YXR1cxIsCgVwaGFzZRgBIAEoDjIdLnBhZ2Vwb3J0LnYxLlJlcGxpY2F0aW9uUGhhc2USKgoGbmV3ZXN0GAIgASgLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIOCgZsYWdfbXMYAyABKAQSEQoJbGFnX2J5dGVzGAQgASgEEhIKCmRvbmVfYnl0ZXMYBSABKAQSEwoLdG90YWxfYnl0ZXMYBiABKAQSEAoIcmF0ZV9icHMYByABKAQSFAoMd29yc3RfcnBvX21zGAggASgEEhEKCXdpbmRvd19tcxgJIAEoBBISCgpldGFfbG93X21zGAogASgEEhMKC2V0YV9oaWdoX21zGAsgASgEEhIKCnJwb19taXNzZWQYDCABKAgSDwoHcHJvYmxlbRgNIAEoCRIXCg9xdWllc2NlX3Byb2JsZW0YDiABKAkiXwoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkicwoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIpCgdleHBvcnRzGDwgAygLMhgucGFnZXBvcnQudjEuUG9pbnRFeHBvcnQi7QEKC1BvaW50RXhwb3J0Eg0KBXZtX2lkGAEgASgJEg4KBm51bWJlchgCIAEoBBIVCg10YWtlbl91bml4X21zGAMgASgDEiwKBXN0YXRlGAQgASgOMh0ucGFnZXBvcnQudjEuUG9pbnRFeHBvcnRTdGF0ZRIWCg5vcGVuZWRfdW5peF9tcxgFIAEoAxIUCgxlbmRzX3VuaXhfbXMYBiABKAMSDgoGcmVhc29uGAcgASgJEhIKCmhlbGRfYnl0ZXMYCCABKAQSKAoFZGlza3MYCSADKAsyGS5wYWdlcG9ydC52MS5FeHBvcnRlZERpc2siPgoMRXhwb3J0ZWREaXNrEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBBIMCgR1cmxzGAMgAygJIjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBSpxChBQb2ludEV4cG9ydFN0YXRlEiIKHlBPSU5UX0VYUE9SVF9TVEFURV9VTlNQRUNJRklFRBAAEhsKF1BPSU5UX0VYUE9SVF9TVEFURV9PUEVOEAESHAoYUE9JTlRfRVhQT1JUX1NUQVRFX0VOREVEEAIyswUKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEijwMKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDgoGd29ya2VyGDwgASgJEhEKCXNjcnViX3NlcRg9IAEoBEINCgtfcHJvdGVjdGlvbkIOCgxfcmVwbGljYXRpb25CDQoLX2ZsYXR0ZW5pbmciRgoKRmxhdHRlbmluZxISCgpkb25lX2J5dGVzGAEgASgEEhMKC3RvdGFsX2J5dGVzGAIgASgEEg8KB3Byb2JsZW0YAyABKAkiQgoKUHJvdGVjdGlvbhIOCgZycG9fbXMYASABKAQSEwoLa2VlcF9wb2ludHMYAiABKA0SDwoHcXVpZXNjZRgDIAEoCCLVAwoRUmVwbGljYXRpb25TdGF0dXMSLAoFcGhhc2UYASABKA4yHS5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblBoYXNlEioKBm5ld2VzdBgCIAEoCzIaLnBhZ2Vwb3J0LnYxLlJlY292ZXJ5UG9pbnQSDgoGbGFnX21zGAMgASgEEhEKCWxhZ19ieXRlcxgEIAEoBBISCgpkb25lX2J5dGVzGAUgASgEEhMKC3RvdGFsX2J5dGVzGAYgASgEEhAKCHJhdGVfYnBzGAcgASgEEhQKDHdvcnN0X3Jwb19tcxgIIAEoBBIRCgl3aW5kb3dfbXMYCSABKAQSEgoKZXRhX2xvd19tcxgKIAEoBBITCgtldGFfaGlnaF9tcxgLIAEoBBISCgpycG9fbWlzc2VkGAwgASgIEg8KB3Byb2JsZW0YDSABKAkSFwoPcXVpZXNjZV9wcm9ibGVtGA4gASgJEiwKBXNjcnViGDwgASgLMhgucGFnZXBvcnQudjEuU2NydWJTdGF0dXNIAIgBARIxCgpsYXN0X3NjcnViGD0gASgLMhgucGFnZXBvcnQudjEuU2NydWJTdGF0dXNIAYgBAUIICgZfc2NydWJCDQoLX2xhc3Rfc2NydWIizwEKC1NjcnViU3RhdHVzEgsKA3NlcRgBIAEoBBIXCg9zdGFydGVkX3VuaXhfbXMYAiABKAMSFQoNZW5kZWRfdW5peF9tcxgDIAEoAxISCgpkb25lX2J5dGVzGAQgASgEEhMKC3RvdGFsX2J5dGVzGAUgASgEEhYKDmNvbXBhcmVkX2J5dGVzGAkgASgEEhgKEGRpZmZlcmVudF9ibG9ja3MYBiABKAQSFwoPcmVwYWlyZWRfYmxvY2tzGAcgASgEEg8KB3Byb2JsZW0YCCABKAkiXwoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSJDChNTY3J1YlJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSI9ChRTY3J1YlJlcGxpY2FSZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkicwoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIpCgdleHBvcnRzGDwgAygLMhgucGFnZXBvcnQudjEuUG9pbnRFeHBvcnQi7QEKC1BvaW50RXhwb3J0Eg0KBXZtX2lkGAEgASgJEg4KBm51bWJlchgCIAEoBBIVCg10YWtlbl91bml4X21zGAMgASgDEiwKBXN0YXRlGAQgASgOMh0ucGFnZXBvcnQudjEuUG9pbnRFeHBvcnRTdGF0ZRIWCg5vcGVuZWRfdW5peF9tcxgFIAEoAxIUCgxlbmRzX3VuaXhfbXMYBiABKAMSDgoGcmVhc29uGAcgASgJEhIKCmhlbGRfYnl0ZXMYCCABKAQSKAoFZGlza3MYCSADKAsyGS5wYWdlcG9ydC52MS5FeHBvcnRlZERpc2siPgoMRXhwb3J0ZWREaXNrEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBBIMCgR1cmxzGAMgAygJIjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBSpxChBQb2ludEV4cG9ydFN0YXRlEiIKHlBPSU5UX0VYUE9SVF9TVEFURV9VTlNQRUNJRklFRBAAEhsKF1BPSU5UX0VYUE9SVF9TVEFURV9PUEVOEAESHAoYUE9JTlRfRVhQT1JUX1NUQVRFX0VOREVEEAIyiAYKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USUwoMU2NydWJSZXBsaWNhEiAucGFnZXBvcnQudjEuU2NydWJSZXBsaWNhUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLlNjcnViUmVwbGljYVJlc3BvbnNlEmUKEkxpc3RSZWNvdmVyeVBvaW50cxImLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QaJy5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRJNCgpTZXRMaW5rQ2FwEh4ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlcXVlc3QaHy5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVzcG9uc2USSgoJTGlzdExpbmtzEh0ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1Jlc3BvbnNlElYKDURlbGV0ZVJlcGxpY2ESIS5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVxdWVzdBoiLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXNwb25zZWIGcHJvdG8z");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -84,6 +84,13 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: string worker = 60;
    */
   worker: string;
+
+  /**
+   * Number of the newest order to scrub it; 0: there was none since it was protected there.
+   *
+   * @generated from field: uint64 scrub_seq = 61;
+   */
+  scrubSeq: bigint;
 };
 
 /**
@@ -249,6 +256,20 @@ export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
    * @generated from field: string quiesce_problem = 14;
    */
   quiesceProblem: string;
+
+  /**
+   * Under way, or waiting for its turn.
+   *
+   * @generated from field: optional pageport.v1.ScrubStatus scrub = 60;
+   */
+  scrub?: ScrubStatus | undefined;
+
+  /**
+   * The newest that is complete.
+   *
+   * @generated from field: optional pageport.v1.ScrubStatus last_scrub = 61;
+   */
+  lastScrub?: ScrubStatus | undefined;
 };
 
 /**
@@ -257,6 +278,75 @@ export type ReplicationStatus = Message<"pageport.v1.ReplicationStatus"> & {
  */
 export const ReplicationStatusSchema: GenMessage<ReplicationStatus> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 3);
+
+/**
+ * @generated from message pageport.v1.ScrubStatus
+ */
+export type ScrubStatus = Message<"pageport.v1.ScrubStatus"> & {
+  /**
+   * Number of the order.
+   *
+   * @generated from field: uint64 seq = 1;
+   */
+  seq: bigint;
+
+  /**
+   * By the clock of the VM's host; `ended_unix_ms` is 0 until it is complete.
+   *
+   * @generated from field: int64 started_unix_ms = 2;
+   */
+  startedUnixMs: bigint;
+
+  /**
+   * @generated from field: int64 ended_unix_ms = 3;
+   */
+  endedUnixMs: bigint;
+
+  /**
+   * Bytes of the disks that it has passed, and in all.
+   *
+   * @generated from field: uint64 done_bytes = 4;
+   */
+  doneBytes: bigint;
+
+  /**
+   * @generated from field: uint64 total_bytes = 5;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Of those passed, the bytes that were compared; the rest had just been written by the guest, and is brought by the next recovery point.
+   *
+   * @generated from field: uint64 compared_bytes = 9;
+   */
+  comparedBytes: bigint;
+
+  /**
+   * Blocks of 4 KiB of the replica that were not what they should be, and those of them that a recovery point has put right.
+   *
+   * @generated from field: uint64 different_blocks = 6;
+   */
+  differentBlocks: bigint;
+
+  /**
+   * @generated from field: uint64 repaired_blocks = 7;
+   */
+  repairedBlocks: bigint;
+
+  /**
+   * Why it did not get on the last time; it is tried again.
+   *
+   * @generated from field: string problem = 8;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message pageport.v1.ScrubStatus.
+ * Use `create(ScrubStatusSchema)` to create a new message.
+ */
+export const ScrubStatusSchema: GenMessage<ScrubStatus> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 4);
 
 /**
  * A crash-consistent state of all disks of a VM.
@@ -298,7 +388,7 @@ export type RecoveryPoint = Message<"pageport.v1.RecoveryPoint"> & {
  * Use `create(RecoveryPointSchema)` to create a new message.
  */
 export const RecoveryPointSchema: GenMessage<RecoveryPoint> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 4);
+  messageDesc(file_pageport_v1_replication, 5);
 
 /**
  * @generated from message pageport.v1.ProtectVmRequest
@@ -330,7 +420,7 @@ export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
  * Use `create(ProtectVmRequestSchema)` to create a new message.
  */
 export const ProtectVmRequestSchema: GenMessage<ProtectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 5);
+  messageDesc(file_pageport_v1_replication, 6);
 
 /**
  * @generated from message pageport.v1.ProtectVmResponse
@@ -347,7 +437,7 @@ export type ProtectVmResponse = Message<"pageport.v1.ProtectVmResponse"> & {
  * Use `create(ProtectVmResponseSchema)` to create a new message.
  */
 export const ProtectVmResponseSchema: GenMessage<ProtectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 6);
+  messageDesc(file_pageport_v1_replication, 7);
 
 /**
  * @generated from message pageport.v1.UnprotectVmRequest
@@ -374,7 +464,7 @@ export type UnprotectVmRequest = Message<"pageport.v1.UnprotectVmRequest"> & {
  * Use `create(UnprotectVmRequestSchema)` to create a new message.
  */
 export const UnprotectVmRequestSchema: GenMessage<UnprotectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 7);
+  messageDesc(file_pageport_v1_replication, 8);
 
 /**
  * @generated from message pageport.v1.UnprotectVmResponse
@@ -387,7 +477,51 @@ export type UnprotectVmResponse = Message<"pageport.v1.UnprotectVmResponse"> & {
  * Use `create(UnprotectVmResponseSchema)` to create a new message.
  */
 export const UnprotectVmResponseSchema: GenMessage<UnprotectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 8);
+  messageDesc(file_pageport_v1_replication, 9);
+
+/**
+ * @generated from message pageport.v1.ScrubReplicaRequest
+ */
+export type ScrubReplicaRequest = Message<"pageport.v1.ScrubReplicaRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string site = 3;
+   */
+  site: string;
+};
+
+/**
+ * Describes the message pageport.v1.ScrubReplicaRequest.
+ * Use `create(ScrubReplicaRequestSchema)` to create a new message.
+ */
+export const ScrubReplicaRequestSchema: GenMessage<ScrubReplicaRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 10);
+
+/**
+ * @generated from message pageport.v1.ScrubReplicaResponse
+ */
+export type ScrubReplicaResponse = Message<"pageport.v1.ScrubReplicaResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Replica replica = 1;
+   */
+  replica?: Replica | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ScrubReplicaResponse.
+ * Use `create(ScrubReplicaResponseSchema)` to create a new message.
+ */
+export const ScrubReplicaResponseSchema: GenMessage<ScrubReplicaResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 11);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsRequest
@@ -409,7 +543,7 @@ export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsR
  * Use `create(ListRecoveryPointsRequestSchema)` to create a new message.
  */
 export const ListRecoveryPointsRequestSchema: GenMessage<ListRecoveryPointsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 9);
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsResponse
@@ -433,7 +567,7 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  * Use `create(ListRecoveryPointsResponseSchema)` to create a new message.
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 10);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * A recovery point that is open for reading over NBD (HostService.OpenPoint).
@@ -496,7 +630,7 @@ export type PointExport = Message<"pageport.v1.PointExport"> & {
  * Use `create(PointExportSchema)` to create a new message.
  */
 export const PointExportSchema: GenMessage<PointExport> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * @generated from message pageport.v1.ExportedDisk
@@ -525,7 +659,7 @@ export type ExportedDisk = Message<"pageport.v1.ExportedDisk"> & {
  * Use `create(ExportedDiskSchema)` to create a new message.
  */
 export const ExportedDiskSchema: GenMessage<ExportedDisk> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.Link
@@ -554,7 +688,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -576,7 +710,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -593,7 +727,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -606,7 +740,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -623,7 +757,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -650,7 +784,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -667,7 +801,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 22);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -684,7 +818,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 23);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -701,7 +835,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 21);
+  messageDesc(file_pageport_v1_replication, 24);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -728,7 +862,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 22);
+  messageDesc(file_pageport_v1_replication, 25);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -741,7 +875,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 23);
+  messageDesc(file_pageport_v1_replication, 26);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
@@ -903,6 +1037,17 @@ export const ReplicationService: GenService<{
     methodKind: "unary";
     input: typeof UnprotectVmRequestSchema;
     output: typeof UnprotectVmResponseSchema;
+  },
+  /**
+   * Compares a protected replica's files with the VM's disks, block by block, and has what differs repaired by the next recovery point. The
+   * answer comes at once, progress is in the VM. Ordered again it begins anew.
+   *
+   * @generated from rpc pageport.v1.ReplicationService.ScrubReplica
+   */
+  scrubReplica: {
+    methodKind: "unary";
+    input: typeof ScrubReplicaRequestSchema;
+    output: typeof ScrubReplicaResponseSchema;
   },
   /**
    * The recovery points that a site can bring the VM back to, oldest first.
