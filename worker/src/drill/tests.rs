@@ -354,3 +354,15 @@ async fn what_cannot_be_served_holds_nothing() {
     assert!(matches!(host.exports.open(unknown).await, Err(DrillError::Points(PointError::NoPoint { .. }))));
     assert!(host.exports.reports().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_added_ends_what_is_open_and_an_older_point_is_opened_without_it() {
+    let host = Host::new(AMPLE);
+    host.point(2, 2);
+    host.exports.open(host.order(2)).await.unwrap();
+    host.replicas.open_as_it_is(host.vm, "added", 0).unwrap();
+    host.groups.open_existing(&host.replicas, host.vm).unwrap();
+    assert!(host.ended(2).await.reason.contains("other disks"));
+    let export = host.exports.open(host.order(2)).await.unwrap();
+    assert_eq!(export.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), DISKS);
+}

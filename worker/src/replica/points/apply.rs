@@ -209,7 +209,8 @@ impl Inner {
                 self.change_disk(number, |disk| disk.write(offset, &payload))
             }
             Kind::Zero => self.change_disk(number, |disk| disk.zero(offset, length)),
-            Kind::Resize => self.change_disk(number, |disk| disk.grow(offset)),
+            // What a layer had left behind the old end may be there again: power failed before its cut was on stable storage.
+            Kind::Resize => self.change_disk(number, |disk| disk.cut(length).and_then(|()| disk.grow(offset))),
             Kind::Seal | Kind::Mark => Ok(()),
         }
     }
@@ -227,7 +228,7 @@ impl Inner {
             let size_bytes = record.disks.get(name).copied().unwrap_or(0);
             if disk.size_bytes() > size_bytes {
                 tracing::info!(disk = name, size_bytes, "a disk is cut to its size at the newest recovery point");
-                disk.cut(size_bytes).map_err(disk_error("cut", name))?;
+                disk.cut(size_bytes).and_then(|()| disk.flush()).map_err(disk_error("cut", name))?;
             }
         }
         Ok(())
