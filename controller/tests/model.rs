@@ -30,7 +30,7 @@ fn spec(number: u8) -> Box<Spec> {
         name: format!("vm-{number}"),
         memory_bytes: 64 << 20,
         vcpus: 1,
-        disks: vec![v1::DiskSpec { name: "root".into(), path: "/x.raw".into(), format: String::new() }],
+        disks: vec![v1::DiskSpec { name: "root".into(), path: "/x.raw".into(), ..v1::DiskSpec::default() }],
         ..v1::VmSpec::default()
     };
     Box::new(Spec::try_from(spec).unwrap())

@@ -45,7 +45,7 @@ impl Story {
             name: "web".into(),
             memory_bytes: 64 << 20,
             vcpus: 1,
-            disks: vec![v1::DiskSpec { name: "root".into(), path: "/x.raw".into(), format: String::new() }],
+            disks: vec![v1::DiskSpec { name: "root".into(), path: "/x.raw".into(), ..v1::DiskSpec::default() }],
             on_isolation: v1::IsolationPolicy::SelfFence.into(),
             ..v1::VmSpec::default()
         };

@@ -134,7 +134,7 @@ fn spec(images: &GuestImages, disk: &Path) -> VmSpec {
         memory_bytes: SMALL.memory_bytes,
         vcpus: 1,
         machine: "pc-q35-10.0".into(),
-        disks: vec![DiskSpec { name: DISK.into(), path: text(disk), format: "raw".into() }],
+        disks: vec![DiskSpec { name: DISK.into(), path: text(disk), format: "raw".into(), ..Default::default() }],
         direct_boot: Some(DirectBoot {
             kernel: text(&images.kernel),
             initrd: text(&images.initrd),

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::quantity::{Cap, Span};
+use crate::size::Size;
 
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
@@ -56,6 +57,9 @@ pub enum Command {
     /// Virtual machines.
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Disks of a virtual machine.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Copies of a VM's disks at other sites.
     #[command(subcommand)]
     Replica(ReplicaCommand),
@@ -171,6 +175,8 @@ impl Command {
             Self::Vm(VmCommand::Delete { .. }) => "vm delete",
             Self::Vm(VmCommand::Resolve { .. }) => "vm resolve",
             Self::Vm(VmCommand::Console { .. }) => "vm console",
+            Self::Disk(DiskCommand::Resize { .. }) => "disk resize",
+            Self::Disk(DiskCommand::Add { .. }) => "disk add",
             Self::Replica(ReplicaCommand::Seed { .. }) => "replica seed",
             Self::Replica(ReplicaCommand::List { .. }) => "replica list",
             Self::Replica(ReplicaCommand::Delete { .. }) => "replica delete",
@@ -295,6 +301,56 @@ pub enum VmCommand {
         linger: u32,
     },
 }
+
+const RESIZE_EXAMPLE: &str = "\
+Example:
+  pageportctl disk resize web root --size 20GiB
+  pageportctl vm get web                         its disks, and how large they are now";
+
+/// `disk ...`
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Make a disk larger, while the VM runs or not.
+    ///
+    /// A running guest sees the larger disk at once (it must grow its partitions and file systems itself); a stopped one when it is started. A
+    /// protected VM's replicas follow with their next recovery point: points from before keep the old size. Refused while the VM migrates or is
+    /// being seeded. Disks never become smaller.
+    #[command(after_help = RESIZE_EXAMPLE)]
+    Resize {
+        /// Name or id of the VM.
+        vm: String,
+        /// Name of its disk.
+        disk: String,
+        /// What it is to have, like 20GiB; a multiple of 4KiB.
+        #[arg(long, value_name = "SIZE")]
+        size: Size,
+    },
+    /// Give a VM one more disk, while it runs or not.
+    ///
+    /// The VM's worker makes an empty image. A running guest finds the disk plugged in; it is told by its name as the serial number
+    /// (`/dev/disk/by-id/virtio-NAME`), as other disks are. A protected VM's replicas hold it from their next recovery point on; points from before do not.
+    /// Until then the VM does not move there. Replicas that are not protected are to be seeded again. A guest whose QEMU was started by a version without
+    /// places for such disks gets it when it is stopped and started.
+    #[command(after_help = ADD_EXAMPLE)]
+    Add {
+        /// Name or id of the VM.
+        vm: String,
+        /// Name of the new disk: 1 to 20 of a-z, 0-9 and "-".
+        disk: String,
+        /// What it is to have, like 20GiB; a multiple of 4KiB.
+        #[arg(long, value_name = "SIZE")]
+        size: Size,
+        /// Where the VM's worker makes the image; nothing may be there. Left out: below its data folder, and removed with the VM.
+        #[arg(long, value_name = "FILE")]
+        path: Option<String>,
+    },
+}
+
+const ADD_EXAMPLE: &str = "\
+Example:
+  pageportctl disk add web data --size 100GiB
+  pageportctl disk add web data --size 100GiB --path /var/lib/pageport/images/web-data.img
+  pageportctl replica list web                   PROBLEM says which replicas do not hold it yet";
 
 /// `replica ...`
 #[derive(Debug, Subcommand)]

@@ -194,7 +194,12 @@ impl VmFile {
     }
 
     fn into_spec(self) -> v1::VmSpec {
-        let disks = self.disks.into_iter().map(|d| v1::DiskSpec { name: d.name, path: d.path, format: d.format });
+        let disks = self.disks.into_iter().map(|d| v1::DiskSpec {
+            name: d.name,
+            path: d.path,
+            format: d.format,
+            ..Default::default()
+        });
         let nics = self.nics.into_iter().map(|n| v1::NicSpec { mac: n.mac.to_ascii_lowercase(), bridge: n.bridge });
         let boot = |b: DirectBootEntry| v1::DirectBoot { kernel: b.kernel, initrd: b.initrd, cmdline: b.cmdline };
         v1::VmSpec {

@@ -65,6 +65,45 @@ async fn refusals_are_shown_as_the_controller_worded_them() {
 }
 
 #[tokio::test]
+async fn a_disk_is_resized_and_its_size_is_shown() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let mut web = vm("web");
+    web.spec.get_or_insert_default().disks = vec![v1::DiskSpec {
+        name: "root".into(),
+        path: "/srv/web.img".into(),
+        size_bytes: 20 << 30,
+        ..Default::default()
+    }];
+    web.disks = vec![v1::DiskStatus { name: "root".into(), size_bytes: 8 << 30 }];
+    fake.script().vms = vec![web];
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let resize = ["disk", "resize", "web", "root", "--size", "20GiB"];
+    let ended = run(&authority, &at, &resize).await.succeeded();
+    assert_eq!(ended.stdout, "web: disk root becomes 20.0 GiB\n");
+    let asked = fake.script().resized.remove(0);
+    assert_eq!((asked.vm.as_str(), asked.disk.as_str(), asked.size_bytes), ("web", "root", 20 << 30));
+    let shown = run(&authority, &at, &["vm", "get", "web"]).await.succeeded();
+    assert!(shown.stdout.contains("root /srv/web.img (raw), 8.00 GiB, to become 20.0 GiB"), "{}", shown.stdout);
+    let wrong = run(&authority, &at, &["disk", "resize", "web", "root", "--size", "20GB"]).await;
+    assert!(wrong.stderr.contains("use KiB, MiB, GiB"), "{}", wrong.stderr);
+}
+
+#[tokio::test]
+async fn a_disk_is_added_where_it_is_said() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().vms = vec![vm("web")];
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let add = ["disk", "add", "web", "data", "--size", "2GiB"];
+    let ended = run(&authority, &at, &add).await.succeeded();
+    assert_eq!(ended.stdout, "web: gets disk data of 2.00 GiB\n");
+    run(&authority, &at, &[&add[..], &["--path", "/srv/data.img"]].concat()).await.succeeded();
+    let asked: Vec<_> = fake.script().added.drain(..).map(|asked| (asked.disk, asked.size_bytes, asked.path)).collect();
+    assert_eq!(asked, [("data".into(), 2 << 30, String::new()), ("data".into(), 2 << 30, "/srv/data.img".into())]);
+}
+
+#[tokio::test]
 async fn a_repeated_command_keeps_its_request_id() {
     let (authority, fake) = (Authority::new(), Fake::default());
     fake.script().vms = vec![vm("web")];

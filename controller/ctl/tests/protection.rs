@@ -21,7 +21,7 @@ fn protected(status: v1::ReplicationStatus, state: ReplicaState) -> v1::Vm {
 }
 
 fn point(number: u64) -> v1::RecoveryPoint {
-    v1::RecoveryPoint { number, taken_unix_ms: 1_000, changed_bytes: 4096, quiesced: false }
+    v1::RecoveryPoint { number, taken_unix_ms: 1_000, changed_bytes: 4096, ..Default::default() }
 }
 
 fn idle(number: u64, lag_ms: u64) -> v1::ReplicationStatus {

@@ -73,6 +73,14 @@ pub enum ApiError {
         /// The worker.
         worker: WorkerName,
     },
+    /// Nobody has seen the disk yet.
+    #[error("the size of disk \"{disk}\" of vm \"{name}\" is not known yet: start the vm first")]
+    DiskNotSeen {
+        /// The VM.
+        name: String,
+        /// Its disk.
+        disk: String,
+    },
     /// The name that was typed is not the worker's.
     #[error("\"{typed}\" is not the name of the worker (\"{worker}\"): nothing was changed")]
     WorkerNotConfirmed {
@@ -127,11 +135,16 @@ impl ApiError {
     pub fn code(&self) -> Code {
         match self {
             Self::Rejected(rejection) => match rejection {
-                Rejection::VmUnknown { .. } | Rejection::MigrationUnknown { .. } | Rejection::WorkerUnknown { .. } => {
-                    Code::NotFound
-                }
+                Rejection::VmUnknown { .. }
+                | Rejection::MigrationUnknown { .. }
+                | Rejection::DiskUnknown { .. }
+                | Rejection::WorkerUnknown { .. } => Code::NotFound,
                 Rejection::NameTaken { .. } => Code::AlreadyExists,
-                Rejection::RequestReused { .. } | Rejection::NoLink { .. } => Code::InvalidArgument,
+                Rejection::RequestReused { .. }
+                | Rejection::NoLink { .. }
+                | Rejection::Disk(_)
+                | Rejection::DiskSize { .. }
+                | Rejection::DiskShrinks { .. } => Code::InvalidArgument,
                 Rejection::AlreadyThere { .. }
                 | Rejection::AlreadyMigrating { .. }
                 | Rejection::NotConfirmed { .. }
@@ -141,6 +154,8 @@ impl ApiError {
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
                 | Rejection::KeptUpToDate { .. }
+                | Rejection::BeingSeeded { .. }
+                | Rejection::LacksDisk { .. }
                 | Rejection::StillProtected { .. }
                 | Rejection::NotProtected { .. }
                 | Rejection::NoPointYet { .. }
@@ -161,6 +176,7 @@ impl ApiError {
             | Self::WorkerLost { .. }
             | Self::HolderAnswers { .. }
             | Self::WorkerAnswers { .. }
+            | Self::DiskNotSeen { .. }
             | Self::NotGuarded { .. } => Code::FailedPrecondition,
             Self::Fence(error) => match error {
                 FenceError::NoAgent { .. } | FenceError::Agent(_) => Code::FailedPrecondition,

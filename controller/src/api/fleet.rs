@@ -17,7 +17,7 @@ use crate::peer;
 
 type Reply<T> = Result<Response<T>, Status>;
 
-fn vm_of(moment: &Moment, id: VmId) -> Option<v1::Vm> {
+pub(super) fn vm_of(moment: &Moment, id: VmId) -> Option<v1::Vm> {
     moment.state.vms.get(&id).map(|vm| moment.view().vm(id, vm))
 }
 
@@ -175,6 +175,16 @@ impl FleetService for Api {
         let request = request.into_inner();
         Api::delete_vm(self, request_id(&request.request_id)?, &request.vm).await?;
         Ok(Response::new(v1::DeleteVmResponse {}))
+    }
+
+    async fn resize_disk(&self, request: Request<v1::ResizeDiskRequest>) -> Reply<v1::ResizeDiskResponse> {
+        let vm = Api::resize_disk(self, request.into_inner()).await?;
+        Ok(Response::new(v1::ResizeDiskResponse { vm }))
+    }
+
+    async fn add_disk(&self, request: Request<v1::AddDiskRequest>) -> Reply<v1::AddDiskResponse> {
+        let vm = Api::add_disk(self, request.into_inner()).await?;
+        Ok(Response::new(v1::AddDiskResponse { vm }))
     }
 
     type WatchFleetStream = Views<v1::WatchFleetResponse>;

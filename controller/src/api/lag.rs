@@ -131,7 +131,7 @@ mod tests {
             let terms = Terms { rpo_ms: 30_000, keep_points: 10, quiesce: false };
             let protection = Some(Protection { terms, seq: 1, scrub_seq: 0 });
             let worker = "worker-b".parse().unwrap();
-            let replica = Replica { worker, seed_seq: 0, phase: ReplicaPhase::Seeded, protection };
+            let replica = Replica::new(worker, 0, ReplicaPhase::Seeded, protection);
             vm.replicas.insert("b".parse().unwrap(), replica);
             let id = VmId::generate();
             state.vms.insert(id, vm);

@@ -6,6 +6,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
+//! | [`disks`] | orders about disks |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`], [`lag`] | state and observations into API messages: pure |
 //! | [`watch`] | streams of views |
@@ -17,6 +18,7 @@
 
 pub mod changes;
 pub mod cluster;
+pub mod disks;
 pub mod error;
 pub mod fence;
 pub mod fleet;

@@ -92,6 +92,7 @@ impl<'a> View<'a> {
             migration_id: vm.migration.map(|id| id.to_string()).unwrap_or_default(),
             doubt: self.doubt(vm),
             takeovers: vm.takeovers.iter().map(takeover).collect(),
+            disks: report.map(|report| report.disks.clone()).unwrap_or_default(),
         }
     }
 
@@ -168,7 +169,9 @@ impl<'a> View<'a> {
         let seed =
             owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
         let (site_name, worker) = (site.to_string(), replica.worker.to_string());
-        let mut out = v1::Replica { site: site_name, worker, state: state.into(), problem, ..v1::Replica::default() };
+        let lacks = replica.lacks.iter().cloned().collect();
+        let mut out =
+            v1::Replica { site: site_name, worker, state: state.into(), problem, lacks, ..v1::Replica::default() };
         if let Some(seed) = seed {
             out.done_bytes = seed.done_bytes;
             out.total_bytes = seed.total_bytes;
@@ -181,6 +184,9 @@ impl<'a> View<'a> {
         self.kept_up_to_date(id, vm, site, replica, &mut out);
         let holder = self.observations.connected(&replica.worker, self.now);
         out.flattening = holder.and_then(|holder| holder.vm(id)).and_then(|report| report.flattening.clone());
+        if out.problem.is_empty() && !out.lacks.is_empty() {
+            out.problem = format!("does not hold what was added: disk {}", out.lacks.join(", "));
+        }
         if let Some(flattening) = out.flattening.as_ref().filter(|flattening| !flattening.problem.is_empty()) {
             out.problem.clone_from(&flattening.problem);
         }

@@ -160,7 +160,7 @@ mod tests {
         }
 
         fn replica(mut self, site: &str, phase: ReplicaPhase) -> Self {
-            let replica = Replica { worker: name(&format!("w{site}")), seed_seq: 1, phase, protection: None };
+            let replica = Replica::new(name(&format!("w{site}")), 1, phase, None);
             self.state.vms.get_mut(&self.id).unwrap().replicas.insert(site.parse().unwrap(), replica);
             self
         }

@@ -181,7 +181,7 @@ mod tests {
         let mut vm = Vm::new(Spec::try_from(spec).unwrap(), owner, Power::Run);
         for (site, worker) in [("b", "worker-b"), ("c", "worker-c")] {
             let worker = worker.parse().unwrap();
-            let replica = Replica { worker, seed_seq: 1, phase: ReplicaPhase::Seeded, protection: None };
+            let replica = Replica::new(worker, 1, ReplicaPhase::Seeded, None);
             vm.replicas.insert(site.parse().unwrap(), replica);
         }
         State { vms: [(VmId::generate(), vm)].into(), ..State::default() }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use pageport_ownership::{Evidence, Ownership, controller};
-use pageport_proto::v1::VmState;
+use pageport_proto::v1::{self, VmState};
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
@@ -48,6 +48,7 @@ pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Or
         orders.extend(evidence(*id, vm, observations, now));
         orders.extend(copies(*id, vm, observations, now));
         orders.extend(points(*id, vm, observations, now));
+        orders.extend(disks(*id, vm, observations, now));
         orders.extend(halt(*id, vm, observations, now));
         orders.extend(forget(state, *id, vm, observations, now));
     }
@@ -129,6 +130,32 @@ fn points(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order
         Some(Order::ReachedPoint { vm: id, site: site.clone(), protect_seq: protection.seq })
     });
     reached.collect()
+}
+
+/// Disks that were added: their owner has made them, or a replica holds them.
+fn disks(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {
+    if vm.life != Life::Defined {
+        return vec![];
+    }
+    let Some(owner) = observations.connected(vm.ownership.owner().0, now.instant) else { return vec![] };
+    let reported = |disk: &&str| {
+        owner.vm(id).is_some_and(|report| owns(report) && report.disks.iter().any(|seen| seen.name == **disk))
+    };
+    let made = vm.spec.disks_to_make().filter(reported).map(|disk| Order::DiskMade { vm: id, disk: disk.to_owned() });
+    let lacking = vm.replicas.iter().filter(|(_, replica)| !replica.lacks.is_empty());
+    let held = lacking.filter_map(|(site, replica)| {
+        let protect_seq = replica.protection?.seq;
+        let report = owner.replication(id, site).filter(|report| report.protect_seq == protect_seq)?;
+        let disks = report.status.as_ref()?.newest?.disks as usize;
+        let news = vm.spec.disk_names().take(disks).any(|disk| replica.lacks.contains(disk));
+        news.then(|| Order::HoldsDisks { vm: id, site: site.clone(), protect_seq, disks })
+    });
+    made.chain(held).collect()
+}
+
+/// What a worker says of disks counts once they are its own.
+fn owns(report: &v1::VmReport) -> bool {
+    record_of(report).is_some_and(|record| record.owned().is_some())
 }
 
 fn halt(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Option<Order> {

@@ -7,6 +7,7 @@ use pageport_ownership::{Evidence, Fact, Ownership};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
 use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
+use super::disks;
 use super::migration::{Cancel, Migration, Phase, Place, Turn};
 use super::protection::{self, has_point, turn_round};
 use super::spec::Spec;
@@ -27,10 +28,16 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
             // A copy that a protection has taken over from ends nothing.
             let its = |replica: &&mut Replica| replica.seed_seq == seed_seq && replica.protection.is_none();
             if let Some(replica) = replica.filter(its) {
+                if failure.is_none() {
+                    // None was added since the seed was ordered.
+                    replica.lacks.clear();
+                }
                 replica.phase = failure.map_or(ReplicaPhase::Seeded, |reason| ReplicaPhase::Failed { reason });
             }
         }
         Order::ReachedPoint { vm, site, protect_seq } => protection::reached_a_point(state, vm, &site, protect_seq),
+        Order::DiskMade { vm, disk } => disks::made(state, vm, &disk),
+        Order::HoldsDisks { vm, site, protect_seq, disks } => disks::held(state, vm, &site, protect_seq, disks),
         Order::ReplicaRemoved { vm, site } => {
             if let Some(vm) = state.vms.get_mut(&vm) {
                 vm.removals.remove(&site);
@@ -86,6 +93,8 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::Scrub { vm, site } => protection::scrub(state, vm, site),
         ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
+        ClientOrder::ResizeDisk { vm, disk, size_bytes } => disks::resize(state, vm, &disk, size_bytes),
+        ClientOrder::AddDisk { vm, disk, path, size_bytes } => disks::add(state, vm, disk, path, size_bytes),
         ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
         ClientOrder::CancelMigration { id } => cancel(state, id),
     }?;
@@ -105,9 +114,13 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
             | ClientOrder::SetLinkCap { .. },
             Answer::Done,
         ) => true,
-        (ClientOrder::SetPower { vm, .. } | ClientOrder::Resolve(takeover::Order { vm, .. }), Answer::Vm(answered)) => {
-            vm == answered
-        }
+        (
+            ClientOrder::SetPower { vm, .. }
+            | ClientOrder::ResizeDisk { vm, .. }
+            | ClientOrder::AddDisk { vm, .. }
+            | ClientOrder::Resolve(takeover::Order { vm, .. }),
+            Answer::Vm(answered),
+        ) => vm == answered,
         (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
         (
             ClientOrder::SeedReplica { vm, site, .. }
@@ -191,7 +204,7 @@ fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outc
     if vm.replicas.get(&site).is_some_and(|replica| replica.protection.is_some()) {
         return Err(Rejection::KeptUpToDate { name, site });
     }
-    let fresh = Replica { worker, seed_seq, phase: ReplicaPhase::Seeding, protection: None };
+    let fresh = Replica::new(worker, seed_seq, ReplicaPhase::Seeding, None);
     // Files of an earlier copy lie at the worker that made it: the new one goes on there.
     let replica = vm.replicas.entry(site.clone()).or_insert(fresh);
     replica.seed_seq = seed_seq;
@@ -233,6 +246,7 @@ fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, trac
     let replica =
         vm.replicas.get(&site).ok_or_else(|| Rejection::NoReplica { name: name.clone(), site: site.clone() })?;
     has_point(vm, &site, replica)?;
+    disks::has_all_disks(vm, &site, replica)?;
     match replica.phase {
         ReplicaPhase::Seeded | ReplicaPhase::Mixed => {}
         ReplicaPhase::Seeding | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {
@@ -305,12 +319,8 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
         Turn::Acquired => {
             // The old place still holds the whole disk as it was at the move; the new place's replica is the disk now.
             let arrived = vm.replicas.remove(&migration.to.site);
-            let left = Replica {
-                worker: migration.from.worker.clone(),
-                seed_seq: 0,
-                phase: ReplicaPhase::Seeded,
-                protection: turn_round(&mut state.protect_seq, arrived.as_ref()),
-            };
+            let protection = turn_round(&mut state.protect_seq, arrived.as_ref());
+            let left = Replica::new(migration.from.worker.clone(), 0, ReplicaPhase::Seeded, protection);
             vm.replicas.insert(migration.from.site.clone(), left);
         }
         Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack | Turn::TakenOver => {}

@@ -65,6 +65,24 @@ pub enum Order {
         /// Under which order.
         protect_seq: u64,
     },
+    /// A VM's owner has the image of a disk that was to be made.
+    DiskMade {
+        /// The VM.
+        vm: VmId,
+        /// The disk.
+        disk: String,
+    },
+    /// A replica that is kept up to date has a recovery point of so many disks.
+    HoldsDisks {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        site: SiteName,
+        /// Under which order.
+        protect_seq: u64,
+        /// The first so many of the VM's disks.
+        disks: usize,
+    },
     /// A removed copy is gone.
     ReplicaRemoved {
         /// The VM.
@@ -196,6 +214,26 @@ pub enum ClientOrder {
         /// In bits per second; 0: no cap.
         cap_bps: u64,
     },
+    /// Make a disk larger.
+    ResizeDisk {
+        /// The VM.
+        vm: VmId,
+        /// Its disk.
+        disk: String,
+        /// What it is to have, in bytes.
+        size_bytes: u64,
+    },
+    /// Give a VM one more disk.
+    AddDisk {
+        /// The VM.
+        vm: VmId,
+        /// The new disk.
+        disk: String,
+        /// Where its image is made; empty: where its worker makes disks.
+        path: String,
+        /// What it is to have, in bytes.
+        size_bytes: u64,
+    },
     /// Remove a copy.
     DeleteReplica {
         /// The VM.
@@ -326,6 +364,61 @@ pub enum Rejection {
         /// The VM.
         name: String,
         /// The site.
+        site: SiteName,
+    },
+    /// No such disk.
+    #[error("vm \"{name}\" has no disk \"{disk}\"; it has: {known}")]
+    DiskUnknown {
+        /// The VM.
+        name: String,
+        /// What was asked for.
+        disk: String,
+        /// What there is.
+        known: String,
+    },
+    /// A disk that cannot be added.
+    #[error("{}: {}", .0.field, .0.problem)]
+    Disk(super::spec::SpecError),
+    /// A disk is newer than the copy.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" does not hold disk \"{disk}\" yet, which was added: wait for its next recovery point (\"pageportctl replication status {name}\"), or run \"pageportctl replica seed {name} --to {site}\" if it is not protected"
+    )]
+    LacksDisk {
+        /// The VM.
+        name: String,
+        /// The disk.
+        disk: String,
+        /// The site.
+        site: SiteName,
+    },
+    /// A size that no disk can have.
+    #[error("a disk cannot have {size_bytes} bytes: give a multiple of 4 KiB, 8 TiB at most")]
+    DiskSize {
+        /// What was asked for.
+        size_bytes: u64,
+    },
+    /// Disks are never cut.
+    #[error(
+        "disk \"{disk}\" of vm \"{name}\" has {held_bytes} bytes and cannot be made smaller ({size_bytes} bytes were asked for): the guest's data could lie there"
+    )]
+    DiskShrinks {
+        /// The VM.
+        name: String,
+        /// Its disk.
+        disk: String,
+        /// What was asked for.
+        size_bytes: u64,
+        /// What it has, or was ordered to have.
+        held_bytes: u64,
+    },
+    /// A copy that began with the disks as they are.
+    #[error(
+        "the disks of vm \"{name}\" are being copied to site \"{site}\": wait for the end of the seed (\"pageportctl replica list {name}\")"
+    )]
+    BeingSeeded {
+        /// The VM.
+        name: String,
+        /// Where to.
         site: SiteName,
     },
     /// Replication makes its copies itself.

@@ -18,6 +18,7 @@
 
 pub mod apply;
 pub mod command;
+pub mod disks;
 pub mod migration;
 pub mod protection;
 pub mod spec;

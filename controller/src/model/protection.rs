@@ -153,7 +153,7 @@ pub(super) fn protect(state: &mut State, id: VmId, site: SiteName, worker: Worke
     if vm.removals.contains_key(&site) {
         return Err(Rejection::ReplicaLeaving { name, site });
     }
-    let fresh = Replica { worker, seed_seq: 0, phase: ReplicaPhase::Seeding, protection: None };
+    let fresh = Replica::new(worker, 0, ReplicaPhase::Seeding, None);
     // Files of an earlier copy lie at the worker that made it: replication goes on there.
     let replica = vm.replicas.entry(site.clone()).or_insert(fresh);
     if replica.protection.is_none() {

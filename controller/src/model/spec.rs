@@ -53,6 +53,15 @@ struct Disk {
     path: String,
     #[serde(default)]
     format: Format,
+    /// What it was ordered to have at least, in bytes; 0: what its image has.
+    #[serde(default)]
+    size_bytes: u64,
+    /// It was added later: the place of its device among those for such, from 1.
+    #[serde(default)]
+    port: Option<u8>,
+    /// Its image is to be made, empty, where there is none.
+    #[serde(default)]
+    create: bool,
 }
 
 /// Of a disk's image at the VM's first site.
@@ -156,6 +165,70 @@ impl TryFrom<v1::VmSpec> for Spec {
     }
 }
 
+impl Spec {
+    /// Names of the disks, in the order of their numbers.
+    pub fn disk_names(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().map(|disk| disk.name.as_str())
+    }
+
+    /// What a disk was ordered to have at least, in bytes; 0: nothing was. [`None`]: there is no such disk.
+    pub fn ordered_bytes(&self, disk: &str) -> Option<u64> {
+        self.disks.iter().find(|known| known.name == disk).map(|known| known.size_bytes)
+    }
+
+    /// One more disk, which is to be made. An empty path: wherever its worker makes disks.
+    ///
+    /// # Errors
+    /// Its name or path cannot be, or no place is free.
+    pub(super) fn add_disk(&mut self, name: String, path: String, size_bytes: u64) -> Result<(), SpecError> {
+        if self.disks.len() >= MAX_DISKS {
+            return bad("disks", format!("a vm has at most {MAX_DISKS}: no place for another disk is free"));
+        }
+        if !is_name(&name) || name.len() > MAX_DISK_NAME_BYTES {
+            return bad("disk", format!("\"{name}\": use 1 to {MAX_DISK_NAME_BYTES} of a-z, 0-9 and \"-\""));
+        }
+        if self.disks.iter().any(|other| other.name == name) {
+            return bad("disk", format!("\"{name}\" is the name of another disk"));
+        }
+        if !path.is_empty() {
+            self::path("path".to_owned(), &path)?;
+            if self.disks.iter().any(|other| other.path == path) {
+                return bad("path", format!("\"{path}\" is the image of another disk"));
+            }
+        }
+        let free = (1..=MAX_DISKS as u8).find(|port| self.disks.iter().all(|disk| disk.port != Some(*port)));
+        self.disks.push(Disk { name, path, format: Format::Raw, size_bytes, port: free, create: true });
+        Ok(())
+    }
+
+    /// Disks whose images are still to be made.
+    pub fn disks_to_make(&self) -> impl Iterator<Item = &str> {
+        self.disks.iter().filter(|disk| disk.create).map(|disk| disk.name.as_str())
+    }
+
+    /// The image of a disk has been made.
+    pub(super) fn disk_made(&mut self, disk: &str) {
+        if let Some(known) = self.disks.iter_mut().find(|known| known.name == disk) {
+            known.create = false;
+        }
+    }
+
+    /// The image of a disk is to be made where the VM is now: what there was of it is elsewhere.
+    pub(super) fn make_disk_anew(&mut self, disk: &str) {
+        if let Some(known) = self.disks.iter_mut().find(|known| known.name == disk) {
+            known.create = true;
+            known.path.clear();
+        }
+    }
+
+    /// A disk is to have so many bytes.
+    pub(super) fn order_bytes(&mut self, disk: &str, size_bytes: u64) {
+        if let Some(known) = self.disks.iter_mut().find(|known| known.name == disk) {
+            known.size_bytes = size_bytes;
+        }
+    }
+}
+
 /// A word of QEMU's command line: nothing that could end the option it stands in.
 fn word(field: &str, text: &str) -> Result<(), SpecError> {
     let fits = text.len() <= MAX_WORD_BYTES;
@@ -200,7 +273,7 @@ fn disks(disks: Vec<v1::DiskSpec>) -> Result<Vec<Disk>, SpecError> {
         if taken.iter().any(|other| other.path == disk.path) {
             return bad(field("path"), format!("\"{}\" is used twice", disk.path));
         }
-        taken.push(Disk { name: disk.name, path: disk.path, format });
+        taken.push(Disk { name: disk.name, path: disk.path, format, size_bytes: 0, port: None, create: false });
     }
     Ok(taken)
 }
@@ -254,6 +327,9 @@ impl From<&Spec> for v1::VmSpec {
             name: disk.name.clone(),
             path: disk.path.clone(),
             format: disk.format.name().to_owned(),
+            size_bytes: disk.size_bytes,
+            port: disk.port.map_or(0, u32::from),
+            create: disk.create,
         };
         let nic = |nic: &Nic| v1::NicSpec { mac: nic.mac.clone(), bridge: nic.bridge.clone() };
         let boot = |boot: &Boot| v1::DirectBoot {
@@ -293,7 +369,12 @@ pub(crate) mod tests {
             name: name.to_owned(),
             memory_bytes: 512 * MIB,
             vcpus: 2,
-            disks: vec![v1::DiskSpec { name: "root".into(), path: "/images/web.raw".into(), format: String::new() }],
+            disks: vec![v1::DiskSpec {
+                name: "root".into(),
+                path: "/images/web.raw".into(),
+                format: String::new(),
+                ..Default::default()
+            }],
             nics: vec![v1::NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
             ..v1::VmSpec::default()
         }

@@ -2,7 +2,7 @@
 //!
 //! Holds intent and what workers have durably recorded, never what they last said about progress or health.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pageport_ownership::Ownership;
 use pageport_proto::{MigrationId, RequestId, SiteName, StoreId, VmId, WorkerName};
@@ -101,9 +101,17 @@ pub struct Replica {
     /// It is kept up to date; [`None`]: it is left as it is.
     #[serde(default)]
     pub protection: Option<Protection>,
+    /// Disks that were added to the VM and that it does not hold yet.
+    #[serde(default)]
+    pub lacks: BTreeSet<String>,
 }
 
 impl Replica {
+    /// One that holds, or is to hold, all of the VM's disks.
+    pub fn new(worker: WorkerName, seed_seq: u64, phase: ReplicaPhase, protection: Option<Protection>) -> Self {
+        Self { worker, seed_seq, phase, protection, lacks: BTreeSet::new() }
+    }
+
     /// Is this the order that it is kept up to date by?
     pub fn is_protected_by(&self, protect_seq: u64) -> bool {
         self.protection.is_some_and(|protection| protection.seq == protect_seq)

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::apply::{settle, vm_mut};
 use super::command::{Answer, Outcome, Rejection};
+use super::disks::make_what_is_lacking;
 use super::migration::Turn;
 use super::protection::{Point, has_point, turn_round};
 use super::state::{Replica, ReplicaPhase, State, Vm};
@@ -99,8 +100,12 @@ pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
         && let Some(site) = from_site
     {
         let protection = turn_round(&mut state.protect_seq, taken.as_ref());
-        let left = Replica { worker: from.clone(), seed_seq: 0, phase: ReplicaPhase::Outdated, protection };
-        vm_mut(state, order.vm)?.replicas.insert(site, left);
+        let left = Replica::new(from.clone(), 0, ReplicaPhase::Outdated, protection);
+        let vm = vm_mut(state, order.vm)?;
+        vm.replicas.insert(site, left);
+        if let Some(taken) = &taken {
+            make_what_is_lacking(vm, taken);
+        }
     }
     let vm = vm_mut(state, order.vm)?;
     let Order { worker: to, proof, seen, ordered_by, .. } = order;
@@ -185,7 +190,7 @@ mod tests {
         }
         let spec = v1::VmSpec { on_isolation: v1::IsolationPolicy::SelfFence.into(), ..sample("web") };
         let mut vm = Vm::new(Spec::try_from(spec).unwrap(), Ownership::first(worker(0)), Power::Run);
-        let replica = Replica { worker: worker(1), seed_seq: 1, phase: ReplicaPhase::Seeded, protection: None };
+        let replica = Replica::new(worker(1), 1, ReplicaPhase::Seeded, None);
         vm.replicas.insert("b".parse().unwrap(), replica);
         let id = VmId::generate();
         state.vms.insert(id, vm);

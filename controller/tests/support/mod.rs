@@ -228,7 +228,12 @@ pub fn spec(name: &str) -> v1::VmSpec {
         name: name.to_owned(),
         memory_bytes: 64 << 20,
         vcpus: 1,
-        disks: vec![v1::DiskSpec { name: "root".into(), path: format!("/images/{name}.raw"), format: "raw".into() }],
+        disks: vec![v1::DiskSpec {
+            name: "root".into(),
+            path: format!("/images/{name}.raw"),
+            format: "raw".into(),
+            ..Default::default()
+        }],
         ..v1::VmSpec::default()
     }
 }

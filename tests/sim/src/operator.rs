@@ -105,7 +105,12 @@ impl Operator {
             name: format!("vm-{number}"),
             memory_bytes: MEMORY_BYTES,
             vcpus: 1,
-            disks: vec![v1::DiskSpec { name: "root".into(), path: "/root.raw".into(), format: String::new() }],
+            disks: vec![v1::DiskSpec {
+                name: "root".into(),
+                path: "/root.raw".into(),
+                format: String::new(),
+                ..Default::default()
+            }],
             on_isolation: policy.into(),
             ..v1::VmSpec::default()
         };

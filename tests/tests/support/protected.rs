@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use pageport_guest::protocol::{Reply, Request as GuestRequest};
 use pageport_lab::lab::guest::client::GuestClient;
 use pageport_lab::lab::guest::{GUEST_ADDRESS, GuestImages, SMALL};
 use pageport_lab::lab::{Lab, LabConfig, LabError, VmFile};
 use serde_json::Value;
+use tokio::io::AsyncWriteExt as _;
 
 use super::{PATIENCE, VM, ctl, set_rate, wait_for};
 
@@ -96,6 +97,22 @@ impl Protected {
         })
         .await;
         assert_sound(&replica, &self.lab.folder().join("check.raw"));
+    }
+
+    /// What a command says in the guest's shell, on its serial console; an error if that cannot be reached now.
+    pub async fn shell(&self, command: &str) -> Result<String, String> {
+        let mut console = self.lab.ctl_command("a");
+        console.args(["vm", "console", VM, "--linger", "3"]);
+        console.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = console.spawn().unwrap();
+        // The shell shows what is typed, too; but not as it is said.
+        let typed = format!("\necho BEG''IN; {command}; echo EN''D\n");
+        child.stdin.take().unwrap().write_all(typed.as_bytes()).await.unwrap();
+        let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap();
+        let shown = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        let said = shown.rsplit_once("BEGIN").and_then(|(_, rest)| rest.split_once("END"));
+        let said = said.ok_or_else(|| format!("{command}: {shown}{}", String::from_utf8_lossy(&output.stderr)))?;
+        Ok(said.0.trim().to_owned())
     }
 
     pub async fn assert_same_guest(&mut self) {

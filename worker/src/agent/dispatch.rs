@@ -18,6 +18,7 @@ use crate::replica::seed;
 use crate::replication::replicators::Replicators;
 use crate::vms::VmError;
 use crate::vms::converge::{Converged, converge};
+use crate::vms::disks::DisksInLine;
 
 /// What did not work is tried again after this.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -83,7 +84,7 @@ fn keep_vms(node: &Arc<Node>, keepers: &mut HashMap<VmId, Keeper>, assignment: &
 }
 
 async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignment>) {
-    let mut was_owned = true;
+    let (mut was_owned, mut disks) = (true, DisksInLine::default());
     loop {
         let wanted = assigned.borrow_and_update().clone();
         let gone = async {
@@ -122,6 +123,9 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
         was_owned = owned;
         if let Some(vm) = node.vms.get(id).filter(|_| !wanted.deleted) {
             vm.flatten_what_was_left();
+            if let Some(spec) = &wanted.spec {
+                disks.follow(&node, &vm, spec).await;
+            }
         }
         let mut status = node.vms.get(id).map(|vm| vm.watch());
         let changed = async {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageport_proto::v1::{OwnershipRecord, VmReport, WorkerAssignment, WorkerReport};
+use pageport_proto::v1::{DiskStatus, OwnershipRecord, VmReport, WorkerAssignment, WorkerReport};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -102,13 +102,14 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
 
 fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
     let status = vm.status();
-    let disks = node.replicas.locations(vm.id());
-    let (disk_bytes, disk_allocated_bytes) = disks
-        .iter()
-        .filter_map(|(_, location)| location.bytes().ok())
-        .fold((0, 0), |(bytes, allocated), (disk_bytes, disk_allocated)| {
-            (bytes + disk_bytes, allocated + disk_allocated)
-        });
+    let locations = node.replicas.locations(vm.id());
+    let (mut disk_bytes, mut disk_allocated_bytes, mut disks) = (0, 0, vec![]);
+    for (name, location) in &locations {
+        let Ok((size_bytes, allocated_bytes)) = location.bytes() else { continue };
+        disk_bytes += size_bytes;
+        disk_allocated_bytes += allocated_bytes;
+        disks.push(DiskStatus { name: name.clone(), size_bytes });
+    }
     VmReport {
         vm_id: vm.id().to_string(),
         state: status.state.into(),
@@ -116,9 +117,10 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         record: Some(OwnershipRecord::from(status.record)),
         disk_bytes,
         disk_allocated_bytes,
-        has_replica: !disks.is_empty() && status.record.owned().is_none(),
+        has_replica: !locations.is_empty() && status.record.owned().is_none(),
         recovery_points: node.groups.points(vm.id()),
         halted_power_seq: status.halted_under.unwrap_or_default(),
         flattening: node.flattenings.report(vm.id()),
+        disks,
     }
 }

@@ -194,12 +194,17 @@ fn make_folder(folder: &Path) -> Result<(), DrillError> {
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(DrillError::Folder)
 }
 
-/// The lease, and each disk as it was.
+/// The lease, and each disk of the point as it was.
 fn hold(grounds: &Grounds, record: &Record) -> Result<(Lease, Vec<Target>), DrillError> {
     let points = grounds.groups.open_existing(&grounds.replicas, record.vm)?;
     let lease = points.group().lease(record.point, record.until_unix_ms)?;
-    let open = |disk: &str| Ok((disk.to_owned(), Arc::new(PointTarget::new(lease.reader(disk)?))));
-    match points.disks().map(open).collect::<Result<Vec<_>, PointError>>() {
+    let open = |disk: &str| match lease.reader(disk) {
+        Ok(reader) => Some(Ok((disk.to_owned(), Arc::new(PointTarget::new(reader))))),
+        // It was added after the point.
+        Err(PointError::NoDisk { .. }) => None,
+        Err(error) => Some(Err(error)),
+    };
+    match points.disks().filter_map(open).collect::<Result<Vec<_>, PointError>>() {
         Ok(targets) => Ok((lease, targets)),
         Err(error) => {
             lease.release()?;

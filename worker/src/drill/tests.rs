@@ -118,7 +118,7 @@ impl Host {
 }
 
 fn info(number: u64) -> PointInfo {
-    PointInfo { number, taken_unix_ms: 5000 + number as i64, changed_bytes: 0, quiesced: false }
+    PointInfo { number, taken_unix_ms: 5000 + number as i64, changed_bytes: 0, quiesced: false, disks: 1 }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -353,4 +353,16 @@ async fn what_cannot_be_served_holds_nothing() {
     let unknown = Order { vm: VmId::generate(), ..host.order(1) };
     assert!(matches!(host.exports.open(unknown).await, Err(DrillError::Points(PointError::NoPoint { .. }))));
     assert!(host.exports.reports().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_added_ends_what_is_open_and_an_older_point_is_opened_without_it() {
+    let host = Host::new(AMPLE);
+    host.point(2, 2);
+    host.exports.open(host.order(2)).await.unwrap();
+    host.replicas.open_as_it_is(host.vm, "added", 0).unwrap();
+    host.groups.open_existing(&host.replicas, host.vm).unwrap();
+    assert!(host.ended(2).await.reason.contains("other disks"));
+    let export = host.exports.open(host.order(2)).await.unwrap();
+    assert_eq!(export.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), DISKS);
 }

@@ -10,6 +10,8 @@
 //!   waited for before anything moves, and most of memory is there long before the guest stops.
 //! - The images are opened through the host's page cache: at the destination the worker has written the replica through
 //!   the same cache, and QEMU flushes and lets go of its image before the other side may run.
+//! - Disks that are added later have places of their own, so that they are at the same place at both ends of a move and after a boot. Where the machine
+//!   type takes no device on its root bus while it runs, these are ports, and are there from the start.
 //! - The balloon is there for its free-page hints; those need an iothread.
 //! - Every VM has a port for a guest agent, so that one that is installed later is found.
 //! - QEMU may not start programs or change its privileges (seccomp).
@@ -42,6 +44,10 @@ const BALLOON_SLOT: usize = 2;
 const AGENT_SLOT: usize = 3;
 const FIRST_DISK_SLOT: usize = 4;
 const FIRST_NIC_SLOT: usize = 16;
+/// The places for disks that are added later: functions of one slot where each is a port, or slots from this one on.
+const ADDED_DISKS_SLOT: usize = 24;
+/// Most disks that are added later.
+pub const MAX_ADDED_DISKS: usize = 8;
 /// Virtio's limit for serial numbers.
 const SERIAL_BYTES: usize = 20;
 
@@ -129,7 +135,11 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
         text("disk name", &disk.name, unique, "another disk has it")?;
         let format = disk.format.is_empty() || Format::parse(&disk.format).is_some();
         text("disk format", &disk.format, format, "use raw or qcow2")?;
-        text("disk path", &disk.path, file(&disk.path), "use an absolute path")?;
+        let made = disk.port > 0 && disk.path.is_empty();
+        text("disk path", &disk.path, made || file(&disk.path), "use an absolute path")?;
+        range("disk port", disk.port.into(), disk.port <= MAX_ADDED_DISKS as u32, "use 1 to 8, or 0 for none")?;
+        let own = disk.port == 0 || spec.disks[..index].iter().all(|other| other.port != disk.port);
+        range("disk port", disk.port.into(), own, "another disk has it")?;
     }
     for nic in &spec.nics {
         let mac = nic.mac.split(':').filter(|part| part.len() == 2 && u8::from_str_radix(part, 16).is_ok()).count();
@@ -147,6 +157,72 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
 /// The argument that gives QEMU its control socket; also what tells this VM's QEMU from other processes.
 pub fn qmp_argument(paths: &VmPaths) -> String {
     format!("socket,id=qmp,path={},server=on,wait=off", escaped(&paths.qmp()))
+}
+
+/// Where the device of a disk that was added is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The bus.
+    pub bus: String,
+    /// The slot on it.
+    pub addr: usize,
+}
+
+impl Place {
+    /// The place with this number, from 1, in a VM of this machine type; [`None`]: there is none.
+    pub fn of(machine: &str, port: u32) -> Option<Self> {
+        let number = usize::try_from(port).ok().filter(|number| (1..=MAX_ADDED_DISKS).contains(number))?;
+        match Bus::of(machine)? {
+            Bus::Ports => Some(Self { bus: port_id(number), addr: 0 }),
+            Bus::Slots => Some(Self { bus: "pci.0".to_owned(), addr: ADDED_DISKS_SLOT + number - 1 }),
+        }
+    }
+}
+
+/// How a machine type takes devices while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bus {
+    /// Only behind ports that were there when it was started.
+    Ports,
+    /// In any free slot.
+    Slots,
+}
+
+impl Bus {
+    /// [`None`]: not at all, as far as is known.
+    fn of(machine: &str) -> Option<Self> {
+        let is = |name: &str| machine == name || machine.starts_with(&format!("pc-{name}-"));
+        match machine {
+            "" => Some(Self::Ports),
+            _ if is("q35") => Some(Self::Ports),
+            _ if is("i440fx") || machine == "pc" => Some(Self::Slots),
+            _ => None,
+        }
+    }
+}
+
+/// The ports of a VM of this machine type, as devices: all of them in one slot.
+fn ports(machine: &str) -> Vec<String> {
+    if Bus::of(machine) != Some(Bus::Ports) {
+        return vec![];
+    }
+    let port = |number: usize| {
+        let several = if number == 1 { ",multifunction=on" } else { "" };
+        let (id, function) = (port_id(number), number - 1);
+        format!(
+            "pcie-root-port,id={id},bus=pcie.0,chassis={number},slot={number},addr={ADDED_DISKS_SLOT:#x}.{function}{several}"
+        )
+    };
+    (1..=MAX_ADDED_DISKS).map(port).collect()
+}
+
+fn port_id(number: usize) -> String {
+    format!("port-{number}")
+}
+
+/// What the guest knows a disk by.
+pub fn serial(disk: &str) -> String {
+    disk.chars().take(SERIAL_BYTES).collect()
 }
 
 // QEMU's option syntax doubles commas within values.
@@ -193,18 +269,24 @@ pub fn arguments(
     if spec.disks.iter().any(|disk| Top::of(&launch.image(&disk.name, &disk.path)) == Top::Transparent) {
         option("-object", format!("throttle-group,id={}", disk::UNLIMITED));
     }
+    for port in ports(machine) {
+        option("-device", port);
+    }
     for (index, disk) in spec.disks.iter().enumerate() {
         let name = &disk.name;
         for node in disk::nodes(name, &launch.image(name, &disk.path)) {
             option("-blockdev", node.to_string());
         }
-        let serial: String = name.chars().take(SERIAL_BYTES).collect();
-        let slot = FIRST_DISK_SLOT + index;
-        let boot = if spec.direct_boot.is_none() { format!(",bootindex={}", index + 1) } else { String::new() };
-        option(
-            "-device",
-            format!("virtio-blk-pci,id=blk-{name},drive={},serial={serial},addr={slot:#x}{boot}", disk::top_node(name)),
-        );
+        let (bus, addr) = match Place::of(machine, disk.port) {
+            Some(Place { bus, addr }) => (format!(",bus={bus}"), addr),
+            None => (String::new(), FIRST_DISK_SLOT + index),
+        };
+        let first = disk.port == 0 && spec.direct_boot.is_none();
+        let boot = if first { format!(",bootindex={}", index + 1) } else { String::new() };
+        let (drive, serial) = (disk::top_node(name), serial(name));
+        let device =
+            format!("virtio-blk-pci,id={},drive={drive},serial={serial}{bus},addr={addr:#x}{boot}", disk::device(name));
+        option("-device", device);
     }
     for (index, (nic, tap)) in spec.nics.iter().zip(taps).enumerate() {
         option("-netdev", format!("tap,id=net{index},ifname={tap},script=no,downscript=no,vhost=off"));
@@ -243,8 +325,18 @@ mod tests {
             memory_bytes: 64 << 20,
             vcpus: 2,
             disks: vec![
-                DiskSpec { name: "root".into(), path: "/srv/a,b.raw".into(), format: "raw".into() },
-                DiskSpec { name: "data".into(), path: "/srv/data.raw".into(), format: String::new() },
+                DiskSpec {
+                    name: "root".into(),
+                    path: "/srv/a,b.raw".into(),
+                    format: "raw".into(),
+                    ..Default::default()
+                },
+                DiskSpec {
+                    name: "data".into(),
+                    path: "/srv/data.raw".into(),
+                    format: String::new(),
+                    ..Default::default()
+                },
             ],
             nics: vec![NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }],
             ..VmSpec::default()
@@ -271,11 +363,38 @@ mod tests {
                 "virtio-balloon-pci,id=balloon,free-page-hint=on,iothread=balloon-io,addr=0x2",
                 "virtio-serial-pci,id=ports,max_ports=2,addr=0x3",
                 "virtserialport,id=agent-port,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0",
+                "pcie-root-port,id=port-1,bus=pcie.0,chassis=1,slot=1,addr=0x18.0,multifunction=on",
+                "pcie-root-port,id=port-2,bus=pcie.0,chassis=2,slot=2,addr=0x18.1",
+                "pcie-root-port,id=port-3,bus=pcie.0,chassis=3,slot=3,addr=0x18.2",
+                "pcie-root-port,id=port-4,bus=pcie.0,chassis=4,slot=4,addr=0x18.3",
+                "pcie-root-port,id=port-5,bus=pcie.0,chassis=5,slot=5,addr=0x18.4",
+                "pcie-root-port,id=port-6,bus=pcie.0,chassis=6,slot=6,addr=0x18.5",
+                "pcie-root-port,id=port-7,bus=pcie.0,chassis=7,slot=7,addr=0x18.6",
+                "pcie-root-port,id=port-8,bus=pcie.0,chassis=8,slot=8,addr=0x18.7",
                 "virtio-blk-pci,id=blk-root,drive=top-root,serial=root,addr=0x4,bootindex=1",
                 "virtio-blk-pci,id=blk-data,drive=top-data,serial=data,addr=0x5,bootindex=2",
                 "virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:12:34:56,romfile=,addr=0x10",
             ]
         );
+    }
+
+    #[test]
+    fn a_disk_that_was_added_is_where_it_was_plugged_in() {
+        let mut launch = launch(StartMode::Running);
+        let added = DiskSpec { name: "added".into(), port: 3, size_bytes: 4096, ..DiskSpec::default() };
+        launch.spec.disks.push(added);
+        launch.images.insert("added".into(), Image::raw("/srv/added.raw"));
+        let device = |launch: &Launch| {
+            let argv = argv(launch);
+            values(&argv, "-device").into_iter().find(|device| device.contains("added")).unwrap().to_owned()
+        };
+        assert_eq!(device(&launch), "virtio-blk-pci,id=blk-added,drive=top-added,serial=added,bus=port-3,addr=0x0");
+        launch.spec.machine = "pc-i440fx-10.0".into();
+        assert_eq!(device(&launch), "virtio-blk-pci,id=blk-added,drive=top-added,serial=added,bus=pci.0,addr=0x1a");
+        assert!(values(&argv(&launch), "-device").iter().all(|device| !device.contains("root-port")));
+        for (machine, port) in [("pc-q35-10.0", 9), ("pc-q35-10.0", 0), ("microvm", 1)] {
+            assert_eq!(Place::of(machine, port), None, "{machine} {port}");
+        }
     }
 
     #[test]
@@ -316,6 +435,9 @@ mod tests {
         assert!(refused(|s| s.disks[1].name = "root".into()).contains("another disk"));
         assert!(refused(|s| s.disks[0].format = "vmdk".into()).contains("raw or qcow2"));
         assert!(refused(|s| s.disks[0].path = "nbd://x".into()).contains("absolute"));
+        assert!(refused(|s| s.disks[0].path.clear()).contains("absolute"));
+        assert!(refused(|s| s.disks[0].port = 9).contains("disk port"));
+        assert!(refused(|s| s.disks.iter_mut().for_each(|disk| disk.port = 1)).contains("another disk"));
         assert!(refused(|s| s.nics[0].mac = "52:54:00:12:34:5g".into()).contains("mac"));
         assert!(refused(|s| s.nics[0].bridge = "br0,x=y".into()).contains("bridge"));
     }

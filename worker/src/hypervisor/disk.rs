@@ -30,6 +30,11 @@ pub fn disk_node(disk: &str) -> String {
     format!("disk-{disk}")
 }
 
+/// The device.
+pub fn device(disk: &str) -> String {
+    format!("blk-{disk}")
+}
+
 /// Node of the image's file.
 fn file_node(disk: &str) -> String {
     format!("file-{disk}")

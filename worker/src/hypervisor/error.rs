@@ -127,6 +127,28 @@ pub enum HypervisorError {
         /// Which disk.
         disk: String,
     },
+    /// There is no place for a disk.
+    #[error(
+        "this QEMU of VM {vm} has no place for disk {disk}: it was started by a version without such places, or its machine type ({machine:?}) takes no disks \
+         while it runs; the disk is there once the VM was stopped and started"
+    )]
+    NoPlace {
+        /// Which VM.
+        vm: VmId,
+        /// Which disk.
+        disk: String,
+        /// As defined; empty: the default.
+        machine: String,
+    },
+    /// A disk that is being copied cannot change.
+    #[error("disk {disk} is being copied; it changes when that has ended")]
+    DiskBusy {
+        /// Which disk.
+        disk: String,
+        /// QEMU's words.
+        #[source]
+        source: Box<HypervisorError>,
+    },
     /// A bitmap that is needed is not there, or not usable.
     #[error("bitmap {bitmap} of disk {disk} is not there or not usable")]
     NoBitmap {

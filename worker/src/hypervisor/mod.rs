@@ -9,6 +9,7 @@
 //!   vm ─ watcher   the handle, and the task behind it
 //!   block          nodes and block jobs                    bitmap    what the guest has written since a moment
 //!   mirror         a disk copied to an NBD server          freeze    all disks as they were at one moment, copied likewise
+//!   grow           disks that become larger                     attach  disks that are added
 //!   migrate        the two ends of a live migration        console   the serial port, for many viewers
 //!   guest_agent    the guest's file systems at rest for a moment
 //!   stats          counts of the guest's writes
@@ -18,6 +19,7 @@
 //! wait has a deadline; a lease is enforced whether or not a worker lives. Does not decide whether a VM may run.
 
 pub mod accel;
+mod attach;
 mod bitmap;
 mod block;
 pub mod command_line;
@@ -26,6 +28,7 @@ mod disk;
 mod error;
 pub mod event;
 pub mod freeze;
+mod grow;
 pub mod guest_agent;
 pub mod keeper;
 pub mod migrate;
@@ -39,6 +42,7 @@ mod vm;
 mod watcher;
 
 pub use accel::{Accelerator, QemuVersion};
+pub use attach::AddedDisk;
 pub use bitmap::BitmapInfo;
 pub use command_line::{Launch, SpecError, StartMode, check_spec};
 pub use console::Console;

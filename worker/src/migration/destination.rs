@@ -17,8 +17,8 @@ use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Guest, Nonce, Record};
 use pageport_proto::VmId;
 use pageport_proto::v1::{
-    Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, Ready, Refused, Resumed, StreamEnd,
-    StreamHello, ToDestination, ToSource, VmSpec, stream_hello, to_destination, to_source,
+    Abort, Accepted, AskAuthorisationRequest, ClockReply, MigrationHello, Ready, Refused, ReplicationDisk, Resumed,
+    StreamEnd, StreamHello, ToDestination, ToSource, VmSpec, stream_hello, to_destination, to_source,
 };
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -33,6 +33,7 @@ use crate::hypervisor::{HypervisorError, MigrationStatus, Vm};
 use crate::memory::KeptPages;
 use crate::memory::arrived::Arrived;
 use crate::node::Node;
+use crate::replica::points::MAX_DISK_BYTES;
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replication::mark::{Mark, lineage_of};
 use crate::transport::{MessageError, MessageReader, MessageWriter, PeerConnection, TransportError};
@@ -131,6 +132,15 @@ pub enum DestinationError {
     /// A replica could not be brought to stable storage.
     #[error("bring the replica {disk} to stable storage")]
     Sync {
+        /// Its path.
+        disk: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A replica could not be made as large as its disk.
+    #[error("make the replica {disk} as large as the disk")]
+    Grow {
         /// Its path.
         disk: String,
         /// Why.
@@ -321,6 +331,7 @@ impl Arrival {
         // The definition comes from the controllers, not from the peer.
         vm.set_spec(&spec).await?;
         self.node.lease_wanted.notify_one();
+        self.grow_replicas(id, hello)?;
         let qemu = vm.load_image(&spec).await?;
         let prepared = async {
             let disks = self.replica_disks(id, &spec)?;
@@ -366,6 +377,23 @@ impl Arrival {
         let epoch = Epoch::from_raw(hello.epoch);
         vm.step(Event::AuthReply { nonce: Nonce(answer.nonce), epoch }).await?;
         answer.spec.ok_or(DestinationError::Request { what: "the controllers sent no definition" })
+    }
+
+    /// The hypervisor must find the replicas as large as the disks are: it does not look again. What becomes of a move that breaks off is cut
+    /// to its newest recovery point.
+    fn grow_replicas(&self, vm: VmId, hello: &MigrationHello) -> Result<(), DestinationError> {
+        tokio::task::block_in_place(|| {
+            for ReplicationDisk { name, size_bytes, .. } in &hello.disks {
+                if *size_bytes > MAX_DISK_BYTES {
+                    return Err(DestinationError::Request { what: "a disk is too large" });
+                }
+                let replica = self.node.replicas.open_existing(vm, name)?;
+                replica.must_not_shrink(*size_bytes)?;
+                let grown = replica.grow(*size_bytes);
+                grown.map_err(|source| DestinationError::Grow { disk: replica.to_string(), source })?;
+            }
+            Ok(())
+        })
     }
 
     /// The replicas, opened as the disk sessions will find them.

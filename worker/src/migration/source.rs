@@ -19,8 +19,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Record};
 use pageport_proto::v1::{
-    Abort, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord, PhaseTiming, Release, StreamEnd,
-    VmSpec, to_destination, to_source,
+    Abort, DiskHello, DiskSpec, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord, PhaseTiming,
+    Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
 };
 use tracing::Instrument;
 
@@ -34,6 +34,7 @@ use crate::clock::Offset;
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
+use crate::replica::copy::{CopyError, hello};
 use crate::replication::registry::MigrationTurn;
 use crate::transport::{PeerConnection, TransportError};
 use crate::vms::{ManagedVm, VmError};
@@ -68,6 +69,12 @@ pub enum SourceError {
     /// The disks.
     #[error("bring the replica up to date")]
     Disks(#[from] DisksError),
+    /// The disks cannot be looked at.
+    #[error("look at the disks")]
+    Look(#[source] CopyError),
+    /// A disk has grown just now.
+    #[error("a disk has changed while the move began: order the move again")]
+    DisksChanged,
     /// The memory.
     #[error("move the memory")]
     Memory(#[from] OutgoingError),
@@ -144,6 +151,8 @@ struct Move {
     connection: Option<PeerConnection>,
     control: Option<Control>,
     offset: Offset,
+    /// What the destination was told of the disks.
+    told: Vec<ReplicationDisk>,
     disks: Option<Disks>,
     /// Dropped last: replication goes on from what the disks have left.
     turn: Option<MigrationTurn>,
@@ -175,6 +184,7 @@ impl Move {
             connection: None,
             control: None,
             offset: Offset::default(),
+            told: Vec::new(),
             disks: None,
             turn: None,
             outgoing: None,
@@ -239,6 +249,8 @@ impl Move {
         if !self.order.vm.may_prepare(self.epoch) {
             return Err(SourceError::NotPermitted { record: self.order.vm.status().record });
         }
+        let disks = self.disks_as_they_are().map_err(SourceError::Look)?;
+        self.told.clone_from(&disks);
         let assignment = &self.order.assignment;
         let connection = self.order.node.endpoint.connect(&assignment.peer_worker, &assignment.peer_address).await?;
         let hello = MigrationHello {
@@ -250,6 +262,7 @@ impl Move {
                 .kept()
                 .and_then(|kept| kept.migration())
                 .map_or_else(String::new, |id| id.to_string()),
+            disks,
         };
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         self.connection = Some(connection.clone());
@@ -257,11 +270,24 @@ impl Move {
         Ok(())
     }
 
+    fn disks_as_they_are(&self) -> Result<Vec<ReplicationDisk>, CopyError> {
+        let Order { node, vm, spec, .. } = &self.order;
+        let disk = |disk: &DiskSpec| {
+            let DiskHello { disk: name, size_bytes, .. } = hello(node, vm.id(), &disk.name)?;
+            Ok(ReplicationDisk { name, size_bytes, ..ReplicationDisk::default() })
+        };
+        tokio::task::block_in_place(|| spec.disks.iter().map(disk).collect())
+    }
+
     async fn sync_disks(&mut self, qemu: &Vm) -> Result<(), SourceError> {
         let order = &self.order;
         let turn = order.node.replications.turn(order.vm.id());
-        // A round of replication that is under way makes room; none begins until the migration is over.
+        // A round of replication that is under way makes room; none begins, and no disk changes, until the migration is over.
         self.turn = Some(turn.take_for_migration().await);
+        if self.disks_as_they_are().map_err(SourceError::Look)? != self.told {
+            return Err(SourceError::DisksChanged);
+        }
+        let order = &self.order;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment);
         let (copies, offset) = tokio::join!(copies, control.probe_clock(CLOCK_LIMIT));

@@ -179,7 +179,8 @@ impl Groups {
     ) -> Result<(), GroupsError> {
         let disks = names.iter().map(|name| Ok(((*name).to_owned(), replicas.open_existing(vm, name)?)));
         let points = self.open(vm, disks.collect::<Result<_, ReplicaError>>()?)?;
-        let point = PointInfo { number: 1, taken_unix_ms, changed_bytes: 0, quiesced: false };
+        let disks = names.len() as u16;
+        let point = PointInfo { number: 1, taken_unix_ms, changed_bytes: 0, quiesced: false, disks };
         Ok(points.group.adopt(Lineage::from_u64(lineage).unwrap_or_else(Lineage::generate), point)?)
     }
 
@@ -259,6 +260,7 @@ impl From<&PointInfo> for RecoveryPoint {
             taken_unix_ms: point.taken_unix_ms,
             changed_bytes: point.changed_bytes,
             quiesced: point.quiesced,
+            disks: point.disks.into(),
         }
     }
 }
@@ -306,7 +308,7 @@ mod tests {
     }
 
     fn info(number: u64) -> PointInfo {
-        PointInfo { number, taken_unix_ms: 5, changed_bytes: 0, quiesced: false }
+        PointInfo { number, taken_unix_ms: 5, changed_bytes: 0, quiesced: false, disks: 1 }
     }
 
     #[test]

@@ -137,6 +137,11 @@ impl DiskSession {
         copies: CopiesFrom,
         cap: Arc<Cap>,
     ) -> Result<Self, SessionError> {
+        let (growing, name, size_bytes) = (view.clone(), hello.disk.clone(), hello.size_bytes);
+        let grown = spawn_blocking(move || growing.grow(disk, &name, size_bytes)).await;
+        if !matches!(grown, Ok(Ok(()))) {
+            tracing::warn!(disk = hello.disk, "what is known of the replica does not grow with the disk");
+        }
         let known = view.state_of(disk, &hello.disk, hello.size_bytes);
         (hello.known_instance, hello.known_version) = (known.instance, known.version);
         let (name, size_bytes) = (hello.disk.clone(), hello.size_bytes);

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | key `disk/<vm>/<disk>` of the worker's store | path, format and [`Origin`] of the image on this host |
 //! | `<data_dir>/replicas/<vm>/<disk>.raw` | a replica that this worker made |
+//! | `<data_dir>/disks/<vm>/<disk>.raw` | a disk that was added, and that this worker made where no path was given |
 //!
 //! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
 //! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]).
 
 pub mod flattening;
+mod making;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -17,7 +19,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::unistd::{Whence, lseek64};
@@ -39,7 +41,7 @@ const SPARE_BYTES: u64 = 64 << 20;
 pub enum Origin {
     /// The operator: never deleted.
     Given,
-    /// This worker, as a replica: deleted with the replica.
+    /// This worker, as a replica or as a disk that was added: deleted with it.
     Made,
 }
 
@@ -159,6 +161,25 @@ pub enum ReplicaError {
         /// The image.
         path: PathBuf,
     },
+    /// A file of that name is there, and the disk is new.
+    #[error("disk {disk:?} is to be made at {}, and there is something already: move it away", path.display())]
+    DiskInTheWay {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+    },
+    /// A disk could not be made.
+    #[error("make disk {disk:?} at {}", path.display())]
+    Make {
+        /// The disk.
+        disk: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A file of that name is there, and it is not ours.
     #[error("the image is to be flattened to {}, and such a file is there already: move it away", path.display())]
     InTheWay {
@@ -193,7 +214,7 @@ pub struct ReplicaDisk {
     instance: u64,
     version: AtomicU64,
     session: tokio::sync::Mutex<()>,
-    /// Locked for reading by whoever writes.
+    /// Locked for reading by whoever writes, and for writing by whoever changes the size.
     closed: RwLock<bool>,
 }
 
@@ -213,10 +234,36 @@ impl ReplicaDisk {
     /// # Errors
     /// The system's, or `PermissionDenied` once it is closed.
     pub fn grow(&self, size_bytes: u64) -> io::Result<()> {
-        let _open = self.open()?;
+        let _alone = self.open_alone()?;
         if size_bytes > self.size_bytes() {
             self.file.set_len(size_bytes)?;
-            self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
+            self.size_bytes.store(size_bytes, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Refuses to make the disk smaller than it is.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Shrinks`].
+    pub fn must_not_shrink(&self, size_bytes: u64) -> Result<(), ReplicaError> {
+        let held_bytes = self.size_bytes();
+        if size_bytes >= held_bytes {
+            return Ok(());
+        }
+        Err(ReplicaError::Shrinks { path: self.path.clone(), held_bytes, size_bytes })
+    }
+
+    /// Makes the disk at most `size_bytes` large. Only for taking back what has made it larger.
+    ///
+    /// # Errors
+    /// The system's, or `PermissionDenied` once it is closed.
+    pub fn cut(&self, size_bytes: u64) -> io::Result<()> {
+        let _alone = self.open_alone()?;
+        if size_bytes < self.size_bytes() {
+            self.file.set_len(size_bytes)?;
+            self.size_bytes.store(size_bytes, Ordering::Release);
+            self.version.fetch_add(1, Ordering::AcqRel);
         }
         Ok(())
     }
@@ -305,11 +352,13 @@ impl ReplicaDisk {
     /// Holds off [`Self::close`].
     fn open(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
         let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
-        if *closed {
-            let why = "the replica is closed: a hypervisor has its disk, or it was removed";
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-        }
-        Ok(closed)
+        if *closed { Err(is_closed()) } else { Ok(closed) }
+    }
+
+    /// Holds off [`Self::close`], and all other changes.
+    fn open_alone(&self) -> io::Result<RwLockWriteGuard<'_, bool>> {
+        let closed = self.closed.write().unwrap_or_else(PoisonError::into_inner);
+        if *closed { Err(is_closed()) } else { Ok(closed) }
     }
 
     fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
@@ -320,18 +369,26 @@ impl ReplicaDisk {
     }
 }
 
+fn is_closed() -> io::Error {
+    let why = "the replica is closed: a hypervisor has its disk, or it was removed";
+    io::Error::new(io::ErrorKind::PermissionDenied, why)
+}
+
 /// All disks and replicas of this host.
 #[derive(Debug)]
 pub struct ReplicaStore {
     store: Arc<Store>,
     folder: PathBuf,
+    /// Of the disks that were added.
+    disks_folder: PathBuf,
     open: Mutex<HashMap<(VmId, String), Arc<ReplicaDisk>>>,
 }
 
 impl ReplicaStore {
     /// Keeps its records in `store` and its files below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path) -> Self {
-        Self { store, folder: data_dir.join("replicas"), open: Mutex::default() }
+        let (folder, disks_folder) = (data_dir.join("replicas"), data_dir.join("disks"));
+        Self { store, folder, disks_folder, open: Mutex::default() }
     }
 
     /// Where a disk lies on this host, if it does.
@@ -369,10 +426,10 @@ impl ReplicaStore {
         Ok(location)
     }
 
-    /// Opens a replica for writing, making it if there is none.
+    /// Opens a replica for writing, with this size, making it if there is none.
     ///
     /// # Errors
-    /// [`ReplicaError::NoSpace`] when the source's `allocated_bytes` do not fit; [`ReplicaError::NotFlat`]; the system's.
+    /// As [`Self::open_as_it_is`]; [`ReplicaError::Shrinks`].
     pub fn open_for_writing(
         &self,
         vm: VmId,
@@ -380,13 +437,20 @@ impl ReplicaStore {
         size_bytes: u64,
         allocated_bytes: u64,
     ) -> Result<Arc<ReplicaDisk>, ReplicaError> {
+        let replica = self.open_as_it_is(vm, disk, allocated_bytes)?;
+        replica.must_not_shrink(size_bytes)?;
+        let failed = |source| ReplicaError::Open { path: replica.path.clone(), source };
+        replica.grow(size_bytes).map_err(failed)?;
+        Ok(replica)
+    }
+
+    /// Opens a replica for writing, with the size that it has; makes an empty one if there is none.
+    ///
+    /// # Errors
+    /// [`ReplicaError::NoSpace`] when the source's `allocated_bytes` do not fit; [`ReplicaError::NotFlat`]; the system's.
+    pub fn open_as_it_is(&self, vm: VmId, disk: &str, allocated_bytes: u64) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = open.get(&(vm, disk.to_owned())) {
-            let path = || found.path.clone();
-            if size_bytes < found.size_bytes() {
-                return Err(ReplicaError::Shrinks { path: path(), held_bytes: found.size_bytes(), size_bytes });
-            }
-            found.grow(size_bytes).map_err(|source| ReplicaError::Open { path: path(), source })?;
             return Ok(found.clone());
         }
         let location = match self.locate(vm, disk)? {
@@ -399,7 +463,7 @@ impl ReplicaStore {
                 DiskLocation { path, origin: Origin::Made, format: Format::Raw }
             }
         };
-        let replica = open_file(&location.path, size_bytes, allocated_bytes)?;
+        let replica = open_file(&location.path, allocated_bytes)?;
         self.record(vm, disk, &location)?;
         let replica = Arc::new(replica);
         open.insert((vm, disk.to_owned()), replica.clone());
@@ -412,8 +476,10 @@ impl ReplicaStore {
     /// [`ReplicaError::Missing`]; the system's.
     pub fn open_existing(&self, vm: VmId, disk: &str) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let missing = || ReplicaError::Missing { vm, disk: disk.to_owned() };
-        let (size_bytes, _) = self.locate(vm, disk)?.ok_or_else(missing)?.bytes()?;
-        self.open_for_writing(vm, disk, size_bytes, 0)
+        let location = self.locate(vm, disk)?.ok_or_else(missing)?;
+        // It is not to be made.
+        location.bytes()?;
+        self.open_as_it_is(vm, disk, 0)
     }
 
     /// The images of a VM on this host, with the names of their disks.
@@ -471,6 +537,10 @@ impl ReplicaStore {
         if folder.exists() {
             std::fs::remove_dir(&folder).map_err(|source| ReplicaError::Open { path: folder, source })?;
         }
+        let disks = self.disks_folder.join(vm.to_string());
+        if disks.exists() {
+            std::fs::remove_dir_all(&disks).map_err(|source| ReplicaError::Open { path: disks, source })?;
+        }
         self.store.commit(batch).map_err(failed)
     }
 
@@ -503,7 +573,7 @@ fn key(vm: VmId, disk: &str) -> String {
     format!("disk/{vm}/{disk}")
 }
 
-fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<ReplicaDisk, ReplicaError> {
+fn open_file(path: &Path, allocated_bytes: u64) -> Result<ReplicaDisk, ReplicaError> {
     let failed = |source| ReplicaError::Open { path: path.to_owned(), source };
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(failed)?;
@@ -515,11 +585,7 @@ fn open_file(path: &Path, size_bytes: u64, allocated_bytes: u64) -> Result<Repli
         }
     }
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-    let held_bytes = file.metadata().map_err(failed)?.len();
-    if size_bytes < held_bytes {
-        return Err(ReplicaError::Shrinks { path: path.to_owned(), held_bytes, size_bytes });
-    }
-    file.set_len(size_bytes).map_err(failed)?;
+    let size_bytes = file.metadata().map_err(failed)?.len();
     file.sync_all().map_err(failed)?;
     let instance = rand::random::<u64>() | 1;
     Ok(ReplicaDisk {

@@ -82,6 +82,15 @@ impl ReplicaView {
         self.write().correct(BlockRef { disk, block: first_block }, found)
     }
 
+    /// The disk is of this name and size now. One that has grown keeps what is known of it; what is new is zeros. Reads and writes all of it then, and waits
+    /// for stable storage. Sessions of the disk must not be open.
+    ///
+    /// # Errors
+    /// The disk is larger than can be indexed.
+    pub fn grow(&self, disk: u16, name: &str, size_bytes: u64) -> Result<(), IndexError> {
+        self.write().grow(disk, name, size_bytes)
+    }
+
     /// These blocks are about to change at the peer: until it confirms, nothing is known of them.
     ///
     /// # Errors

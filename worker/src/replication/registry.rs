@@ -79,7 +79,7 @@ impl Turn {
         }
     }
 
-    /// The turn of a migration: a round under way is interrupted.
+    /// The turn of a migration, or of who changes the disks: a round under way is interrupted.
     pub async fn take_for_migration(self: &Arc<Self>) -> MigrationTurn {
         self.migrations.send_modify(|count| *count += 1);
         let mut turn = MigrationTurn { turn: self.clone(), held: None };

@@ -83,6 +83,8 @@ pub struct Taken {
     pub at: Instant,
     /// Bytes of the disks that changed with it.
     pub changed_bytes: u64,
+    /// How many disks it has.
+    pub disks: u32,
     /// The guest's file systems were at rest.
     pub quiesced: bool,
     /// The bitmap of what the guest has written since.
@@ -155,9 +157,10 @@ impl Round<'_> {
         tell: &mut impl FnMut(News),
     ) -> Result<Taken, RoundError> {
         let session = rand::random::<u64>().max(1);
-        let hellos = self.hellos(session)?;
+        let names = self.names().await?;
+        let hellos = self.hellos(&names, session)?;
         let (mut control, points) = Control::open(connection, session, &hellos).await?;
-        let plan = Plan::make(self.qemu, &self.names(), &points, &self.order.peer_worker).await?;
+        let plan = Plan::make(self.qemu, &names, &points, &self.order.peer_worker).await?;
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
         let lineage = control.begin(begin).await?;
         let view = self.node.views.of(self.qemu.id(), &self.order.peer_worker).await;
@@ -204,7 +207,8 @@ impl Round<'_> {
         let full = plan.since.is_none();
         let throttle = if full { Some(self.throttle().await.map_err(|error| (error, None))?) } else { None };
         let at = Instant::now();
-        let (names, since) = (self.names(), plan.since.as_deref());
+        let names: Vec<String> = streams.iter().map(|stream| stream.name.clone()).collect();
+        let since = plan.since.as_deref();
         let frozen = FrozenCopy::freeze(self.node, self.qemu, &names, since, next, self.consistency()).await;
         let mut frozen = frozen.map_err(|error| (error.into(), None))?;
         let quiescence = frozen.take_quiescence();
@@ -238,7 +242,8 @@ impl Round<'_> {
                 let changed_bytes = streams.iter().map(|stream| stream.session.changed_bytes()).sum();
                 let taken_unix_ms = unix_ms(frozen.moment());
                 let (number, quiesced, mark) = (plan.number, quiescence.quiesced, next.to_owned());
-                Ok((Taken { number, taken_unix_ms, at, changed_bytes, quiesced, mark }, frozen))
+                let disks = streams.len() as u32;
+                Ok((Taken { number, taken_unix_ms, at, changed_bytes, disks, quiesced, mark }, frozen))
             }
         }
     }
@@ -261,13 +266,16 @@ impl Round<'_> {
     }
 
     /// What the disks' streams begin with.
-    fn hellos(&self, session: u64) -> Result<Vec<DiskHello>, RoundError> {
+    fn hellos(&self, names: &[String], session: u64) -> Result<Vec<DiskHello>, RoundError> {
         let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
-        tokio::task::block_in_place(|| self.names().iter().map(hello).collect())
+        tokio::task::block_in_place(|| names.iter().map(hello).collect())
     }
 
-    fn names(&self) -> Vec<String> {
-        self.spec.disks.iter().map(|disk| disk.name.clone()).collect()
+    /// The disks that the hypervisor has open. One that was added to the definition is in no point before.
+    async fn names(&self) -> Result<Vec<String>, HypervisorError> {
+        let open = self.qemu.open_disks().await?;
+        let names = self.spec.disks.iter().map(|disk| disk.name.clone());
+        Ok(names.take_while(|name| open.contains(name)).collect())
     }
 
     async fn open_streams(
@@ -296,13 +304,13 @@ impl Round<'_> {
     }
 
     fn commit_of(&self, streams: &[DiskStream], taken: &Taken, in_place: bool) -> CommitPoint {
-        let Taken { number, taken_unix_ms, changed_bytes, quiesced, .. } = *taken;
+        let Taken { number, taken_unix_ms, changed_bytes, quiesced, disks, .. } = *taken;
         let mut digest = ChangeDigest::default();
         for stream in streams {
             digest.join(stream.session.change_digest());
         }
         CommitPoint {
-            point: Some(RecoveryPoint { number, taken_unix_ms, changed_bytes, quiesced }),
+            point: Some(RecoveryPoint { number, taken_unix_ms, changed_bytes, quiesced, disks }),
             digest: if in_place { Bytes::new() } else { digest.finish().to_vec().into() },
             keep_points: self.order.protection.as_ref().map_or(1, |it| it.keep_points),
         }

@@ -28,7 +28,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::scrub::answer::{CompareError, compare};
 use crate::node::Node;
 use crate::replica::groups::Points;
-use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, PointError, PointInfo};
+use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, MAX_DISK_BYTES, PointError, PointInfo};
 use crate::replica::serve::{DiskChange, DiskTarget, RawChange, ServeError, change_in_place, compress};
 use crate::replica::store::{ReplicaDisk, ReplicaError};
 use crate::replica::view::ReplicaState;
@@ -68,6 +68,15 @@ pub enum SessionError {
     /// The replica could not be compared.
     #[error(transparent)]
     Compare(#[from] CompareError),
+    /// A replica cannot be made as large as its disk.
+    #[error("make the replica of disk {disk:?} as large as the disk")]
+    Grow {
+        /// The disk.
+        disk: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The VM at this host.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -100,6 +109,8 @@ impl Sessions {
 pub struct Session {
     vm: VmId,
     disks: Vec<(String, Arc<ReplicaDisk>)>,
+    /// Of the source's disks, in the same order. A replica gets its disk's size with what is written into it, and not before.
+    sizes_bytes: Vec<u64>,
     points: Arc<Points>,
     target: RwLock<Target>,
 }
@@ -228,14 +239,15 @@ impl Session {
         if begin.in_place {
             // What there was is a mixture from now on.
             group.forget()?;
+            self.grow_disks()?;
             let lineage = Lineage::generate();
             self.replace(Target::InPlace { lineage });
             return Ok(lineage.get());
         }
         let lineage = group.state().lineage.ok_or(SessionError::Request { what: "a point after none" })?;
         let journal = group.begin(lineage, begin.number)?;
-        for (name, disk) in &self.disks {
-            journal.resize(name, disk.size_bytes())?;
+        for ((name, _), size_bytes) in self.disks.iter().zip(&self.sizes_bytes) {
+            journal.resize(name, *size_bytes)?;
         }
         self.replace(Target::Journal(journal));
         Ok(lineage.get())
@@ -251,8 +263,16 @@ impl Session {
 
     fn begin_layer(&self) -> Result<u64, SessionError> {
         self.points.open_layer()?;
+        self.grow_disks()?;
         self.replace(Target::Layer);
         Ok(self.state().instance)
+    }
+
+    fn grow_disks(&self) -> Result<(), SessionError> {
+        for ((name, disk), size_bytes) in self.disks.iter().zip(&self.sizes_bytes) {
+            disk.grow(*size_bytes).map_err(|source| SessionError::Grow { disk: name.clone(), source })?;
+        }
+        Ok(())
     }
 
     fn commit(&self, commit: &CommitPoint) -> Result<Committed, SessionError> {
@@ -262,6 +282,7 @@ impl Session {
             taken_unix_ms: point.taken_unix_ms,
             changed_bytes: point.changed_bytes,
             quiesced: point.quiesced,
+            disks: self.disks.len() as u16,
         };
         let group = self.points.group();
         match self.replace(Target::Nowhere) {
@@ -312,6 +333,9 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     if hello.session == 0 || hello.disks.is_empty() || hello.disks.iter().any(|disk| !is_name(&disk.name)) {
         return Err(request("it names no session, no disks, or a disk without a name"));
     }
+    if hello.disks.iter().any(|disk| disk.size_bytes > MAX_DISK_BYTES) {
+        return Err(request("a disk is too large"));
+    }
     let known = node.vms.get_or_create(vm)?;
     let status = known.status();
     if status.record.owned().is_some() || status.volatile.guest != Guest::Absent {
@@ -323,12 +347,16 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     let opened = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
         replicas.must_be_flat(vm)?;
         let open = |disk: &pageport_proto::v1::ReplicationDisk| {
-            Ok((disk.name.clone(), replicas.open_for_writing(vm, &disk.name, disk.size_bytes, disk.allocated_bytes)?))
+            Ok((disk.name.clone(), replicas.open_as_it_is(vm, &disk.name, disk.allocated_bytes)?))
         };
         let disks: Vec<_> = asked.iter().map(open).collect::<Result<_, ReplicaError>>()?;
         let points = groups.open(vm, disks.clone())?;
-        // What an earlier session left of a move is of no use.
-        points.undo_layer()?;
+        // What an earlier session left of a move is of no use. Damage is for the source to hear of: it copies anew.
+        match points.undo_layer() {
+            Err(PointError::Damaged { .. }) => {}
+            undone => undone?,
+        }
+        disks.iter().zip(&asked).try_for_each(|((_, disk), asked)| disk.must_not_shrink(asked.size_bytes))?;
         Ok((disks, points))
     });
     let (disks, points) = opened.await??;
@@ -338,7 +366,8 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
         node.replicas.close(vm);
         return Err(SessionError::Owned { vm });
     }
-    let session = Session { vm, disks, points, target: RwLock::new(Target::Nowhere) };
+    let sizes_bytes = hello.disks.iter().map(|disk| disk.size_bytes).collect();
+    let session = Session { vm, disks, sizes_bytes, points, target: RwLock::new(Target::Nowhere) };
     Ok((Arc::new(session), turn))
 }
 

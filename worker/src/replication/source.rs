@@ -234,6 +234,7 @@ impl Replication {
             taken_unix_ms: taken.taken_unix_ms,
             changed_bytes: taken.changed_bytes,
             quiesced: taken.quiesced,
+            disks: taken.disks,
         };
         self.newest = Some(taken);
         self.tell(|status| {

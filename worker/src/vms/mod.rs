@@ -4,12 +4,13 @@
 //! - [`managed`]: one VM: every change of its record goes through [`ManagedVm::step`], which persists, then acts.
 //! - [`fence`]: what a VM's policy and the worker's lease permit.
 //! - [`plan`]: what the controllers' assignment asks of a VM: pure.
-//! - [`converge`]: does it, step by step.
+//! - [`converge`]: does it, step by step. [`disks`]: the same for the disks of one that runs.
 //!
 //! Guarantees: a guest runs only under a durable `Own`; whatever ends a hypervisor is noticed and reported; a restarted
 //! worker finds its guests again. Does not move VMs: see `migration`.
 
 pub mod converge;
+pub mod disks;
 pub mod fence;
 pub mod managed;
 pub mod plan;

@@ -378,7 +378,7 @@ async fn random_writes_cost_themselves_and_discards_become_holes() {
     let path = writer.fixture.path("big.raw");
     let size = 1024 * MIB;
     std::fs::File::create(&path).unwrap().set_len(size).unwrap();
-    let big = DiskSpec { name: "big".into(), path: text(&path).to_owned(), format: "raw".into() };
+    let big = DiskSpec { name: "big".into(), path: text(&path).to_owned(), format: "raw".into(), ..Default::default() };
     writer.launch.spec.disks = vec![big];
     let vm = writer.start().await;
     let mut side = writer.side().await;

@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a helper that fails is a test that fails")]
 
+mod attach;
 mod freeze;
 mod freeze_mirror;
+mod grow;
 mod lease;
 mod life;
 mod migration;

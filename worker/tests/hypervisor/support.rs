@@ -53,7 +53,7 @@ impl Fixture {
             name: "tiny".into(),
             memory_bytes: 64 * MIB,
             vcpus: 1,
-            disks: vec![DiskSpec { name: "root".into(), path, format: "raw".into() }],
+            disks: vec![DiskSpec { name: "root".into(), path, format: "raw".into(), ..Default::default() }],
             ..VmSpec::default()
         };
         Launch { vm: VmId::generate(), spec, images: BTreeMap::new(), mode, deadline: None }

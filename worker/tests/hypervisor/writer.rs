@@ -102,7 +102,12 @@ impl Writer {
             .map(|name| {
                 let path = fixture.path(&format!("{name}.raw"));
                 std::fs::write(&path, base()).unwrap();
-                DiskSpec { name: (*name).into(), path: text(&path).to_owned(), format: "raw".into() }
+                DiskSpec {
+                    name: (*name).into(),
+                    path: text(&path).to_owned(),
+                    format: "raw".into(),
+                    ..Default::default()
+                }
             })
             .collect();
         Self { fixture, launch, side }

@@ -2,6 +2,7 @@
 //!
 //! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
 
+mod disk;
 mod fence;
 mod fleet;
 mod follow;
@@ -43,6 +44,7 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         }
         Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
+        Command::Disk(command) => disk::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,
         Command::Protect { vm, to, rpo, keep, quiesce, watch } => {
             let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce };

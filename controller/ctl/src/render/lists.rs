@@ -1,8 +1,8 @@
 //! What `list`, `get` and `status` show. Pure: messages and the present time in, text out.
 
 use pageport_proto::v1::{
-    GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse, ListVmsResponse,
-    ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
+    DiskSpec, DiskStatus, GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse,
+    ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -116,8 +116,7 @@ pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
     optional("machine", &spec.machine);
     optional("cpu", &spec.cpu);
     for disk in &spec.disks {
-        let format = if disk.format.is_empty() { "raw" } else { &disk.format };
-        optional("disk", &format!("{} {} ({format})", disk.name, disk.path));
+        optional("disk", &disk_line(disk, vm.disks.iter().find(|seen| seen.name == disk.name)));
     }
     for nic in &spec.nics {
         optional("nic", &format!("{} on {}", nic.mac, nic.bridge));
@@ -139,6 +138,23 @@ pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
         text.push_str(&replica_table(&vm.replicas));
     }
     text
+}
+
+/// Where a disk was defined, and how large it is and is to be.
+fn disk_line(disk: &DiskSpec, seen: Option<&DiskStatus>) -> String {
+    let format = if disk.format.is_empty() { "raw" } else { &disk.format };
+    let held_bytes = seen.map_or(0, |seen| seen.size_bytes);
+    let size = match seen {
+        Some(_) => format!(", {}", units::bytes(held_bytes)),
+        None => String::new(),
+    };
+    let growing = if disk.size_bytes > held_bytes {
+        format!(", to become {}", units::bytes(disk.size_bytes))
+    } else {
+        String::new()
+    };
+    let made = if disk.create { ", to be made" } else { "" };
+    format!("{} {} ({format}){size}{growing}{made}", disk.name, or_dash(&disk.path))
 }
 
 fn takeover_line(takeover: &Takeover, now_unix_ms: i64) -> String {
@@ -265,7 +281,12 @@ mod tests {
                 name: "web".into(),
                 memory_bytes: 2 << 30,
                 vcpus: 2,
-                disks: vec![DiskSpec { name: "root".into(), path: "/srv/web.img".into(), format: "raw".into() }],
+                disks: vec![DiskSpec {
+                    name: "root".into(),
+                    path: "/srv/web.img".into(),
+                    format: "raw".into(),
+                    ..Default::default()
+                }],
                 ..Default::default()
             }),
             owner_site: "a".into(),

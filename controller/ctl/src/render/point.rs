@@ -9,13 +9,15 @@ use super::words::{or_dash, point_export_state, yes_no};
 
 /// `recovery-point list`
 pub fn points(response: &ListRecoveryPointsResponse, now_unix_ms: i64) -> String {
-    let mut table = Table::new([("POINT", Right), ("TAKEN", Left), ("CHANGED", Right), ("QUIESCED", Left)]);
+    let mut table =
+        Table::new([("POINT", Right), ("TAKEN", Left), ("CHANGED", Right), ("QUIESCED", Left), ("DISKS", Right)]);
     for point in &response.points {
         table.row([
             point.number.to_string(),
             units::ago(point.taken_unix_ms, now_unix_ms),
             units::bytes(point.changed_bytes),
             yes_no(point.quiesced).to_owned(),
+            if point.disks == 0 { "-".to_owned() } else { point.disks.to_string() },
         ]);
     }
     let points =
@@ -79,7 +81,8 @@ mod tests {
     use super::*;
 
     fn response(exports: Vec<PointExport>) -> ListRecoveryPointsResponse {
-        let point = RecoveryPoint { number: 41, taken_unix_ms: 1_000, changed_bytes: 5 << 20, quiesced: true };
+        let point =
+            RecoveryPoint { number: 41, taken_unix_ms: 1_000, changed_bytes: 5 << 20, quiesced: true, disks: 2 };
         ListRecoveryPointsResponse { points: vec![point], exports }
     }
 
@@ -100,7 +103,7 @@ mod tests {
     fn points_look_like_this() {
         assert_eq!(
             points(&response(vec![]), 13_300),
-            "POINT  TAKEN        CHANGED  QUIESCED\n   41  12.3 s ago  5.00 MiB  yes\n"
+            "POINT  TAKEN        CHANGED  QUIESCED  DISKS\n   41  12.3 s ago  5.00 MiB  yes           2\n"
         );
         assert!(points(&ListRecoveryPointsResponse::default(), 0).contains("replication status"));
     }

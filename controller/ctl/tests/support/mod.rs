@@ -100,6 +100,8 @@ pub struct Script {
     pub fences: VecDeque<Vec<v1::FenceWorkerResponse>>,
     pub fenced: Vec<v1::FenceWorkerRequest>,
     pub protected: Vec<v1::ProtectVmRequest>,
+    pub resized: Vec<v1::ResizeDiskRequest>,
+    pub added: Vec<v1::AddDiskRequest>,
     pub points: Vec<v1::RecoveryPoint>,
     pub exports: Vec<v1::PointExport>,
     pub opened: Vec<v1::OpenPointRequest>,
@@ -323,6 +325,22 @@ impl FleetService for Fake {
         self.command(&request_id)?;
         self.vm(&vm)?;
         Err(Status::failed_precondition(format!("{vm} is running: stop it first")))
+    }
+
+    async fn resize_disk(&self, request: Request<v1::ResizeDiskRequest>) -> Reply<v1::ResizeDiskResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let vm = self.vm(&request.vm)?;
+        self.script().resized.push(request);
+        Ok(Response::new(v1::ResizeDiskResponse { vm: Some(vm) }))
+    }
+
+    async fn add_disk(&self, request: Request<v1::AddDiskRequest>) -> Reply<v1::AddDiskResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let vm = self.vm(&request.vm)?;
+        self.script().added.push(request);
+        Ok(Response::new(v1::AddDiskResponse { vm: Some(vm) }))
     }
 
     type WatchFleetStream = Boxed<v1::WatchFleetResponse>;

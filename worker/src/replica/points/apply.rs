@@ -193,22 +193,45 @@ impl Inner {
         put
     }
 
-    /// Writes an undo file's content back, last record first. Disks that have grown stay large.
+    /// Writes an undo file's content back, last record first: a disk that has grown is cut once its old content is there.
     pub(super) fn write_back(&self, log: &Log, entries: &[Entry]) -> Result<(), Stop> {
-        let restoring = |entry: &&Entry| entry.head.kind != Kind::Resize;
-        entries.iter().rev().filter(restoring).try_for_each(|entry| self.put(log, *entry))
+        entries.iter().rev().try_for_each(|entry| match entry.head.kind {
+            Kind::Resize => self.change_disk(entry.head.disk, |disk| disk.cut(entry.head.offset)),
+            _ => self.put(log, *entry),
+        })
     }
 
     fn put(&self, log: &Log, entry: Entry) -> Result<(), Stop> {
-        let Head { kind, disk, offset, length, .. } = entry.head;
-        let (name, disk) = self.disk(disk).ok_or(Fault::Damaged("it changes a disk that is not here"))?;
-        let done = match kind {
-            Kind::Data => disk.write(offset, &log.payload(entry)?),
-            Kind::Zero => disk.zero(offset, length),
-            Kind::Resize => disk.grow(offset),
+        let Head { kind, disk: number, offset, length, .. } = entry.head;
+        match kind {
+            Kind::Data => {
+                let payload = log.payload(entry)?;
+                self.change_disk(number, |disk| disk.write(offset, &payload))
+            }
+            Kind::Zero => self.change_disk(number, |disk| disk.zero(offset, length)),
+            // What a layer had left behind the old end may be there again: power failed before its cut was on stable storage.
+            Kind::Resize => self.change_disk(number, |disk| disk.cut(length).and_then(|()| disk.grow(offset))),
             Kind::Seal | Kind::Mark => Ok(()),
-        };
-        done.map_err(|source| Stop::Disk { name: name.to_owned(), source })
+        }
+    }
+
+    fn change_disk(&self, number: u16, change: impl FnOnce(&dyn Disk) -> io::Result<()>) -> Result<(), Stop> {
+        let (name, disk) = self.disk(number).ok_or(Fault::Damaged("it changes a disk that is not here"))?;
+        change(&**disk).map_err(|source| Stop::Disk { name: name.to_owned(), source })
+    }
+
+    /// Cuts disks that were made larger for what has come to nothing: they have the size of the newest point, if that is in place.
+    pub(super) fn fit_disks(&self, core: &Core) -> Result<(), PointError> {
+        let Some(record) = core.sound()?.filter(|record| record.phase == Phase::Settled) else { return Ok(()) };
+        for (name, disk) in &self.medium.disks {
+            // One that was added since is nothing there.
+            let size_bytes = record.disks.get(name).copied().unwrap_or(0);
+            if disk.size_bytes() > size_bytes {
+                tracing::info!(disk = name, size_bytes, "a disk is cut to its size at the newest recovery point");
+                disk.cut(size_bytes).and_then(|()| disk.flush()).map_err(disk_error("cut", name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Changes disks; as long as they are full, older points give way. Damage is handed back.
@@ -267,6 +290,7 @@ impl Inner {
             record.held.clear();
         }
         record.disks = self.medium.disks.iter().map(|(name, disk)| (name.clone(), disk.size_bytes())).collect();
+        record.order = self.medium.order();
         record.phase = Phase::Settled;
         record.damaged = Some(reason);
         self.save(core, Some(record))?;

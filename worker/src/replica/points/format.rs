@@ -13,7 +13,7 @@
 //! | 4 seal | count of records | bytes before it | BLAKE3 over the header and the 40 bytes of each record |
 //! | 5 mark | batch | 0 | |
 //!
-//! Little-endian. Disks are numbered in the order of their names. A record's checksum is BLAKE3 over the file's header, the
+//! Little-endian. Disks are numbered in the order of their names, and those that were added later after them: the group's record says how. A record's checksum is BLAKE3 over the file's header, the
 //! record's place in the file, its first 24 bytes and its payload: a record is good in one place of one file only. A
 //! mark follows the batch that it names and is written after that batch is on stable storage.
 

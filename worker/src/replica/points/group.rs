@@ -26,8 +26,23 @@ use crate::replica::store::ReplicaDisk;
 pub(super) struct Medium {
     pub(super) folder: Box<dyn Folder>,
     pub(super) cell: Box<dyn Cell>,
-    /// In the order of their names: the place is the disk's number in files.
+    /// The place is the disk's number in files: as the record says, then those that are new, in the order of their names.
     pub(super) disks: Vec<(String, Arc<dyn Disk>)>,
+}
+
+impl Medium {
+    /// Puts the disks into the order of their numbers.
+    fn number_disks(&mut self) -> Result<(), PointError> {
+        let record = super::recovery::load(&*self.cell)?;
+        let number = |name: &str| record.as_ref().and_then(|record| record.number_of(name)).unwrap_or(usize::MAX);
+        self.disks.sort_by(|(one, _), (other, _)| (number(one), one).cmp(&(number(other), other)));
+        Ok(())
+    }
+
+    /// Names of the disks in the order of their numbers.
+    pub(super) fn order(&self) -> Vec<String> {
+        self.disks.iter().map(|(name, _)| name.clone()).collect()
+    }
 }
 
 /// The recovery points of one VM: one point is taken over all its disks. Cheap to clone; clones are the same group.
@@ -118,7 +133,8 @@ impl Group {
         Self::over(Medium { folder, cell, disks }, limits)
     }
 
-    pub(super) fn over(medium: Medium, limits: Limits) -> Result<Self, PointError> {
+    pub(super) fn over(mut medium: Medium, limits: Limits) -> Result<Self, PointError> {
+        medium.number_disks()?;
         let inner = Arc::new(Inner {
             medium,
             limits,
@@ -200,6 +216,7 @@ impl Group {
             keep: 1,
             held: vec![],
             disks: disks.iter().map(|(name, disk)| (name.clone(), disk.size_bytes())).collect(),
+            order: self.inner.medium.order(),
             phase: Phase::Settled,
             damaged: None,
             lost: None,
@@ -294,7 +311,7 @@ impl Inner {
 
     /// The number of a disk.
     pub(super) fn disk_number(&self, name: &str) -> Result<u16, PointError> {
-        let number = self.medium.disks.binary_search_by(|(known, _)| known.as_str().cmp(name)).ok();
+        let number = self.medium.disks.iter().position(|(known, _)| known == name);
         let number = number.and_then(|number| u16::try_from(number).ok());
         number.ok_or_else(|| PointError::NoDisk { disk: name.to_owned() })
     }

@@ -52,7 +52,8 @@ impl Group {
                 let newest = format!("{newest} of lineage {}", record.lineage);
                 return Err(PointError::NotNext { asked: number, asked_lineage: lineage, newest });
             }
-            sizes = record.disks.values().copied().collect();
+            // A disk that was added since is nothing yet.
+            sizes = inner.medium.disks.iter().map(|(name, _)| record.disks.get(name).copied().unwrap_or(0)).collect();
         }
         inner.discard(&mut core)?;
         let file = FileId { kind: FileKind::Journal, lineage, point: number };
@@ -98,6 +99,7 @@ impl Group {
             keep,
             held,
             disks: sizes.collect(),
+            order: inner.medium.order(),
             phase: Phase::Committed,
             damaged: None,
             lost: None,

@@ -109,7 +109,7 @@ impl Group {
         Ok(Layer { inner: inner.clone(), id })
     }
 
-    /// Undoes the open layer, whoever holds it: the replica is its newest point again. Does nothing if none is open.
+    /// Undoes the open layer, whoever holds it: the replica is its newest point again, in content and size, whether a layer is open or not.
     ///
     /// # Errors
     /// As [`Layer::undo`].
@@ -117,7 +117,7 @@ impl Group {
         let mut core = self.inner.core();
         self.inner.check(&core)?;
         self.inner.undo_layer(&mut core)?;
-        core.sound().map(drop)
+        self.inner.fit_disks(&core)
     }
 }
 
@@ -171,7 +171,7 @@ impl Layer {
     pub fn undo(self) -> Result<(), PointError> {
         let mut core = self.closing()?;
         self.inner.undo_layer(&mut core)?;
-        core.sound().map(drop)
+        self.inner.fit_disks(&core)
     }
 
     /// Keeps everything, on stable storage, and forgets the points: the replica is somebody's disk now.
@@ -244,9 +244,13 @@ impl Inner {
         let mut fresh: BTreeMap<u16, Segments<Place>> = BTreeMap::new();
         for change in changes {
             let Some((name, disk)) = self.disk(change.disk) else { continue };
-            // Whole blocks, so that small writes side by side are saved once.
+            // Whole blocks, so that small writes side by side are saved once. What lies past the newest point's end is cut off.
             let start = change.offset - change.offset % BLOCK_BYTES;
-            let end = change.end.next_multiple_of(BLOCK_BYTES).min(disk.size_bytes());
+            let size_bytes = core.record.as_ref().and_then(|record| record.disks.get(name)).copied();
+            let end = change.end.next_multiple_of(BLOCK_BYTES).min(size_bytes.unwrap_or_default());
+            if start >= end {
+                continue;
+            }
             let fresh = fresh.entry(change.disk).or_default();
             for (start, end) in self.not_saved(change.disk, start, end) {
                 for part in fresh.parts(start, end).into_iter().filter(|part| part.value.is_none()) {

@@ -53,6 +53,8 @@ pub(super) trait Disk: Debug + Send + Sync {
     /// Makes a hole.
     fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
     fn grow(&self, size_bytes: u64) -> io::Result<()>;
+    /// Makes it at most so large; what lay behind that is gone.
+    fn cut(&self, size_bytes: u64) -> io::Result<()>;
     fn flush(&self) -> io::Result<()>;
     /// The next range at or after `from` that is not a hole.
     fn next_data(&self, from: u64) -> io::Result<Option<(u64, u64)>>;
@@ -77,6 +79,10 @@ impl Disk for ReplicaDisk {
 
     fn grow(&self, size_bytes: u64) -> io::Result<()> {
         Self::grow(self, size_bytes)
+    }
+
+    fn cut(&self, size_bytes: u64) -> io::Result<()> {
+        Self::cut(self, size_bytes)
     }
 
     fn flush(&self) -> io::Result<()> {

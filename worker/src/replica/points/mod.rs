@@ -85,6 +85,9 @@ pub struct PointInfo {
     pub changed_bytes: u64,
     /// Whether the guest's file systems were quiesced.
     pub quiesced: bool,
+    /// How many disks it has; 0: not known, of a point that an earlier version took.
+    #[serde(default)]
+    pub disks: u16,
 }
 
 /// Names one history of points of one replica: the same number in another lineage is another content.

@@ -80,7 +80,7 @@ impl Group {
     /// dropped. What lasts takes a [lease](Self::lease). A committed point that is not in place yet is put in place first.
     ///
     /// # Errors
-    /// [`PointError::NoPoint`]; [`PointError::NoDisk`]; [`PointError::Lost`] when an undo file is damaged; as [`Self::apply`].
+    /// [`PointError::NoPoint`]; [`PointError::NoDisk`], also for one that was added after the point; [`PointError::Lost`] when an undo file is damaged; as [`Self::apply`].
     pub fn reader(&self, point: u64, disk: &str) -> Result<PointReader, PointError> {
         self.open_reader(point, disk, false)
     }
@@ -106,7 +106,8 @@ impl Group {
                 Err(fault) => return Err(inner.lose(&mut core, id, fault)),
             }
         }
-        let size_bytes = index.size_bytes.or(record.disks.get(disk).copied()).unwrap_or_default();
+        let size_bytes = index.size_bytes.or(record.disks.get(disk).copied()).filter(|size| *size > 0);
+        let size_bytes = size_bytes.ok_or_else(|| PointError::NoDisk { disk: disk.to_owned() })?;
         let id = core.next_id();
         inner.shared.write().unwrap_or_else(PoisonError::into_inner).readers.insert(id, index);
         Ok(PointReader { inner: inner.clone(), id, point, disk: number, size_bytes, last: Mutex::default() })

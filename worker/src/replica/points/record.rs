@@ -38,6 +38,9 @@ pub(super) struct Record {
     pub(super) held: Vec<Held>,
     /// Sizes of the disks at the newest point, in bytes.
     pub(super) disks: BTreeMap<String, u64>,
+    /// The disks in the order of their numbers in files. Empty: in that of their names, as in records from before disks could be added.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) order: Vec<String>,
     pub(super) phase: Phase,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) damaged: Option<String>,
@@ -46,6 +49,14 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// The number of a disk in files.
+    pub(super) fn number_of(&self, disk: &str) -> Option<usize> {
+        match self.order.is_empty() {
+            true => self.disks.keys().position(|known| known == disk),
+            false => self.order.iter().position(|known| known == disk),
+        }
+    }
+
     pub(super) fn newest(&self) -> Option<u64> {
         self.points.last().map(|point| point.number)
     }

@@ -5,14 +5,19 @@ use super::error::PointError;
 use super::group::{Core, Inner, file_error};
 use super::lease::without_overdue;
 use super::log_reader::Log;
+use super::medium::Cell;
 use super::record::{Phase, Record};
+
+/// The record, if there is one.
+pub(super) fn load(cell: &dyn Cell) -> Result<Option<Record>, PointError> {
+    let text = cell.load().map_err(|source| PointError::Store { what: "read", source })?;
+    text.map(|text| serde_json::from_slice(&text)).transpose().map_err(PointError::Record)
+}
 
 impl Inner {
     /// Reads the record, ends what was under way, and deletes what the record does not speak of.
     pub(super) fn recover(&self, core: &mut Core) -> Result<(), PointError> {
-        let text = self.medium.cell.load().map_err(|source| PointError::Store { what: "read", source })?;
-        let record = text.map(|text| serde_json::from_slice(&text)).transpose().map_err(PointError::Record)?;
-        let record = record.map(without_overdue);
+        let record = load(&*self.medium.cell)?.map(without_overdue);
         let files = self.medium.folder.list().map_err(file_error("list", FOLDER))?;
         core.files = files.into_iter().collect();
         self.count(core);
@@ -32,15 +37,17 @@ impl Inner {
             applied => applied?,
         }
         self.check_undo_files(core)?;
-        self.sweep(core)
+        self.sweep(core)?;
+        // What is damaged is said elsewhere.
+        if core.sound().is_ok() { self.fit_disks(core) } else { Ok(()) }
     }
 
-    /// Why the record cannot be of these disks.
+    /// Why the record cannot be of these disks. There may be more: disks that were added since the newest point.
     fn misfit(&self, record: &Record) -> Option<String> {
         let names = |names: Vec<&String>| names.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ");
         let recorded: Vec<_> = record.disks.keys().collect();
         let present: Vec<_> = self.medium.disks.iter().map(|(name, _)| name).collect();
-        if recorded != present {
+        if recorded.iter().any(|name| !present.contains(name)) {
             let (recorded, present) = (names(recorded), names(present));
             return Some(format!("the recovery points are of the disks {recorded}, and the vm has {present}"));
         }

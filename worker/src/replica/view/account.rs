@@ -10,7 +10,7 @@
 
 use pageport_teleport::BlockDigest;
 use pageport_teleport::index::{
-    BlockIndex, BlockRef, Changed, Changes, DigestStore, HeapDigests, IndexError, PartKind, StoreFailed,
+    BlockIndex, BlockRef, Changed, Changes, DigestStore, HeapDigests, IndexError, PART_BLOCKS, PartKind, StoreFailed,
 };
 
 use super::file::IndexFile;
@@ -174,6 +174,31 @@ impl Account {
         self.fill(BlockRef { disk, block: 0 }, blocks, BlockDigest::ZERO)
     }
 
+    /// A disk of this name has become larger: what is known of it stays, and what is new is zeros at the peer, too. Any other disk is left alone. An
+    /// attempt under way cannot be kept any more.
+    pub(super) fn grow(&mut self, disk: u16, name: &str, size_bytes: u64) -> Result<(), IndexError> {
+        let (before, blocks) = (self.index.blocks(disk), size_bytes.div_ceil(BLOCK_BYTES));
+        let named = self.disks.get(usize::from(disk)).is_some_and(|known| known.name == name && !known.lost);
+        let Some(before) = before.filter(|before| named && *before < blocks) else { return Ok(()) };
+        self.attempt = None;
+        let state = self.state(disk);
+        let Some(old) = self.index.remove_disk(disk) else { return Ok(()) };
+        // In place of the old file, which is read as long as it is held.
+        let mut grown = self.new_file(disk, name, blocks).unwrap_or_else(|| Digests::heap(blocks));
+        let copied = copy_digests(&old, before, &mut grown);
+        self.index.add_disk_in(disk, blocks, grown)?;
+        if copied.is_err() {
+            self.give_up(disk);
+            return Ok(());
+        }
+        self.fill(BlockRef { disk, block: before }, blocks - before, BlockDigest::ZERO)?;
+        if !self.disk_mut(disk).lost {
+            self.set_state(disk, state);
+            self.settle(disk);
+        }
+        Ok(())
+    }
+
     fn new_file(&self, disk: u16, name: &str, blocks: u64) -> Option<Digests> {
         let shelf = self.shelf.as_deref()?;
         let created = shelf.create(disk, IndexFile::length(blocks)).map_err(Into::into);
@@ -295,6 +320,24 @@ impl Account {
     pub(super) fn size(&self) -> (usize, usize) {
         (self.index.len(), self.index.memory_bytes())
     }
+}
+
+/// Copies what is known of `blocks` blocks.
+fn copy_digests(from: &impl DigestStore, blocks: u64, to: &mut impl DigestStore) -> Result<(), StoreFailed> {
+    for part in 0..blocks.div_ceil(PART_BLOCKS as u64) as u32 {
+        match from.kind(part) {
+            PartKind::Unknown => {}
+            PartKind::Zero => to.end_parts(part..part + 1, PartKind::Zero)?,
+            PartKind::Digests => {
+                let first = u64::from(part) * PART_BLOCKS as u64;
+                let end = (first + PART_BLOCKS as u64).min(blocks);
+                let digests: Vec<BlockDigest> = (first..end).map(|block| from.digest(block)).collect();
+                to.begin_part(part, BlockDigest::UNKNOWN)?;
+                to.write(first, &digests)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn remove(shelf: &dyn Shelf, disk: u16) {

@@ -76,6 +76,30 @@ fn a_disk_of_another_name_or_size_has_no_known_state() {
 }
 
 #[test]
+fn a_disk_that_has_grown_keeps_what_is_known_of_it_and_what_is_new_is_zeros() {
+    // In the middle of a part, and across several.
+    for (before, after) in [(16, 40), (1000, 5000), (1024, 1025), (3000, 3001)] {
+        let view = view_of(before);
+        change(&view, (2, 3, 8), point(0));
+        change(&view, (before - 1, 1, 9), point(0));
+        view.keep(None, point(3), 1);
+        view.grow(0, "root", after * BLOCK_BYTES).unwrap();
+        assert_eq!(view.state_of(0, "root", after * BLOCK_BYTES), point(3));
+        assert!(view.holds(0, 4, &BlockDigest([8; 16])) && view.holds(0, before - 1, &BlockDigest([9; 16])));
+        assert_eq!(view.index().find(&BlockDigest([9; 16])), Some(BlockRef { disk: 0, block: before - 1 }));
+        assert!(view.holds_zeros(0, before, after - before) && view.holds_zeros(0, 5, before - 6));
+        // Of another disk, or back, it is not.
+        view.grow(0, "data", 2 * after * BLOCK_BYTES).unwrap();
+        view.grow(0, "root", before * BLOCK_BYTES).unwrap();
+        assert_eq!(view.state_of(0, "root", after * BLOCK_BYTES), point(3));
+        let attempt = view.begin_attempt();
+        change(&view, (after - 1, 1, 7), point(3));
+        view.keep(Some(attempt), point(4), 1);
+        assert!(view.holds(0, after - 1, &BlockDigest([7; 16])));
+    }
+}
+
+#[test]
 fn an_attempt_that_nobody_ended_leaves_no_trace_in_the_next() {
     let view = view_of(16);
     view.keep(None, point(1), 1);

@@ -1,19 +1,20 @@
 //! What a step asks of the hypervisor, done: boot, resume, pause, kill; and what becomes of a hypervisor that ends.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageport_keeper::BootTime;
 use pageport_ownership::{Effect, Epoch, Event, MayRun, Record};
-use pageport_proto::v1::{VmSpec, VmState};
+use pageport_proto::v1::{DiskSpec, VmSpec, VmState};
 
 use super::{ManagedVm, Shared, State, VmError};
 use crate::hypervisor::{self, ExitCause, HypervisorError, Launch, StartMode, Vm};
 use crate::image::{Format, Image};
 use crate::replica::groups::Surrender;
-use crate::replica::store::ReplicaError;
+use crate::replica::store::{DiskLocation, ReplicaError};
 use crate::vms::fence;
 
 impl ManagedVm {
@@ -89,12 +90,32 @@ impl ManagedVm {
         mode: StartMode,
         deadline: Option<BootTime>,
     ) -> Result<Vm, VmError> {
-        let spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
+        let mut spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
         let images = self.images(&spec, mode, state.durable.record())?;
-        let launch = Launch { vm: self.id, spec, images, mode, deadline };
+        // A disk that was added and cannot be made keeps nothing from running; it is plugged in when it can.
+        spec.disks.retain(|disk| images.contains_key(&disk.name));
+        let grow = if mode == StartMode::Incoming { vec![] } else { too_small(&spec, &images)? };
+        // The guest is to see its disks as they are to be from the beginning.
+        let begin = if grow.is_empty() { mode } else { StartMode::Paused };
+        let launch = Launch { vm: self.id, spec, images, mode: begin, deadline };
         let qemu = Vm::start(&self.shared.hypervisor, &launch).await?;
         self.install(state, qemu.clone());
+        if let Err(error) = self.grow_disks(&qemu, &grow, mode).await {
+            self.end_qemu(state).await?;
+            return Err(error);
+        }
         Ok(qemu)
+    }
+
+    /// Makes disks of a hypervisor that waits larger, and lets it run if it is to.
+    async fn grow_disks(&self, qemu: &Vm, grow: &[(String, u64)], mode: StartMode) -> Result<(), VmError> {
+        for (disk, size_bytes) in grow {
+            qemu.grow_disk(disk, *size_bytes).await?;
+        }
+        if !grow.is_empty() && mode == StartMode::Running {
+            qemu.cont().await?;
+        }
+        Ok(())
     }
 
     pub(super) fn images(
@@ -105,14 +126,22 @@ impl ManagedVm {
     ) -> Result<BTreeMap<String, Image>, VmError> {
         // Once it was moved or taken over, its disk is where this worker noted it, and the definition's path may be another's.
         let as_defined = record.owned() == Some(Epoch::ZERO.next());
-        let locate = |disk: &pageport_proto::v1::DiskSpec| {
+        let locate = |disk: &DiskSpec| {
             let location = match mode {
                 // A destination has its replicas; the definition's path is another host's.
                 StartMode::Incoming => {
                     let found = self.shared.replicas.locate(self.id, &disk.name)?;
                     found.ok_or_else(|| ReplicaError::Missing { vm: self.id, disk: disk.name.clone() })?
                 }
-                StartMode::Running | StartMode::Paused if as_defined => {
+                StartMode::Running | StartMode::Paused if disk.create => match self.make_image(disk) {
+                    Ok(location) => location,
+                    Err(error) => {
+                        let problem = crate::error::with_causes(&error);
+                        tracing::warn!(vm_id = %self.id, disk = disk.name, problem, "the vm starts without a disk");
+                        return Ok(None);
+                    }
+                },
+                StartMode::Running | StartMode::Paused if as_defined && !disk.path.is_empty() => {
                     let (given, format) = (disk.path.as_ref(), Format::parse(&disk.format));
                     self.shared.replicas.locate_or_adopt(self.id, &disk.name, given, format)?
                 }
@@ -121,14 +150,23 @@ impl ManagedVm {
                     found.ok_or_else(|| VmError::DiskForgotten { vm: self.id, disk: disk.name.clone() })?
                 }
             };
-            Ok((disk.name.clone(), location.image().map_err(ReplicaError::from)?))
+            Ok(Some((disk.name.clone(), location.image().map_err(ReplicaError::from)?)))
         };
         tokio::task::block_in_place(|| {
             if mode == StartMode::Incoming {
                 self.shared.replicas.must_be_flat(self.id)?;
             }
-            spec.disks.iter().map(locate).collect()
+            spec.disks.iter().filter_map(|disk| locate(disk).transpose()).collect()
         })
+    }
+
+    /// The image of a disk that was added, made if it is not there: at its path, which is one of this host, or, if it has none, below the data folder.
+    ///
+    /// # Errors
+    /// Something is in the way, or the system's.
+    pub fn make_image(&self, disk: &DiskSpec) -> Result<DiskLocation, ReplicaError> {
+        let given = (!disk.path.is_empty()).then(|| Path::new(&disk.path));
+        self.shared.replicas.make_image(self.id, &disk.name, given, disk.size_bytes)
     }
 
     pub(super) fn install(self: &Arc<Self>, state: &mut State, qemu: Vm) {
@@ -207,6 +245,19 @@ impl ManagedVm {
             tracing::error!(vm_id = %self.id, error = %crate::error::with_causes(&error), "the replica is not at its newest point");
         }
     }
+}
+
+/// Disks that are smaller than was ordered, with what was.
+fn too_small(spec: &VmSpec, images: &BTreeMap<String, Image>) -> Result<Vec<(String, u64)>, VmError> {
+    let mut grow = vec![];
+    for disk in spec.disks.iter().filter(|disk| disk.size_bytes > 0) {
+        let Some(image) = images.get(&disk.name) else { continue };
+        let failed = |source| ReplicaError::Open { path: image.path().to_owned(), source };
+        if image.size_bytes().map_err(failed)? < disk.size_bytes {
+            grow.push((disk.name.clone(), disk.size_bytes));
+        }
+    }
+    Ok(grow)
 }
 
 /// Waits for the end of a hypervisor, as long as it takes.

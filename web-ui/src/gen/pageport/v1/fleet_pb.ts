@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIIjYKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkiJgoHTmljU3BlYxILCgNtYWMYASABKAkSDgoGYnJpZGdlGAIgASgJIj0KCkRpcmVjdEJvb3QSDgoGa2VybmVsGAEgASgJEg4KBmluaXRyZBgCIAEoCRIPCgdjbWRsaW5lGAMgASgJIsMCCgZWbVNwZWMSDAoEbmFtZRgBIAEoCRIUCgxtZW1vcnlfYnl0ZXMYAiABKAQSDQoFdmNwdXMYAyABKA0SDwoHbWFjaGluZRgEIAEoCRILCgNjcHUYBSABKAkSJAoFZGlza3MYBiADKAsyFS5wYWdlcG9ydC52MS5EaXNrU3BlYxIiCgRuaWNzGAcgAygLMhQucGFnZXBvcnQudjEuTmljU3BlYxIxCgtkaXJlY3RfYm9vdBgIIAEoCzIXLnBhZ2Vwb3J0LnYxLkRpcmVjdEJvb3RIAIgBARIyCgxvbl9pc29sYXRpb24YCSABKA4yHC5wYWdlcG9ydC52MS5Jc29sYXRpb25Qb2xpY3kSJwoFc3RhcnQYCiABKA4yGC5wYWdlcG9ydC52MS5TdGFydFBvbGljeUIOCgxfZGlyZWN0X2Jvb3QiuAIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXIimAIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkSDQoFYWdlbnQYCCABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSLaAQoSRmVuY2VXb3JrZXJSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEjYKBmFjdGlvbhgDIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdC5BY3Rpb24SFAoMY29uZmlybV9uYW1lGAQgASgJEg4KBnJlYXNvbhgFIAEoCSJCCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASDgoKQUNUSU9OX09GRhABEhAKDEFDVElPTl9DSEVDSxACIp0CChNGZW5jZVdvcmtlclJlc3BvbnNlEjUKBXBoYXNlGAEgASgOMiYucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZS5QaGFzZRIOCgZ3b3JrZXIYAiABKAkSDQoFYWdlbnQYAyABKAkSFAoMYWdlbnRfb3V0cHV0GAQgASgJEg8KB3Byb2JsZW0YBSABKAkSIgoDdm1zGAYgAygLMhUucGFnZXBvcnQudjEuRmVuY2VkVm0iZQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIPCgtQSEFTRV9BR0VOVBABEhIKDlBIQVNFX1RBS0VPVkVSEAISDgoKUEhBU0VfRE9ORRADEhAKDFBIQVNFX0ZBSUxFRBAEInAKCEZlbmNlZFZtEg0KBXZtX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDwoHcHJvYmxlbRgFIAEoCRISCgp0YWtlbl9vdmVyGAYgASgIIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiEwoRV2F0Y2hGbGVldFJlcXVlc3QiegoSV2F0Y2hGbGVldFJlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZRIkCgd3b3JrZXJzGAIgAygLMhMucGFnZXBvcnQudjEuV29ya2VyEhwKA3ZtcxgDIAMoCzIPLnBhZ2Vwb3J0LnYxLlZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgyvgYKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEkcKCERlbGV0ZVZtEhwucGFnZXBvcnQudjEuRGVsZXRlVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVsZXRlVm1SZXNwb25zZRJPCgpXYXRjaEZsZWV0Eh4ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlcXVlc3QaHy5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVzcG9uc2UwAWIGcHJvdG8z", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIImgKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkSEgoKc2l6ZV9ieXRlcxgoIAEoBBIMCgRwb3J0GCkgASgNEg4KBmNyZWF0ZRgqIAEoCCIuCgpEaXNrU3RhdHVzEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBCImCgdOaWNTcGVjEgsKA21hYxgBIAEoCRIOCgZicmlkZ2UYAiABKAkiPQoKRGlyZWN0Qm9vdBIOCgZrZXJuZWwYASABKAkSDgoGaW5pdHJkGAIgASgJEg8KB2NtZGxpbmUYAyABKAkiwwIKBlZtU3BlYxIMCgRuYW1lGAEgASgJEhQKDG1lbW9yeV9ieXRlcxgCIAEoBBINCgV2Y3B1cxgDIAEoDRIPCgdtYWNoaW5lGAQgASgJEgsKA2NwdRgFIAEoCRIkCgVkaXNrcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkRpc2tTcGVjEiIKBG5pY3MYByADKAsyFC5wYWdlcG9ydC52MS5OaWNTcGVjEjEKC2RpcmVjdF9ib290GAggASgLMhcucGFnZXBvcnQudjEuRGlyZWN0Qm9vdEgAiAEBEjIKDG9uX2lzb2xhdGlvbhgJIAEoDjIcLnBhZ2Vwb3J0LnYxLklzb2xhdGlvblBvbGljeRInCgVzdGFydBgKIAEoDjIYLnBhZ2Vwb3J0LnYxLlN0YXJ0UG9saWN5Qg4KDF9kaXJlY3RfYm9vdCLgAgoCVm0SCgoCaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxISCgpvd25lcl9zaXRlGAMgASgJEhQKDG93bmVyX3dvcmtlchgEIAEoCRITCgtvd25lcl9lcG9jaBgFIAEoBBIjCgVzdGF0ZRgGIAEoDjIULnBhZ2Vwb3J0LnYxLlZtU3RhdGUSFwoPZGVzaXJlZF9ydW5uaW5nGAcgASgIEg8KB3Byb2JsZW0YCCABKAkSJgoIcmVwbGljYXMYCSADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhEhQKDG1pZ3JhdGlvbl9pZBgKIAEoCRINCgVkb3VidBgLIAEoCRIoCgl0YWtlb3ZlcnMYDCADKAsyFS5wYWdlcG9ydC52MS5UYWtlb3ZlchImCgVkaXNrcxgoIAMoCzIXLnBhZ2Vwb3J0LnYxLkRpc2tTdGF0dXMimAIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkSDQoFYWdlbnQYCCABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSLaAQoSRmVuY2VXb3JrZXJSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEjYKBmFjdGlvbhgDIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdC5BY3Rpb24SFAoMY29uZmlybV9uYW1lGAQgASgJEg4KBnJlYXNvbhgFIAEoCSJCCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASDgoKQUNUSU9OX09GRhABEhAKDEFDVElPTl9DSEVDSxACIp0CChNGZW5jZVdvcmtlclJlc3BvbnNlEjUKBXBoYXNlGAEgASgOMiYucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZS5QaGFzZRIOCgZ3b3JrZXIYAiABKAkSDQoFYWdlbnQYAyABKAkSFAoMYWdlbnRfb3V0cHV0GAQgASgJEg8KB3Byb2JsZW0YBSABKAkSIgoDdm1zGAYgAygLMhUucGFnZXBvcnQudjEuRmVuY2VkVm0iZQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIPCgtQSEFTRV9BR0VOVBABEhIKDlBIQVNFX1RBS0VPVkVSEAISDgoKUEhBU0VfRE9ORRADEhAKDFBIQVNFX0ZBSUxFRBAEInAKCEZlbmNlZFZtEg0KBXZtX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDwoHcHJvYmxlbRgFIAEoCRISCgp0YWtlbl9vdmVyGAYgASgIIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiVQoRUmVzaXplRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQiMQoSUmVzaXplRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iYAoOQWRkRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQSDAoEcGF0aBgFIAEoCSIuCg9BZGREaXNrUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSITChFXYXRjaEZsZWV0UmVxdWVzdCJ6ChJXYXRjaEZsZWV0UmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlEiQKB3dvcmtlcnMYAiADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXISHAoDdm1zGAMgAygLMg8ucGFnZXBvcnQudjEuVm0qdwoPSXNvbGF0aW9uUG9saWN5EiAKHElTT0xBVElPTl9QT0xJQ1lfVU5TUEVDSUZJRUQQABIhCh1JU09MQVRJT05fUE9MSUNZX0tFRVBfUlVOTklORxABEh8KG0lTT0xBVElPTl9QT0xJQ1lfU0VMRl9GRU5DRRACKmEKC1N0YXJ0UG9saWN5EhwKGFNUQVJUX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF1NUQVJUX1BPTElDWV9BU19PUkRFUkVEEAESFwoTU1RBUlRfUE9MSUNZX01BTlVBTBACKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDLTBwoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJKCglSZXNvbHZlVm0SHS5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVzcG9uc2USUgoLRmVuY2VXb3JrZXISHy5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QaIC5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlc3BvbnNlMAESRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABEk0KClJlc2l6ZURpc2sSHi5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXNwb25zZRJECgdBZGREaXNrEhsucGFnZXBvcnQudjEuQWRkRGlza1JlcXVlc3QaHC5wYWdlcG9ydC52MS5BZGREaXNrUmVzcG9uc2ViBnByb3RvMw", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -137,7 +137,8 @@ export type DiskSpec = Message<"pageport.v1.DiskSpec"> & {
   name: string;
 
   /**
-   * Path of the image on the worker of the VM's first site. Replicas live in the other workers' replica folders.
+   * Path of the image on the worker of the VM's first site, or of the site where the disk was added; empty: in that worker's data folder. Replicas
+   * live in the other workers' replica folders.
    *
    * @generated from field: string path = 2;
    */
@@ -149,6 +150,27 @@ export type DiskSpec = Message<"pageport.v1.DiskSpec"> & {
    * @generated from field: string format = 3;
    */
   format: string;
+
+  /**
+   * Not 0: what the disk is to have at least. Set by ResizeDisk; not taken from a definition.
+   *
+   * @generated from field: uint64 size_bytes = 40;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * Not 0: it was added later, and its device is behind this one of the VM's ports for such. Not taken from a definition.
+   *
+   * @generated from field: uint32 port = 41;
+   */
+  port: number;
+
+  /**
+   * The worker is to make the image, empty, if there is none. Not taken from a definition.
+   *
+   * @generated from field: bool create = 42;
+   */
+  create: boolean;
 };
 
 /**
@@ -157,6 +179,30 @@ export type DiskSpec = Message<"pageport.v1.DiskSpec"> & {
  */
 export const DiskSpecSchema: GenMessage<DiskSpec> = /*@__PURE__*/
   messageDesc(file_pageport_v1_fleet, 2);
+
+/**
+ * What a VM's worker last said of one of its disks.
+ *
+ * @generated from message pageport.v1.DiskStatus
+ */
+export type DiskStatus = Message<"pageport.v1.DiskStatus"> & {
+  /**
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * @generated from field: uint64 size_bytes = 2;
+   */
+  sizeBytes: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.DiskStatus.
+ * Use `create(DiskStatusSchema)` to create a new message.
+ */
+export const DiskStatusSchema: GenMessage<DiskStatus> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 3);
 
 /**
  * @generated from message pageport.v1.NicSpec
@@ -180,7 +226,7 @@ export type NicSpec = Message<"pageport.v1.NicSpec"> & {
  * Use `create(NicSpecSchema)` to create a new message.
  */
 export const NicSpecSchema: GenMessage<NicSpec> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 3);
+  messageDesc(file_pageport_v1_fleet, 4);
 
 /**
  * @generated from message pageport.v1.DirectBoot
@@ -207,7 +253,7 @@ export type DirectBoot = Message<"pageport.v1.DirectBoot"> & {
  * Use `create(DirectBootSchema)` to create a new message.
  */
 export const DirectBootSchema: GenMessage<DirectBoot> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 4);
+  messageDesc(file_pageport_v1_fleet, 5);
 
 /**
  * @generated from message pageport.v1.VmSpec
@@ -281,7 +327,7 @@ export type VmSpec = Message<"pageport.v1.VmSpec"> & {
  * Use `create(VmSpecSchema)` to create a new message.
  */
 export const VmSpecSchema: GenMessage<VmSpec> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 5);
+  messageDesc(file_pageport_v1_fleet, 6);
 
 /**
  * @generated from message pageport.v1.Vm
@@ -356,6 +402,13 @@ export type Vm = Message<"pageport.v1.Vm"> & {
    * @generated from field: repeated pageport.v1.Takeover takeovers = 12;
    */
   takeovers: Takeover[];
+
+  /**
+   * As the owner last said; empty while it has not.
+   *
+   * @generated from field: repeated pageport.v1.DiskStatus disks = 40;
+   */
+  disks: DiskStatus[];
 };
 
 /**
@@ -363,7 +416,7 @@ export type Vm = Message<"pageport.v1.Vm"> & {
  * Use `create(VmSchema)` to create a new message.
  */
 export const VmSchema: GenMessage<Vm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 6);
+  messageDesc(file_pageport_v1_fleet, 7);
 
 /**
  * The controllers gave a VM to another worker without the word of the one before.
@@ -423,7 +476,7 @@ export type Takeover = Message<"pageport.v1.Takeover"> & {
  * Use `create(TakeoverSchema)` to create a new message.
  */
 export const TakeoverSchema: GenMessage<Takeover> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 7);
+  messageDesc(file_pageport_v1_fleet, 8);
 
 /**
  * @generated from enum pageport.v1.Takeover.Ground
@@ -460,7 +513,7 @@ export enum Takeover_Ground {
  * Describes the enum pageport.v1.Takeover.Ground.
  */
 export const Takeover_GroundSchema: GenEnum<Takeover_Ground> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 7, 0);
+  enumDesc(file_pageport_v1_fleet, 8, 0);
 
 /**
  * @generated from message pageport.v1.ListSitesRequest
@@ -473,7 +526,7 @@ export type ListSitesRequest = Message<"pageport.v1.ListSitesRequest"> & {
  * Use `create(ListSitesRequestSchema)` to create a new message.
  */
 export const ListSitesRequestSchema: GenMessage<ListSitesRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 8);
+  messageDesc(file_pageport_v1_fleet, 9);
 
 /**
  * @generated from message pageport.v1.ListSitesResponse
@@ -490,7 +543,7 @@ export type ListSitesResponse = Message<"pageport.v1.ListSitesResponse"> & {
  * Use `create(ListSitesResponseSchema)` to create a new message.
  */
 export const ListSitesResponseSchema: GenMessage<ListSitesResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 9);
+  messageDesc(file_pageport_v1_fleet, 10);
 
 /**
  * @generated from message pageport.v1.ListWorkersRequest
@@ -503,7 +556,7 @@ export type ListWorkersRequest = Message<"pageport.v1.ListWorkersRequest"> & {
  * Use `create(ListWorkersRequestSchema)` to create a new message.
  */
 export const ListWorkersRequestSchema: GenMessage<ListWorkersRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 10);
+  messageDesc(file_pageport_v1_fleet, 11);
 
 /**
  * @generated from message pageport.v1.ListWorkersResponse
@@ -520,7 +573,7 @@ export type ListWorkersResponse = Message<"pageport.v1.ListWorkersResponse"> & {
  * Use `create(ListWorkersResponseSchema)` to create a new message.
  */
 export const ListWorkersResponseSchema: GenMessage<ListWorkersResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 11);
+  messageDesc(file_pageport_v1_fleet, 12);
 
 /**
  * @generated from message pageport.v1.DefineVmRequest
@@ -549,7 +602,7 @@ export type DefineVmRequest = Message<"pageport.v1.DefineVmRequest"> & {
  * Use `create(DefineVmRequestSchema)` to create a new message.
  */
 export const DefineVmRequestSchema: GenMessage<DefineVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 12);
+  messageDesc(file_pageport_v1_fleet, 13);
 
 /**
  * @generated from message pageport.v1.DefineVmResponse
@@ -566,7 +619,7 @@ export type DefineVmResponse = Message<"pageport.v1.DefineVmResponse"> & {
  * Use `create(DefineVmResponseSchema)` to create a new message.
  */
 export const DefineVmResponseSchema: GenMessage<DefineVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 13);
+  messageDesc(file_pageport_v1_fleet, 14);
 
 /**
  * `vm` is a name or an id everywhere.
@@ -585,7 +638,7 @@ export type GetVmRequest = Message<"pageport.v1.GetVmRequest"> & {
  * Use `create(GetVmRequestSchema)` to create a new message.
  */
 export const GetVmRequestSchema: GenMessage<GetVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 14);
+  messageDesc(file_pageport_v1_fleet, 15);
 
 /**
  * @generated from message pageport.v1.GetVmResponse
@@ -602,7 +655,7 @@ export type GetVmResponse = Message<"pageport.v1.GetVmResponse"> & {
  * Use `create(GetVmResponseSchema)` to create a new message.
  */
 export const GetVmResponseSchema: GenMessage<GetVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 15);
+  messageDesc(file_pageport_v1_fleet, 16);
 
 /**
  * @generated from message pageport.v1.ListVmsRequest
@@ -615,7 +668,7 @@ export type ListVmsRequest = Message<"pageport.v1.ListVmsRequest"> & {
  * Use `create(ListVmsRequestSchema)` to create a new message.
  */
 export const ListVmsRequestSchema: GenMessage<ListVmsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 16);
+  messageDesc(file_pageport_v1_fleet, 17);
 
 /**
  * @generated from message pageport.v1.ListVmsResponse
@@ -632,7 +685,7 @@ export type ListVmsResponse = Message<"pageport.v1.ListVmsResponse"> & {
  * Use `create(ListVmsResponseSchema)` to create a new message.
  */
 export const ListVmsResponseSchema: GenMessage<ListVmsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 17);
+  messageDesc(file_pageport_v1_fleet, 18);
 
 /**
  * @generated from message pageport.v1.StartVmRequest
@@ -654,7 +707,7 @@ export type StartVmRequest = Message<"pageport.v1.StartVmRequest"> & {
  * Use `create(StartVmRequestSchema)` to create a new message.
  */
 export const StartVmRequestSchema: GenMessage<StartVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 18);
+  messageDesc(file_pageport_v1_fleet, 19);
 
 /**
  * @generated from message pageport.v1.StartVmResponse
@@ -671,7 +724,7 @@ export type StartVmResponse = Message<"pageport.v1.StartVmResponse"> & {
  * Use `create(StartVmResponseSchema)` to create a new message.
  */
 export const StartVmResponseSchema: GenMessage<StartVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 19);
+  messageDesc(file_pageport_v1_fleet, 20);
 
 /**
  * @generated from message pageport.v1.StopVmRequest
@@ -700,7 +753,7 @@ export type StopVmRequest = Message<"pageport.v1.StopVmRequest"> & {
  * Use `create(StopVmRequestSchema)` to create a new message.
  */
 export const StopVmRequestSchema: GenMessage<StopVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 20);
+  messageDesc(file_pageport_v1_fleet, 21);
 
 /**
  * @generated from message pageport.v1.StopVmResponse
@@ -717,7 +770,7 @@ export type StopVmResponse = Message<"pageport.v1.StopVmResponse"> & {
  * Use `create(StopVmResponseSchema)` to create a new message.
  */
 export const StopVmResponseSchema: GenMessage<StopVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 21);
+  messageDesc(file_pageport_v1_fleet, 22);
 
 /**
  * @generated from message pageport.v1.ResolveVmRequest
@@ -758,7 +811,7 @@ export type ResolveVmRequest = Message<"pageport.v1.ResolveVmRequest"> & {
  * Use `create(ResolveVmRequestSchema)` to create a new message.
  */
 export const ResolveVmRequestSchema: GenMessage<ResolveVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 22);
+  messageDesc(file_pageport_v1_fleet, 23);
 
 /**
  * @generated from message pageport.v1.ResolveVmResponse
@@ -775,7 +828,7 @@ export type ResolveVmResponse = Message<"pageport.v1.ResolveVmResponse"> & {
  * Use `create(ResolveVmResponseSchema)` to create a new message.
  */
 export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 23);
+  messageDesc(file_pageport_v1_fleet, 24);
 
 /**
  * @generated from message pageport.v1.FenceWorkerRequest
@@ -816,7 +869,7 @@ export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
  * Use `create(FenceWorkerRequestSchema)` to create a new message.
  */
 export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 25);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerRequest.Action
@@ -846,7 +899,7 @@ export enum FenceWorkerRequest_Action {
  * Describes the enum pageport.v1.FenceWorkerRequest.Action.
  */
 export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 24, 0);
+  enumDesc(file_pageport_v1_fleet, 25, 0);
 
 /**
  * How far a fence is: all of it, every time.
@@ -898,7 +951,7 @@ export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
  * Use `create(FenceWorkerResponseSchema)` to create a new message.
  */
 export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 26);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerResponse.Phase
@@ -940,7 +993,7 @@ export enum FenceWorkerResponse_Phase {
  * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
  */
 export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 25, 0);
+  enumDesc(file_pageport_v1_fleet, 26, 0);
 
 /**
  * @generated from message pageport.v1.FencedVm
@@ -988,7 +1041,7 @@ export type FencedVm = Message<"pageport.v1.FencedVm"> & {
  * Use `create(FencedVmSchema)` to create a new message.
  */
 export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from message pageport.v1.DeleteVmRequest
@@ -1010,7 +1063,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -1023,7 +1076,118 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 28);
+  messageDesc(file_pageport_v1_fleet, 29);
+
+/**
+ * @generated from message pageport.v1.ResizeDiskRequest
+ */
+export type ResizeDiskRequest = Message<"pageport.v1.ResizeDiskRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * @generated from field: string disk = 3;
+   */
+  disk: string;
+
+  /**
+   * A multiple of 4 KiB, 8 TiB at most.
+   *
+   * @generated from field: uint64 size_bytes = 4;
+   */
+  sizeBytes: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.ResizeDiskRequest.
+ * Use `create(ResizeDiskRequestSchema)` to create a new message.
+ */
+export const ResizeDiskRequestSchema: GenMessage<ResizeDiskRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 30);
+
+/**
+ * @generated from message pageport.v1.ResizeDiskResponse
+ */
+export type ResizeDiskResponse = Message<"pageport.v1.ResizeDiskResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Vm vm = 1;
+   */
+  vm?: Vm | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ResizeDiskResponse.
+ * Use `create(ResizeDiskResponseSchema)` to create a new message.
+ */
+export const ResizeDiskResponseSchema: GenMessage<ResizeDiskResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 31);
+
+/**
+ * @generated from message pageport.v1.AddDiskRequest
+ */
+export type AddDiskRequest = Message<"pageport.v1.AddDiskRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+
+  /**
+   * Of the new disk.
+   *
+   * @generated from field: string disk = 3;
+   */
+  disk: string;
+
+  /**
+   * A multiple of 4 KiB, 8 TiB at most.
+   *
+   * @generated from field: uint64 size_bytes = 4;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * Where the VM's worker makes the image; nothing may be there. Empty: below its data folder.
+   *
+   * @generated from field: string path = 5;
+   */
+  path: string;
+};
+
+/**
+ * Describes the message pageport.v1.AddDiskRequest.
+ * Use `create(AddDiskRequestSchema)` to create a new message.
+ */
+export const AddDiskRequestSchema: GenMessage<AddDiskRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 32);
+
+/**
+ * @generated from message pageport.v1.AddDiskResponse
+ */
+export type AddDiskResponse = Message<"pageport.v1.AddDiskResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Vm vm = 1;
+   */
+  vm?: Vm | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.AddDiskResponse.
+ * Use `create(AddDiskResponseSchema)` to create a new message.
+ */
+export const AddDiskResponseSchema: GenMessage<AddDiskResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 33);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -1036,7 +1200,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 29);
+  messageDesc(file_pageport_v1_fleet, 34);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -1063,7 +1227,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 30);
+  messageDesc(file_pageport_v1_fleet, 35);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
@@ -1295,6 +1459,28 @@ export const FleetService: GenService<{
     methodKind: "server_streaming";
     input: typeof WatchFleetRequestSchema;
     output: typeof WatchFleetResponseSchema;
+  },
+  /**
+   * Makes a disk larger: a running guest sees it at once, a stopped one when it is started. Answered as soon as it is ordered; refused while
+   * the VM migrates, while a copy of its disks is under way, and for a size below the disk's.
+   *
+   * @generated from rpc pageport.v1.FleetService.ResizeDisk
+   */
+  resizeDisk: {
+    methodKind: "unary";
+    input: typeof ResizeDiskRequestSchema;
+    output: typeof ResizeDiskResponseSchema;
+  },
+  /**
+   * Gives a VM one more disk, empty, while it runs or not. Answered as soon as it is ordered; refused while the VM migrates or a copy of its disks is
+   * under way, and when no place for a disk is free.
+   *
+   * @generated from rpc pageport.v1.FleetService.AddDisk
+   */
+  addDisk: {
+    methodKind: "unary";
+    input: typeof AddDiskRequestSchema;
+    output: typeof AddDiskResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_fleet, 0);

@@ -1,6 +1,6 @@
 //! The power ends after every single step of a history.
 
-use super::history::{AMPLE, Driver, Op};
+use super::history::{AMPLE, Driver, Edit, Op};
 use super::sim::{Loss, Trouble};
 
 const OPERATIONS: usize = 7;
@@ -77,6 +77,34 @@ fn long_histories_without_trouble_hold_every_point() {
             let op = driver.draw();
             driver.act(&op).unwrap();
             driver.settle();
+        }
+    }
+}
+
+#[test]
+fn what_an_undone_layer_left_behind_the_end_of_a_disk_is_no_part_of_what_it_grows_by() {
+    let grow = |size| Edit::Grow { disk: "data".to_owned(), size };
+    let write = |offset, byte| Edit::Write { disk: "data".to_owned(), offset, data: vec![byte; 5000] };
+    let layer = Op::Layer {
+        grown: vec![grow(60_000)],
+        batches: vec![vec![write(38_000, 1)], vec![write(50_000, 2)]],
+        keep: false,
+    };
+    // Less than the layer had made it, more, and in two steps.
+    for sizes in [vec![52_000], vec![70_000], vec![45_000, 65_000]] {
+        let edits: Vec<_> = sizes.into_iter().flat_map(|size| [grow(size), write(size - 6000, 3)]).collect();
+        let ops = [Op::Adopt, layer.clone(), Op::Increment { edits, keep: 3 }];
+        let mut rehearsal = Driver::new(7, AMPLE);
+        for op in &ops {
+            rehearsal.act(op).unwrap();
+            rehearsal.settle();
+        }
+        for step in 1..=rehearsal.sim.steps() {
+            for loss in [Loss::Everything, Loss::Some, Loss::Nothing] {
+                for again in [None, Some(1 + step % 13)] {
+                    interrupted(7, &ops, step, again, loss);
+                }
+            }
         }
     }
 }

@@ -35,6 +35,8 @@ pub(super) enum Op {
     /// The link fails before the commit.
     Abandon(Vec<Edit>),
     Layer {
+        /// Disks that are larger than they were at the newest point.
+        grown: Vec<Edit>,
         batches: Vec<Vec<Edit>>,
         keep: bool,
     },
@@ -100,10 +102,13 @@ impl Model {
             return Err(format!("state {state:?}, expected lineage {:?}", self.lineage));
         }
         for (name, content) in self.newest() {
-            // A disk may have grown for a point that was not committed after all, and reads as zeros there.
             let found = sim.disk(name);
-            if found.len() < content.len() || found[..content.len()] != content[..] {
-                return Err(format!("disk {name} is not the newest point"));
+            if found != *content {
+                return Err(format!(
+                    "disk {name} of {} bytes is not the newest point, of {}",
+                    found.len(),
+                    content.len()
+                ));
             }
         }
         let newest = self.points.last().map(|(info, _)| info);
@@ -192,9 +197,17 @@ impl Driver {
             15 => Op::Release(self.possible[0].held.iter().next().copied().unwrap_or(1)),
             3 => Op::Abandon(edits(random, &disks, true)),
             4..=6 if !fresh => {
+                let mut grown = Vec::new();
+                for (disk, content) in &disks {
+                    if random.random_range(0..3) == 0 {
+                        let size = content.len() + random.random_range(0..9000);
+                        grown.push(Edit::Grow { disk: disk.clone(), size });
+                    }
+                }
+                let disks = edited(&disks, &grown);
                 let batches = random.random_range(1..4);
                 let batches = (0..batches).map(|_| edits(random, &disks, false)).collect();
-                Op::Layer { batches, keep: random.random_range(0..3) == 0 }
+                Op::Layer { grown, batches, keep: random.random_range(0..3) == 0 }
             }
             _ if fresh && random.random() => Op::Adopt,
             _ => Op::Increment { edits: edits(random, &disks, true), keep: random.random_range(1..5) },
@@ -248,9 +261,22 @@ impl Driver {
                 self.now(after)?;
                 group.apply()
             }
-            Op::Layer { batches, keep } => {
+            Op::Layer { grown, batches, keep } => {
                 let layer = group.open_layer()?;
-                let mut disks = before.newest().clone();
+                for (name, disk) in &group.inner.medium.disks {
+                    let sizes = grown.iter().filter_map(|edit| match edit {
+                        Edit::Grow { disk, size } if disk == name => Some(*size),
+                        _ => None,
+                    });
+                    for size in sizes {
+                        disk.grow(size as u64).map_err(|source| PointError::Disk {
+                            what: "grow",
+                            disk: name.clone(),
+                            source,
+                        })?;
+                    }
+                }
+                let mut disks = edited(before.newest(), grown);
                 for batch in batches {
                     layer.change(&batch.iter().map(in_place).collect::<Vec<_>>())?;
                     disks = edited(&disks, batch);
@@ -279,6 +305,7 @@ pub(super) fn info(number: u64) -> PointInfo {
         taken_unix_ms: 1000 + number as i64,
         changed_bytes: number * 10,
         quiesced: number.is_multiple_of(2),
+        disks: 2,
     }
 }
 

@@ -141,13 +141,78 @@ fn other_disks_than_those_of_the_points_are_said_and_nothing_is_deleted() {
     group.adopt(lineage, info(1)).unwrap();
     increment(&group, lineage, 2, &[(0, 2)], &[]);
     let second = host.replicas.open_for_writing(host.vm, "second", 4096, 0).unwrap();
-    let disks = BTreeMap::from([("root".to_owned(), host.disk()), ("second".to_owned(), second)]);
+    let disks = BTreeMap::from([("second".to_owned(), second)]);
     let other = Group::open(host.store.clone(), &host.vm_folder(), host.vm, disks, AMPLE).unwrap();
-    assert!(other.state().damaged.is_some_and(|reason| reason.contains("root, second")));
+    assert!(
+        other.state().damaged.is_some_and(|reason| reason.contains("are of the disks root, and the vm has second"))
+    );
     assert!(matches!(other.begin(lineage, 3), Err(PointError::Damaged { .. })));
     assert_eq!(host.group().state().points.len(), 2);
     other.adopt(Lineage::generate(), info(1)).unwrap();
     assert_eq!(other.state().points.len(), 1);
+}
+
+/// Of a group of the disks "root" and "added", which sorts before it.
+fn with_added(host: &Host) -> Group {
+    let added = host.replicas.open_as_it_is(host.vm, "added", 0).unwrap();
+    let disks = BTreeMap::from([("root".to_owned(), host.disk()), ("added".to_owned(), added)]);
+    Group::open(host.store.clone(), &host.vm_folder(), host.vm, disks, AMPLE).unwrap()
+}
+
+#[test]
+fn a_disk_that_is_added_is_in_the_points_from_then_on_and_not_in_those_before() {
+    let host = Host::new();
+    let lineage = Lineage::generate();
+    let group = host.group();
+    group.adopt(lineage, info(1)).unwrap();
+    increment(&group, lineage, 2, &[(0, 2)], &[]);
+    drop(group);
+    let content = |group: &Group, point, disk| {
+        let reader = group.reader(point, disk)?;
+        let mut content = vec![0; reader.size_bytes() as usize];
+        reader.read(0, &mut content)?;
+        Ok::<_, PointError>(content)
+    };
+
+    let group = with_added(&host);
+    let before = [1, 2].map(|point| content(&group, point, "root").unwrap());
+    let journal = group.begin(lineage, 3).unwrap();
+    let mut digest = ChangeDigest::default();
+    for (disk, size) in [("added", 8192), ("root", SIZE)] {
+        digest.resize(disk, size);
+        journal.resize(disk, size).unwrap();
+        digest.data(disk, 4096, &[5; 100]);
+        journal.write(disk, 4096, 100, &zstd::bulk::compress(&[5; 100], 1).unwrap()).unwrap();
+    }
+    group.commit(&journal, info(3), digest.finish(), 3).unwrap();
+    group.apply().unwrap();
+    drop((journal, group));
+
+    let group = with_added(&host);
+    assert_eq!(group.state().points.len(), 3);
+    for (point, before) in [1, 2].iter().zip(&before) {
+        assert!(
+            content(&group, *point, "root").unwrap() == *before,
+            "older points still mean the disks that they meant"
+        );
+        assert!(matches!(content(&group, *point, "added"), Err(PointError::NoDisk { .. })));
+    }
+    let added = content(&group, 3, "added").unwrap();
+    assert_eq!((added.len(), &added[4096..4196]), (8192, &[5; 100][..]));
+    // Without it the points are no longer of these disks.
+    assert!(host.group().state().damaged.is_some());
+}
+
+#[test]
+fn a_disk_that_no_point_holds_yet_is_nothing_when_the_group_is_opened() {
+    let host = Host::new();
+    let group = host.group();
+    group.adopt(Lineage::generate(), info(1)).unwrap();
+    drop(group);
+    let added = host.replicas.open_for_writing(host.vm, "added", 8192, 0).unwrap();
+    added.write(0, b"of a session that came to nothing").unwrap();
+    with_added(&host);
+    assert_eq!(added.size_bytes(), 0);
 }
 
 #[test]
@@ -175,7 +240,28 @@ fn a_layer_writes_where_a_disk_has_grown_since_the_newest_point_and_takes_it_bac
     assert!(matches!(past, Err(PointError::Hostile { .. })), "{past:?}");
     assert_eq!(group.reader(1, "root").unwrap().size_bytes(), SIZE);
     layer.undo().unwrap();
-    let mut found = [1; 8292];
+    let mut found = [1; 100];
     disk.read(SIZE - 100, &mut found).unwrap();
-    assert_eq!(found, [0; 8292]);
+    assert_eq!((found, disk.size_bytes()), ([0; 100], SIZE));
+}
+
+#[test]
+fn what_has_made_a_disk_larger_and_came_to_nothing_is_cut_off_when_the_group_is_opened() {
+    let host = Host::new();
+    let group = host.group();
+    group.adopt(Lineage::generate(), info(1)).unwrap();
+    let disk = host.disk();
+    let open = || {
+        let disks = BTreeMap::from([("root".to_owned(), disk.clone())]);
+        Group::open(host.store.clone(), &host.vm_folder(), host.vm, disks, AMPLE).unwrap()
+    };
+    disk.grow(SIZE + 8192).unwrap();
+    drop(group);
+    open();
+    assert_eq!(disk.size_bytes(), SIZE);
+    // What no point speaks of stays.
+    open().forget().unwrap();
+    disk.grow(SIZE + 8192).unwrap();
+    open();
+    assert_eq!(disk.size_bytes(), SIZE + 8192);
 }

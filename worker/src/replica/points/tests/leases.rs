@@ -50,7 +50,7 @@ fn a_held_point_is_read_while_newer_ones_are_put_in_place_pruned_and_undone() {
         let newest = driver.model().newest().clone();
         if round % 4 == 3 {
             let batches = (0..2).map(|_| edits(&mut random, &newest, false)).collect();
-            driver.act(&Op::Layer { batches, keep: false }).unwrap();
+            driver.act(&Op::Layer { grown: vec![], batches, keep: false }).unwrap();
         } else {
             driver.act(&Op::Increment { edits: edits(&mut random, &newest, true), keep: 1 }).unwrap();
         }

@@ -47,7 +47,7 @@ fn a_reader_sees_its_point_while_later_ones_are_put_in_place_and_pruned_and_laye
             let newest = driver.model().newest().clone();
             if round % 3 == 0 {
                 let batches = (0..3).map(|_| edits(&mut random, &newest, false)).collect();
-                driver.act(&Op::Layer { batches, keep: false }).unwrap();
+                driver.act(&Op::Layer { grown: vec![], batches, keep: false }).unwrap();
             } else {
                 let edits = edits(&mut random, &newest, true);
                 driver.act(&Op::Increment { edits, keep: 1 + round % 3 }).unwrap();

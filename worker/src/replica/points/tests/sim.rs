@@ -412,6 +412,13 @@ impl Disk for Handle {
         })
     }
 
+    fn cut(&self, size_bytes: u64) -> io::Result<()> {
+        self.with(|state| {
+            let smaller = (size_bytes as usize) < state.inodes[self.inode].live.len();
+            if smaller { state.change(self.inode, self.life, Pending::Length(size_bytes as usize)) } else { Ok(()) }
+        })
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.sync_content()
     }

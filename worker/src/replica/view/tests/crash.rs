@@ -146,6 +146,45 @@ fn power_may_end_at_any_step_and_lose_any_of_what_was_not_synced() {
 }
 
 #[test]
+fn power_may_end_while_a_file_grows_with_its_disk() {
+    let larger = 2 * BLOCKS;
+    let begin = |shelf: &SimShelf| {
+        let view = view_on(shelf);
+        view.start_over(0, "root", BLOCKS * BLOCK_BYTES).unwrap();
+        change(&view, (5, 3, 8), point(0));
+        change(&view, (2499, 1, 9), point(0));
+        view.keep(None, point(1), 1);
+        view
+    };
+    let whole = SimShelf::default();
+    let view = begin(&whole);
+    let before = whole.steps();
+    view.grow(0, "root", larger * BLOCK_BYTES).unwrap();
+    let held = known(&view, larger);
+    assert!(whole.steps() > before + 3, "{} steps", whole.steps());
+    let again = view_on(&whole.after_kill());
+    assert_eq!(again.state_of(0, "root", larger * BLOCK_BYTES), point(1));
+    assert!(known(&again, larger) == held);
+    for end in before..=whole.steps() {
+        for lost in [false, true] {
+            let shelf = SimShelf::default();
+            let view = begin(&shelf);
+            shelf.limit(end);
+            view.grow(0, "root", larger * BLOCK_BYTES).unwrap();
+            let after = view_on(&shelf.after_power_loss(|| !lost));
+            match after.state(0) {
+                state if state == ReplicaState::default() => {}
+                state => {
+                    assert_eq!(state, point(1));
+                    let blocks = if after.state_of(0, "root", larger * BLOCK_BYTES) == state { larger } else { BLOCKS };
+                    assert!(known(&after, blocks)[..] == held[..blocks as usize], "power ended after step {end}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_full_disk_costs_what_is_known_and_nothing_else() {
     let (shelf, model) = (SimShelf::default(), ReplicaView::default());
     let view = view_on(&shelf);
