@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pageport_proto::v1::ReplicaPoints;
+use pageport_proto::v1::{ReplicaPoints, VmSpec};
 
 use super::mark::Mark;
 use crate::hypervisor::{HypervisorError, Vm};
@@ -46,6 +46,16 @@ impl Plan {
         }
         Ok(plan)
     }
+}
+
+/// The disks that a point is taken of, in their order: those that the hypervisor has open. One that was added to the definition may not be yet.
+///
+/// # Errors
+/// The hypervisor does not answer.
+pub async fn disks_of(qemu: &Vm, spec: &VmSpec) -> Result<Vec<String>, HypervisorError> {
+    let open = qemu.open_disks().await?;
+    let names = spec.disks.iter().map(|disk| disk.name.clone());
+    Ok(names.take_while(|name| open.contains(name)).collect())
 }
 
 fn plan(points: &ReplicaPoints, bitmaps: &BTreeMap<String, usize>, disks: usize, worker: &str) -> Plan {

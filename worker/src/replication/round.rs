@@ -21,7 +21,7 @@ use pageport_proto::v1::{
 use super::control::{Control, ControlError};
 use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
 use super::mark::Mark;
-use super::plan::Plan;
+use super::plan::{Plan, disks_of};
 use super::scrub::pass::Difference;
 use super::throttle::Throttle;
 use crate::hypervisor::freeze::{Consistency, Outcome};
@@ -157,7 +157,7 @@ impl Round<'_> {
         tell: &mut impl FnMut(News),
     ) -> Result<Taken, RoundError> {
         let session = rand::random::<u64>().max(1);
-        let names = self.names().await?;
+        let names = disks_of(self.qemu, self.spec).await?;
         let hellos = self.hellos(&names, session)?;
         let (mut control, points) = Control::open(connection, session, &hellos).await?;
         let plan = Plan::make(self.qemu, &names, &points, &self.order.peer_worker).await?;
@@ -269,13 +269,6 @@ impl Round<'_> {
     fn hellos(&self, names: &[String], session: u64) -> Result<Vec<DiskHello>, RoundError> {
         let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
         tokio::task::block_in_place(|| names.iter().map(hello).collect())
-    }
-
-    /// The disks that the hypervisor has open. One that was added to the definition is in no point before.
-    async fn names(&self) -> Result<Vec<String>, HypervisorError> {
-        let open = self.qemu.open_disks().await?;
-        let names = self.spec.disks.iter().map(|disk| disk.name.clone());
-        Ok(names.take_while(|name| open.contains(name)).collect())
     }
 
     async fn open_streams(

@@ -28,7 +28,7 @@ use crate::replica::view::ReplicaView;
 use crate::replication::control::{Control, ControlError};
 use crate::replication::frozen_copy::{FrozenCopy, FrozenCopyError, unreadable};
 use crate::replication::mark::Mark;
-use crate::replication::plan::Plan;
+use crate::replication::plan::{Plan, disks_of};
 use crate::replication::throttle::Throttle;
 use crate::transport::TransportError;
 
@@ -135,7 +135,7 @@ impl Pass<'_> {
     ) -> Result<(), ScrubError> {
         let connection = self.node.endpoint.connect(&self.order.peer_worker, &self.order.peer_address).await?;
         let session = rand::random::<u64>().max(1);
-        let hellos = self.hellos(session)?;
+        let hellos = self.hellos(&disks_of(self.qemu, self.spec).await?, session)?;
         let (mut control, points) = Control::open(&connection, session, &hellos).await?;
         let disks = Disks(hellos.into_iter().map(|hello| (hello.disk, hello.size_bytes)).collect());
         let plan = Plan::make(self.qemu, &disks.names(), &points, &self.order.peer_worker).await?;
@@ -156,11 +156,9 @@ impl Pass<'_> {
         Ok(released?)
     }
 
-    fn hellos(&self, session: u64) -> Result<Vec<DiskHello>, ScrubError> {
-        let hello = |disk: &pageport_proto::v1::DiskSpec| {
-            Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), &disk.name)? })
-        };
-        tokio::task::block_in_place(|| self.spec.disks.iter().map(hello).collect())
+    fn hellos(&self, names: &[String], session: u64) -> Result<Vec<DiskHello>, ScrubError> {
+        let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
+        tokio::task::block_in_place(|| names.iter().map(hello).collect())
     }
 
     async fn compare(
