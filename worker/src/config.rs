@@ -9,7 +9,7 @@ use pageport_common::tls::TlsPaths;
 use pageport_proto::{SiteName, WorkerName};
 use serde::Deserialize;
 
-use crate::hypervisor::keeper;
+use crate::hypervisor::{HugePages, keeper};
 use crate::memory::KeepConfig;
 
 /// The file as written.
@@ -84,6 +84,8 @@ pub struct HypervisorConfig {
     pub qemu_img: String,
     /// What runs the guests.
     pub accelerator: AcceleratorChoice,
+    /// What guests' memory is made of.
+    pub huge_pages: HugePages,
 }
 
 impl Default for HypervisorConfig {
@@ -93,6 +95,7 @@ impl Default for HypervisorConfig {
             keeper: keeper::PROGRAM.to_owned(),
             qemu_img: "qemu-img".to_owned(),
             accelerator: AcceleratorChoice::Auto,
+            huge_pages: HugePages::Never,
         }
     }
 }

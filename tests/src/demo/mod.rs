@@ -26,12 +26,15 @@ use crate::wan::control::Request;
 use crate::wan::link::Shape;
 
 pub mod disk;
+pub mod huge_pages;
 pub mod loads;
 pub mod opponents;
 pub mod report;
 pub mod session;
 
 use disk::{DiskFigures, Reads};
+use huge_pages::HugePageReserve;
+use opponents::Opponents;
 use report::{GuestFigures, Report, WorkerMemory};
 use session::BusySession;
 
@@ -185,7 +188,10 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
     if config.mode == Mode::Loopback {
         say(LOOPBACK);
     }
-    let mut lab = Lab::start(LabConfig { link: config.link, mode: config.mode, ..LabConfig::default() }).await?;
+    let reserve = set_huge_pages_aside(memory_bytes).await;
+    let huge_pages = reserve.is_some();
+    let mut lab =
+        Lab::start(LabConfig { link: config.link, mode: config.mode, huge_pages, ..LabConfig::default() }).await?;
     say(&format!("logs: {}", lab.logs().display()));
 
     say(&format!("defining and starting {VM} at a: {} MiB of memory", memory_bytes >> 20));
@@ -219,7 +225,6 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
         "clean page cache: {} MB; now: pageportctl migrate {VM} --to b --watch",
         before.page_cache_bytes / 1_000_000
     ));
-    touch_memory(memory_bytes).await;
     let reads = Reads::of(qemu_at(&lab, "a")?);
     watched(&lab, &["migrate", VM, "--to", "b", "--watch"], MIGRATE_DEADLINE).await?;
 
@@ -243,16 +248,10 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
 
     say("QEMU's own ways, for comparison");
     let accelerator = lab.accelerator().await?;
-    let (qemu_precopy, qemu_multifd_zstd) = opponents::run(
-        lab.network(),
-        lab.runtime(),
-        &lab.folder().join("disks/opponent.raw"),
-        &images,
-        config.variant,
-        &accelerator,
-        config.hints,
-    )
-    .await?;
+    let opponents =
+        Opponents { images: &images, variant: config.variant, accelerator, huge_pages, hints: config.hints };
+    let disk_file = lab.folder().join("disks/opponent.raw");
+    let (qemu_precopy, qemu_multifd_zstd) = opponents.run(lab.network(), lab.runtime(), &disk_file).await?;
 
     let guest_figures = GuestFigures { memory_bytes, page_cache_bytes: before.page_cache_bytes, kernel: before.kernel };
     let link = config.link.into();
@@ -302,18 +301,13 @@ async fn survived(session: BusySession) -> bool {
     }
 }
 
-/// Has the machine hold as much free memory as the guest needs at its destination. A virtual machine that hosts this demo may have given its free
-/// memory back, and then waits for its own host with each page; the destinations of QEMU's own ways are preallocated before they are timed.
-async fn touch_memory(bytes: u64) {
-    let touched = tokio::task::spawn_blocking(move || {
-        let mut memory = memmap2::MmapMut::map_anon(bytes as usize)?;
-        // As the hypervisor asks for it, so that it gets the same.
-        memory.advise(memmap2::Advice::HugePage)?;
-        memory.chunks_mut(4096).for_each(|page| page[0] = 1);
-        Ok::<_, std::io::Error>(())
-    });
-    // It only saves time.
-    touched.await.ok();
+/// For the guest at both ends of its move, and for another that is there with it; those of the first move are touched beforehand.
+async fn set_huge_pages_aside(memory_bytes: u64) -> Option<HugePageReserve> {
+    say("setting huge pages aside for the guests' memory, until the demo ends");
+    let note = paths::lab().join("huge-pages");
+    let take = move || HugePageReserve::take(3 * memory_bytes, 2 * memory_bytes, &note);
+    let taken = tokio::task::spawn_blocking(take).await.map_err(std::io::Error::other).flatten();
+    taken.inspect_err(|error| say(&format!("no huge pages ({error}): the guests get ordinary ones"))).ok()
 }
 
 fn set_link(lab: &Lab, shape: Shape) -> Result<(), DemoError> {

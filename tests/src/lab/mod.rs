@@ -93,6 +93,8 @@ pub struct LabConfig {
     pub log: String,
     /// `auto`, `kvm` or `tcg`.
     pub accelerator: String,
+    /// Whether guests get huge pages that are free.
+    pub huge_pages: bool,
     /// How sites are told apart.
     pub mode: Mode,
     /// How long a worker may run VMs that fence themselves without hearing from the leader.
@@ -121,6 +123,7 @@ impl Default for LabConfig {
             otlp_endpoint: None,
             log: "info".into(),
             accelerator: "auto".into(),
+            huge_pages: false,
             mode: Mode::default(),
             lease_ms: 10_000,
             failpoints: Failpoints::default(),
@@ -237,7 +240,9 @@ impl Lab {
             operator,
         };
 
-        let LabConfig { otlp_endpoint, log, accelerator, lease_ms, failpoints, worker_volume_bytes, .. } = config;
+        let LabConfig {
+            otlp_endpoint, log, accelerator, huge_pages, lease_ms, failpoints, worker_volume_bytes, ..
+        } = config;
         let mut environment = Vec::new();
         if failpoints == Failpoints::On {
             let path = lab.failpoints();
@@ -249,7 +254,7 @@ impl Lab {
             environment.push((FAILPOINTS_VARIABLE, path.into_os_string()));
         }
         let (addresses, reserve_bytes) = (lab.network.addresses().clone(), worker_volume_bytes.map(|_| RESERVE_BYTES));
-        let shared = Shared { otlp_endpoint, log, accelerator, lease_ms, reserve_bytes, addresses };
+        let shared = Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, addresses };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;

@@ -42,6 +42,8 @@ pub struct Shared {
     pub log: String,
     /// `auto`, `kvm` or `tcg`.
     pub accelerator: String,
+    /// Whether guests get huge pages that are free.
+    pub huge_pages: bool,
     /// How long a lease lasts.
     pub lease_ms: u32,
     /// What workers leave free on the file system of their data; [`None`]: as in the example.
@@ -92,6 +94,7 @@ pub fn worker(
     }
     let hypervisor = section(&mut config, "hypervisor");
     set(hypervisor, "accelerator", shared.accelerator.as_str());
+    set(hypervisor, "huge_pages", if shared.huge_pages { "if-free" } else { "never" });
     if let Some(bytes) = shared.reserve_bytes {
         set(section(&mut config, "replication"), "reserve_bytes", i64::from(bytes));
     }
@@ -166,7 +169,15 @@ mod tests {
     fn shared() -> Shared {
         let addresses = Addresses::of_namespaces();
         let (log, accelerator) = ("debug".into(), "auto".into());
-        Shared { otlp_endpoint: None, log, accelerator, lease_ms: 10_000, reserve_bytes: None, addresses }
+        Shared {
+            otlp_endpoint: None,
+            log,
+            accelerator,
+            huge_pages: false,
+            lease_ms: 10_000,
+            reserve_bytes: None,
+            addresses,
+        }
     }
 
     #[test]

@@ -102,7 +102,8 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         AcceleratorChoice::Kvm => Accelerator::Kvm,
         AcceleratorChoice::Tcg => Accelerator::Tcg,
     };
-    let hypervisor = hypervisor::Host { qemu, keeper, accelerator, runtime_dir: config.runtime_dir.clone() };
+    let (huge_pages, runtime_dir) = (config.hypervisor.huge_pages, config.runtime_dir.clone());
+    let hypervisor = hypervisor::Host { qemu, keeper, accelerator, huge_pages, runtime_dir };
     let changed = Arc::new(Notify::new());
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
     let limits = Limits {

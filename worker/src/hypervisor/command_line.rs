@@ -26,6 +26,7 @@ use pageport_proto::v1::VmSpec;
 
 use super::accel::Accelerator;
 use super::disk::{self, Top};
+use super::memory::GuestMemory;
 use super::paths::VmPaths;
 use crate::image::{Format, Image};
 
@@ -235,6 +236,7 @@ pub fn arguments(
     launch: &Launch,
     paths: &VmPaths,
     accelerator: Accelerator,
+    memory: GuestMemory,
     taps: &[String],
 ) -> Result<Vec<String>, SpecError> {
     let spec = &launch.spec;
@@ -253,7 +255,11 @@ pub fn arguments(
     }
     option("-smp", spec.vcpus.to_string());
     option("-m", format!("{}k", spec.memory_bytes / 1024));
-    option("-object", format!("memory-backend-ram,id={RAM_ID},size={}", spec.memory_bytes));
+    let backend = match memory {
+        GuestMemory::Ordinary => "memory-backend-ram",
+        GuestMemory::Huge => "memory-backend-memfd,hugetlb=on",
+    };
+    option("-object", format!("{backend},id={RAM_ID},size={}", spec.memory_bytes));
 
     option("-chardev", qmp_argument(paths));
     option("-mon", "chardev=qmp,mode=control".into());
@@ -347,7 +353,7 @@ mod tests {
 
     fn argv(launch: &Launch) -> Vec<String> {
         let paths = VmPaths::new(Path::new("/run/pageport"), launch.vm);
-        arguments(launch, &paths, Accelerator::Tcg, &["pp0".into()]).unwrap()
+        arguments(launch, &paths, Accelerator::Tcg, GuestMemory::Ordinary, &["pp0".into()]).unwrap()
     }
 
     fn values<'a>(argv: &'a [String], name: &str) -> Vec<&'a str> {

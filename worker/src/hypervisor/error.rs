@@ -34,6 +34,21 @@ pub enum HypervisorError {
         /// Its process.
         pid: u32,
     },
+    /// A guest that is to have huge pages does not get them.
+    #[error(
+        "VM {vm} needs {memory_bytes} bytes of huge pages (of {page_bytes} bytes each), and {free_bytes} are free: \
+         raise vm.nr_hugepages, or set hypervisor.huge_pages to \"if-free\""
+    )]
+    NoHugePages {
+        /// Which VM.
+        vm: VmId,
+        /// What it needs; a multiple of a page.
+        memory_bytes: u64,
+        /// Of one page; 0: the kernel has none.
+        page_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
     /// There is no QEMU of this VM.
     #[error("no QEMU of VM {vm} runs here")]
     NotRunning {

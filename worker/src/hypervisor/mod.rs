@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   accel          which accelerator runs guests here, by trying
+//!   memory         what a guest's memory is made of
 //!   command_line   VmSpec ─▶ arguments (pure)                  disk  the nodes of a disk (pure)
 //!   process        start, find again, watch, kill          tap   its network devices
 //!   keeper         its parent, which enforces its lease
@@ -31,6 +32,7 @@ pub mod freeze;
 mod grow;
 pub mod guest_agent;
 pub mod keeper;
+mod memory;
 pub mod migrate;
 pub mod mirror;
 mod paths;
@@ -49,6 +51,7 @@ pub use console::Console;
 pub use error::HypervisorError;
 pub use event::{EventTime, ExitCause, ExitReport, MigrationStatus, VmEvent, VmEventKind};
 pub use freeze::{Consistency, FreezeDisk, Frozen, Outcome};
+pub use memory::{GuestMemory, HugePages};
 pub use mirror::{MirrorHandle, MirrorSync};
 pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;

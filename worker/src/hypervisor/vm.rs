@@ -29,6 +29,7 @@ use super::command_line::{Launch, arguments};
 use super::error::HypervisorError;
 use super::event::{EventTime, ExitReport, MigrationStatus, VmEvent};
 use super::keeper;
+use super::memory::HugePages;
 use super::paths::VmPaths;
 use super::process::{self, Process};
 use super::qmp::{Command, Ignored, Qmp, QmpError, qmp_command};
@@ -105,6 +106,8 @@ pub struct Host {
     pub keeper: PathBuf,
     /// Found by [`super::accel::probe`] or forced by the configuration.
     pub accelerator: Accelerator,
+    /// Whether guests get huge pages.
+    pub huge_pages: HugePages,
     /// The worker's runtime folder.
     pub runtime_dir: PathBuf,
 }
@@ -161,7 +164,8 @@ impl Vm {
         tokio::fs::create_dir_all(&dir).await.map_err(file_error("create", dir))?;
         let taps = tap::create(vm, &launch.spec.nics).await.map_err(|source| HypervisorError::Tap { vm, source })?;
         let started = async {
-            let argv = arguments(launch, &paths, host.accelerator, &taps)?;
+            let memory = host.huge_pages.choose(vm, launch.spec.memory_bytes)?;
+            let argv = arguments(launch, &paths, host.accelerator, memory, &taps)?;
             tokio::fs::write(paths.taps(), taps.join("\n")).await.map_err(file_error("write", paths.taps()))?;
             keeper::prepare(vm, &paths, launch.deadline)?;
             let mut child = process::spawn(&host.keeper, &host.qemu, &argv, &paths)
@@ -174,7 +178,7 @@ impl Vm {
                 Ok((process, keeper, connection))
             };
             match connected.await {
-                Ok(running) => Ok((running, child)),
+                Ok(running) => Ok((running, child, memory)),
                 Err(error) => {
                     end_child(vm, child, &paths).await;
                     Err(error)
@@ -182,8 +186,8 @@ impl Vm {
             }
         };
         match started.await {
-            Ok((running, child)) => {
-                tracing::info!(vm_id = %vm, pid = running.0.pid(), mode = ?launch.mode, "QEMU started");
+            Ok((running, child, memory)) => {
+                tracing::info!(vm_id = %vm, pid = running.0.pid(), mode = ?launch.mode, ?memory, "QEMU started");
                 Ok(Self::watched(vm, paths, running, Some(child)))
             }
             Err(error) => {

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use pageport_teleport::{BlockDigest, PAGE_SIZE, is_zero};
+use pageport_teleport::{BlockDigest, PAGE_SIZE};
 
 use super::blocks::Blocks;
 use super::in_flight::{InFlight, Number};
@@ -259,8 +259,7 @@ impl Planner {
 pub(super) fn digests_of(offset: u64, data: &[u8]) -> Vec<BlockDigest> {
     let (head, tail) = ends_of_whole_blocks(offset, data.len());
     let (blocks, _) = data[head..tail].as_chunks::<PAGE_SIZE>();
-    let digest = |page| if is_zero(page) { BlockDigest::ZERO } else { BlockDigest::of(page) };
-    blocks.iter().map(digest).collect()
+    BlockDigest::of_each(blocks)
 }
 
 /// Where the whole blocks of a write begin and end in its data.

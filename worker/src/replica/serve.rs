@@ -17,7 +17,7 @@ use pageport_proto::v1::{
     DiskCopy, DiskDigests, DiskDone, DiskFailure, DiskHello, DiskOpened, DiskReply, DiskRequest, DiskWrite, DiskZero,
     disk_reply, disk_request,
 };
-use pageport_teleport::{BlockDigest, PAGE_SIZE, Page, is_zero};
+use pageport_teleport::{BlockDigest, PAGE_SIZE};
 use tokio::sync::mpsc;
 
 use super::points::PointError;
@@ -317,7 +317,7 @@ fn read_verified(replica: &ReplicaDisk, copy: &DiskCopy) -> Result<Vec<u8>, Serv
     let failed = |source| ServeError::Disk { disk: replica.to_string(), source };
     replica.read(copy.from_offset, &mut data).map_err(failed)?;
     let (blocks, _) = data.as_chunks::<PAGE_SIZE>();
-    if blocks.iter().zip(digests).any(|(block, digest)| BlockDigest::of(block).0 != *digest) {
+    if BlockDigest::of_each(blocks).iter().zip(digests).any(|(held, told)| held.0 != *told) {
         return Err(ServeError::NotHeld { disk: replica.to_string(), offset: copy.from_offset });
     }
     Ok(data)
@@ -373,12 +373,12 @@ fn digest_runs(first_block: u64, data: &[u8]) -> Vec<DiskDigests> {
             runs.push(DiskDigests { first_block, digests: Bytes::from(run.split()) });
         }
     };
-    for (block, page) in (first_block..).zip(blocks) {
-        if is_zero(page as &Page) {
+    for (block, digest) in (first_block..).zip(BlockDigest::of_each(blocks)) {
+        if digest == BlockDigest::ZERO {
             close(&mut run, run_start);
             run_start = block + 1;
         } else {
-            run.extend_from_slice(&BlockDigest::of(page).0);
+            run.extend_from_slice(&digest.0);
         }
     }
     close(&mut run, run_start);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! verbatim ──────────────────────▶ content (joined until a record follows)
-//! record ─ zero? ─ next block? ─ in the index? ─ else literal ─▶ operation, transcript, content unless zero
+//! record ─ zero? ─ content, pending ─ 16 of them hashed ─ next block? ─ in the index? ─ else literal ─▶ operation, transcript
 //! ```
 //! Guarantees: a page is hashed once, and copied once. The content holds every byte that operations do not imply, also
 //! of pages that lie in the replica, since a fallback needs them. Never exceeds the limits of a batch.
@@ -10,8 +10,8 @@
 use crate::counts::PageCounts;
 use crate::digest::{BatchDigest, Transcript};
 use crate::index::{BlockLookup, BlockRef, KEPT_MEMORY};
-use crate::page::{PAGE_SIZE, Page, PageHash, ZERO_PAGE_HASH, is_zero};
-use crate::qemu::{Item, PageContent, PageRecord};
+use crate::page::{PAGE_SIZE, PageHash, ZERO_PAGE_HASH, is_zero};
+use crate::qemu::{BlockName, Item, PageContent, PageRecord, RecordHeader};
 use crate::wire::OpsError;
 use crate::wire::limits::{BATCH_LITERAL_TARGET, BATCH_OPS_TARGET, BATCH_RAW_TARGET};
 use crate::wire::ops::{Class, OpsReader, OpsWriter, Segment};
@@ -63,11 +63,38 @@ impl Closed {
     }
 }
 
+/// More than the operations of one record take, in bytes.
+const RECORD_OPS_MAX: usize = 512;
+
+/// A page whose bytes are in the content, and of which nothing is known yet.
+#[derive(Debug)]
+struct Pending {
+    page: u64,
+    /// The block, where the record names it.
+    block: Option<Box<[u8]>>,
+}
+
+impl Pending {
+    fn of(header: RecordHeader<'_>) -> Self {
+        let block = match header.block {
+            BlockName::Same => None,
+            BlockName::Named(name) => Some(name.into()),
+        };
+        Self { page: header.page, block }
+    }
+
+    fn header(&self) -> RecordHeader<'_> {
+        RecordHeader { page: self.page, block: self.block.as_deref().map_or(BlockName::Same, BlockName::Named) }
+    }
+}
+
 /// The batch under way.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     ops: OpsWriter,
     content: Vec<u8>,
+    /// The last pages of the content.
+    pending: Vec<Pending>,
     transcript: Transcript,
     counts: PageCounts,
     raw_length: usize,
@@ -83,8 +110,15 @@ impl Batch {
         self.raw_length == 0
     }
 
-    /// Whether it should be closed before anything is added.
-    pub(crate) fn is_full(&self) -> bool {
+    /// Whether it should be closed before anything is added. One that is full is settled.
+    pub(crate) fn is_full(&mut self, index: &dyn BlockLookup) -> bool {
+        let pending = self.pending.len();
+        if self.raw_length >= BATCH_RAW_TARGET
+            || self.literal_length + pending * PAGE_SIZE >= BATCH_LITERAL_TARGET
+            || self.ops.len() + pending * RECORD_OPS_MAX >= BATCH_OPS_TARGET
+        {
+            self.settle(index);
+        }
         self.raw_length >= BATCH_RAW_TARGET
             || self.literal_length >= BATCH_LITERAL_TARGET
             || self.ops.len() >= BATCH_OPS_TARGET
@@ -98,6 +132,7 @@ impl Batch {
                 None
             }
             Item::Verbatim(bytes) => {
+                self.settle(index);
                 let room = (BATCH_RAW_TARGET.saturating_sub(self.raw_length))
                     .min(BATCH_LITERAL_TARGET.saturating_sub(self.literal_length));
                 let (front, back) = bytes.split_at(bytes.len().min(room));
@@ -114,28 +149,46 @@ impl Batch {
         self.close_verbatim();
         self.raw_length += record.length();
         let header = record.header;
-        let class = match record.content {
+        match record.content {
             PageContent::Fill(fill) => {
+                self.settle(index);
                 self.counts.zero += 1;
                 self.transcript.fill(header, fill);
-                Class::Fill(fill)
+                self.ops.record(header, Class::Fill(fill));
             }
             PageContent::Bytes(page) if is_zero(page) => {
+                self.settle(index);
                 self.counts.zero += 1;
                 self.transcript.page(header, &ZERO_PAGE_HASH);
-                Class::Zero
+                self.ops.record(header, Class::Zero);
             }
             PageContent::Bytes(page) => {
-                let hash = PageHash::of(page);
-                self.transcript.page(header, &hash);
-                self.page(page, &hash, index)
+                self.content.extend_from_slice(page);
+                self.pending.push(Pending::of(header));
+                if self.pending.len() == PageHash::AT_ONCE {
+                    self.settle(index);
+                }
             }
-        };
-        self.ops.record(header, class);
+        }
     }
 
-    fn page(&mut self, page: &Page, hash: &PageHash, index: &dyn BlockLookup) -> Class {
-        self.content.extend_from_slice(page);
+    /// Finds out what the pending pages are. To be called before the batch is closed.
+    pub(crate) fn settle(&mut self, index: &dyn BlockLookup) {
+        let pending = std::mem::take(&mut self.pending);
+        let start = self.content.len() - pending.len() * PAGE_SIZE;
+        let (pages, _) = self.content[start..].as_chunks::<PAGE_SIZE>();
+        let hashes = PageHash::of_each(pages);
+        for (pending, hash) in pending.iter().zip(&hashes) {
+            self.transcript.page(pending.header(), hash);
+            let class = self.class_of(hash, index);
+            self.ops.record(pending.header(), class);
+        }
+        // Its memory serves the next ones.
+        self.pending = pending;
+        self.pending.clear();
+    }
+
+    fn class_of(&mut self, hash: &PageHash, index: &dyn BlockLookup) -> Class {
         let digest = hash.digest();
         let found = self.expected.filter(|at| index.holds(*at, &digest)).or_else(|| index.find(&digest));
         match found {
@@ -162,6 +215,7 @@ impl Batch {
 
     /// What it came to; an empty batch is under way again.
     pub(crate) fn close(&mut self) -> Closed {
+        debug_assert!(self.pending.is_empty(), "a batch is settled before it is closed");
         self.close_verbatim();
         let raw_length = std::mem::take(&mut self.raw_length) as u32;
         self.literal_length = 0;

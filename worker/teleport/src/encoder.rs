@@ -119,10 +119,11 @@ impl Encoder {
             bytes = &bytes[used..];
             let Some(item) = item else { break };
             self.packer.add(item, index)?;
-            if self.packer.batch.is_full() {
+            if self.packer.batch.is_full(index) {
                 self.packer.close()?;
             }
         }
+        self.packer.batch.settle(index);
         Ok(())
     }
 
@@ -135,6 +136,7 @@ impl Encoder {
     pub fn finish(&mut self, index: &dyn BlockLookup) -> Result<(), EncodeError> {
         if let Some(item) = self.parser.finish() {
             self.packer.add(item, index)?;
+            self.packer.batch.settle(index);
         }
         self.flush()
     }

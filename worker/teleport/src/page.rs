@@ -4,7 +4,11 @@
 //! them enter the digest of the batch; each side hashes each page once. It is cryptographic because the same index lets
 //! identical disk writes be dropped unsent, where nothing verifies later.
 
+mod many;
+
 use std::fmt;
+
+use arrayvec::ArrayVec;
 
 /// Bytes of a page of the guest and of a block of the disk.
 pub const PAGE_SIZE: usize = 4096;
@@ -31,6 +35,14 @@ impl PageHash {
         Self(*blake3::hash(page).as_bytes())
     }
 
+    /// How many pages [`PageHash::of_each`] takes.
+    pub const AT_ONCE: usize = many::LANES;
+
+    /// Hashes the first [`PageHash::AT_ONCE`] pages, in less than half the time that it takes one by one.
+    pub fn of_each(pages: &[Page]) -> ArrayVec<Self, { Self::AT_ONCE }> {
+        many::hash(&pages.iter().take(Self::AT_ONCE).collect())
+    }
+
     /// The part of it that the block index uses.
     pub fn digest(&self) -> BlockDigest {
         let mut short = [0; BlockDigest::LENGTH];
@@ -55,6 +67,24 @@ impl BlockDigest {
     pub fn of(block: &Page) -> Self {
         PageHash::of(block).digest()
     }
+
+    /// Hashes each block; fast where there are many, and where they are zeros.
+    pub fn of_each(blocks: &[Page]) -> Vec<Self> {
+        let mut digests = vec![Self::ZERO; blocks.len()];
+        let mut others = digests.iter_mut().zip(blocks).filter(|(_, block)| !is_zero(block));
+        loop {
+            let (places, group): (ArrayVec<_, { many::LANES }>, ArrayVec<_, { many::LANES }>) =
+                others.by_ref().take(many::LANES).unzip();
+            for (place, hash) in places.into_iter().zip(many::hash(&group)) {
+                *place = hash.digest();
+            }
+            if group.len() < many::LANES {
+                break;
+            }
+        }
+        drop(others);
+        digests
+    }
 }
 
 impl fmt::Debug for BlockDigest {
@@ -78,6 +108,18 @@ mod tests {
     fn the_constants_are_the_hashes_they_claim_to_be() {
         assert_eq!(PageHash::of(&ZERO_PAGE), ZERO_PAGE_HASH);
         assert_eq!(BlockDigest::of(&ZERO_PAGE), BlockDigest::ZERO);
+    }
+
+    #[test]
+    fn blocks_among_zeros_are_hashed_each_for_itself() {
+        let mut blocks = vec![ZERO_PAGE; 50];
+        for (at, block) in blocks.iter_mut().enumerate().filter(|(at, _)| at % 3 != 1) {
+            block[at] = at as u8 + 1;
+        }
+        let alone: Vec<_> = blocks.iter().map(BlockDigest::of).collect();
+        for count in [0, 1, 2, 24, 25, 50] {
+            assert_eq!(BlockDigest::of_each(&blocks[..count]), alone[..count]);
+        }
     }
 
     #[test]

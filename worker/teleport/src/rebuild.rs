@@ -132,8 +132,8 @@ impl Writer<'_> {
     /// Writes pages of a run, from the one at `skip` on, whose contents stand one behind the other.
     fn pages(&mut self, run: &Run<'_>, skip: usize, content: &[u8], of_memory: bool) {
         let (pages, _): (&[Page], _) = content.as_chunks::<PAGE_SIZE>();
-        for (header, page) in run.headers().skip(skip).zip(pages) {
-            let hash = PageHash::of(page);
+        let hashes = pages.chunks(PageHash::AT_ONCE).flat_map(PageHash::of_each);
+        for ((header, page), hash) in run.headers().skip(skip).zip(pages).zip(hashes) {
             self.transcript.page(header, &hash);
             if of_memory {
                 self.of_memory.push(hash.digest());

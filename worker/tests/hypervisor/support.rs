@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pageport_proto::VmId;
 use pageport_proto::v1::{DiskSpec, VmSpec};
-use pageport_worker::hypervisor::{Accelerator, Console, Host, Launch, StartMode, Vm, list_running};
+use pageport_worker::hypervisor::{Accelerator, Console, Host, HugePages, Launch, StartMode, Vm, list_running};
 
 pub const QEMU: &str = "qemu-system-x86_64";
 pub const MIB: u64 = 1 << 20;
@@ -38,7 +38,8 @@ impl Fixture {
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime_dir = dir.path().join("run");
-        let host = Host { qemu: QEMU.into(), keeper: keeper(), accelerator: Accelerator::Tcg, runtime_dir };
+        let (accelerator, huge_pages) = (Accelerator::Tcg, HugePages::Never);
+        let host = Host { qemu: QEMU.into(), keeper: keeper(), accelerator, huge_pages, runtime_dir };
         std::fs::write(dir.path().join("disk.raw"), image()).unwrap();
         Self { dir, host }
     }
@@ -57,6 +58,11 @@ impl Fixture {
             ..VmSpec::default()
         };
         Launch { vm: VmId::generate(), spec, images: BTreeMap::new(), mode, deadline: None }
+    }
+
+    /// The same host, whose guests get these pages.
+    pub fn host_with(&self, huge_pages: HugePages) -> Host {
+        Host { huge_pages, ..self.host.clone() }
     }
 
     pub async fn start(&self, mode: StartMode) -> Vm {

@@ -5,7 +5,7 @@ use std::process::Command;
 use pageport_common::store::Store;
 
 use super::*;
-use crate::hypervisor::{self, Accelerator};
+use crate::hypervisor::{self, Accelerator, HugePages};
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
 use crate::replica::store::flattening::Adoption;
@@ -55,6 +55,7 @@ impl Host {
                 qemu: String::new(),
                 keeper: PathBuf::new(),
                 accelerator: Accelerator::Tcg,
+                huge_pages: HugePages::Never,
                 runtime_dir: folder.join("run"),
             },
             replicas: Arc::new(ReplicaStore::new(store.clone(), folder)),

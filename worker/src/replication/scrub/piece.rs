@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pageport_teleport::{BlockDigest, PAGE_SIZE, is_zero};
+use pageport_teleport::{BlockDigest, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 
 use crate::replica::store::BLOCK_BYTES;
@@ -101,12 +101,11 @@ impl Written {
 /// Digest of each block; a last one that is cut counts as if zeros followed.
 pub fn digests(content: &[u8]) -> Vec<BlockDigest> {
     let (blocks, cut) = content.as_chunks::<PAGE_SIZE>();
-    let of = |page| if is_zero(page) { BlockDigest::ZERO } else { BlockDigest::of(page) };
-    let mut digests: Vec<_> = blocks.iter().map(of).collect();
+    let mut digests = BlockDigest::of_each(blocks);
     if !cut.is_empty() {
         let mut padded = [0; PAGE_SIZE];
         padded[..cut.len()].copy_from_slice(cut);
-        digests.push(of(&padded));
+        digests.push(BlockDigest::of(&padded));
     }
     digests
 }
