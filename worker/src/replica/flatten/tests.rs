@@ -202,6 +202,11 @@ async fn a_writer_that_outlived_its_worker_is_ended_first() {
     let partial = host.path("web.qcow2.raw.partial");
     let mut orphan =
         Command::new("tail").args(["-F", "-q"]).arg(&partial).stderr(std::process::Stdio::null()).spawn().unwrap();
+    // The kernel lets a parent go on before it has put the arguments of its child in place.
+    let command_line = format!("/proc/{}/cmdline", orphan.id());
+    while std::fs::read(&command_line).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
     let life = host.begin();
     life.flatten().await;
     assert!(!orphan.wait().unwrap().success());
