@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use pageport_lab::baseline::vm::FreePageHints;
-use pageport_lab::demo::{self, DemoConfig, End, opponents};
+use pageport_lab::demo::opponents::Opponents;
+use pageport_lab::demo::{self, DemoConfig, End};
 use pageport_lab::lab::guest::{DEMO, GuestImages, SMALL};
 use pageport_lab::lab::network::{Mode, Network};
 use pageport_lab::netns;
@@ -94,16 +95,8 @@ async fn main() -> anyhow::Result<()> {
                 Mode::Namespaces => Network::create(folder.path(), link)?,
                 Mode::Loopback => Network::on_loopback(folder.path(), link)?,
             };
-            let (precopy, zstd) = opponents::run(
-                &network,
-                folder.path(),
-                &disks.path().join("opponent.raw"),
-                &images,
-                variant,
-                "tcg",
-                hints,
-            )
-            .await?;
+            let opponents = Opponents { images: &images, variant, accelerator: "tcg".into(), huge_pages: false, hints };
+            let (precopy, zstd) = opponents.run(&network, folder.path(), &disks.path().join("opponent.raw")).await?;
             let figures = serde_json::json!({"qemu_precopy": precopy, "qemu_multifd_zstd": zstd});
             writeln!(std::io::stdout(), "{figures:#}")?;
         }

@@ -20,7 +20,7 @@ use pageport_proto::v1::{DirectBoot, DiskSpec, StreamHello, VmSpec, to_source};
 use pageport_teleport::{BlockDigest, PAGE_SIZE};
 use pageport_worker::hypervisor::migrate::SourceSettings;
 use pageport_worker::hypervisor::{
-    Accelerator, Console, Host, Launch, MigrationStatus, RunState, StartMode, Vm, VmPaths, list_running,
+    Accelerator, Console, Host, HugePages, Launch, MigrationStatus, RunState, StartMode, Vm, VmPaths, list_running,
 };
 use pageport_worker::memory::arrived::Arrived;
 use pageport_worker::migration::incoming::{self, Incoming};
@@ -55,7 +55,8 @@ impl Hosts {
     fn host(&self, side: &str) -> Host {
         let runtime_dir = self.0.path().join(side);
         let keeper = pageport_lab::paths::program("pageport-keeper");
-        Host { qemu: "qemu-system-x86_64".into(), keeper, accelerator: Accelerator::Tcg, runtime_dir }
+        let (accelerator, huge_pages) = (Accelerator::Tcg, HugePages::Never);
+        Host { qemu: "qemu-system-x86_64".into(), keeper, accelerator, huge_pages, runtime_dir }
     }
 }
 
