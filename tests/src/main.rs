@@ -95,7 +95,7 @@ async fn main() -> anyhow::Result<()> {
                 Mode::Namespaces => Network::create(folder.path(), link)?,
                 Mode::Loopback => Network::on_loopback(folder.path(), link)?,
             };
-            let opponents = Opponents { images: &images, variant, accelerator: "tcg".into(), huge_pages: false, hints };
+            let opponents = Opponents { images: &images, variant, accelerator: "tcg".into(), hints };
             let (precopy, zstd) = opponents.run(&network, folder.path(), &disks.path().join("opponent.raw")).await?;
             let figures = serde_json::json!({"qemu_precopy": precopy, "qemu_multifd_zstd": zstd});
             writeln!(std::io::stdout(), "{figures:#}")?;

@@ -34,7 +34,6 @@ async fn a_guest_goes_there_and_back_by_qemus_own_means() {
         address: GUEST_ADDRESS,
         mac_suffix: 10,
         accelerator: "tcg".into(),
-        huge_pages: false,
         hints: FreePageHints::Off,
     };
     let mut baseline = Baseline::boot(&network, "a", spec, folder.path()).await.unwrap();

@@ -35,7 +35,6 @@ async fn the_guest_boots_fills_its_cache_and_checks_its_loads() {
         address: GUEST_ADDRESS,
         mac_suffix: 10,
         accelerator: "tcg".into(),
-        huge_pages: false,
         hints: FreePageHints::Off,
     };
     let begin = Instant::now();

@@ -64,7 +64,6 @@ impl Arena {
             address: GUEST_ADDRESS,
             mac_suffix: 10,
             accelerator: "tcg".into(),
-            huge_pages: false,
             hints: FreePageHints::Off,
         };
         let export = self.export().await;

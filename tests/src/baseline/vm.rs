@@ -70,8 +70,6 @@ pub struct PlainSpec {
     pub mac_suffix: u8,
     /// `tcg` or `kvm`.
     pub accelerator: String,
-    /// Its memory is made of huge pages.
-    pub huge_pages: bool,
     /// Whether migrations skip what the guest says is free.
     pub hints: FreePageHints,
 }
@@ -196,8 +194,7 @@ fn arguments(spec: &PlainSpec, start: Start, tap: Option<&str>, socket: &Path, c
     option("-name", format!("guest={}", spec.name));
     option("-machine", format!("{MACHINE},accel={accelerator},memory-backend=pc.ram"));
     option("-m", format!("{}k", memory_bytes / 1024));
-    let backend = if spec.huge_pages { "memory-backend-memfd,hugetlb=on" } else { "memory-backend-ram" };
-    option("-object", format!("{backend},id=pc.ram,size={memory_bytes},prealloc={prealloc}"));
+    option("-object", format!("memory-backend-ram,id=pc.ram,size={memory_bytes},prealloc={prealloc}"));
     option("-qmp", format!("unix:{},server=on,wait=off", socket.display()));
     let serial = match tap {
         Some(_) => format!("file:{}", console.display()),

@@ -1,7 +1,7 @@
 //! Huge pages for the demo's guests, set aside for as long as it runs.
 //!
 //! A virtual machine that hosts this demo may have given its free memory back, and then waits for its own host with each page that is touched for the first
-//! time: seconds per GiB. Pages that are set aside, and touched once, stay. QEMU's own ways get them as well.
+//! time: seconds per GiB. Pages that are set aside, and touched once, stay. (The memory of QEMU's own ways is preallocated before they are timed.)
 //!
 //! What is set aside is noted in a file, so that a demo that was killed is made up for by the next.
 
@@ -14,6 +14,9 @@ use memmap2::MmapOptions;
 /// How many pages of the default size the kernel sets aside (Linux, `Documentation/admin-guide/mm/hugetlbpage.rst`).
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const MEMINFO: &str = "/proc/meminfo";
+/// Has the kernel move pages together.
+const COMPACT: &str = "/proc/sys/vm/compact_memory";
+const ATTEMPTS: usize = 4;
 
 /// Huge pages that were added to the kernel's pool; given back when this is dropped.
 #[derive(Debug)]
@@ -22,28 +25,32 @@ pub struct HugePageReserve {
 }
 
 impl HugePageReserve {
-    /// Sets so much memory aside, and touches the first part of it. `note` is the file that tells of it.
+    /// Sets so much memory aside, and touches it. `note` is the file that tells of it.
     ///
     /// # Errors
     /// The kernel does not set as much aside, or this process may not ask for it; nothing is set aside then.
-    pub fn take(bytes: u64, touched_bytes: u64, note: &Path) -> io::Result<Self> {
+    pub fn take(bytes: u64, note: &Path) -> io::Result<Self> {
         give_back(note)?;
         let page_bytes = page_bytes()?;
         let (before, pages) = (pool()?, bytes.div_ceil(page_bytes));
         fs::write(note, pages.to_string())?;
         let reserve = Self { note: note.to_owned() };
-        fs::write(POOL, (before + pages).to_string())?;
-        let added = pool()?.saturating_sub(before);
-        if added < pages {
-            // What was not added is not taken away.
-            fs::write(note, added.to_string())?;
-            let message = format!("the kernel sets aside {added} huge pages of {pages}");
-            return Err(io::Error::new(io::ErrorKind::OutOfMemory, message));
+        let mut added = 0;
+        for _ in 0..ATTEMPTS {
+            fs::write(POOL, (before + pages).to_string())?;
+            added = pool()?.saturating_sub(before);
+            if added >= pages {
+                let mut memory = MmapOptions::new().huge(None).len((pages * page_bytes) as usize).map_anon()?;
+                memory.chunks_mut(page_bytes as usize).for_each(|page| page[0] = 1);
+                return Ok(reserve);
+            }
+            // Other pages are in the way; it may not be possible to move them.
+            fs::write(COMPACT, "1").ok();
         }
-        let length = touched_bytes.min(pages * page_bytes) as usize;
-        let mut memory = MmapOptions::new().huge(None).len(length).map_anon()?;
-        memory.chunks_mut(page_bytes as usize).for_each(|page| page[0] = 1);
-        Ok(reserve)
+        // What was not added is not taken away.
+        fs::write(note, added.to_string())?;
+        let message = format!("the kernel sets aside {added} huge pages of {pages}");
+        Err(io::Error::new(io::ErrorKind::OutOfMemory, message))
     }
 }
 

@@ -248,8 +248,7 @@ pub async fn run(config: DemoConfig) -> Result<(), DemoError> {
 
     say("QEMU's own ways, for comparison");
     let accelerator = lab.accelerator().await?;
-    let opponents =
-        Opponents { images: &images, variant: config.variant, accelerator, huge_pages, hints: config.hints };
+    let opponents = Opponents { images: &images, variant: config.variant, accelerator, hints: config.hints };
     let disk_file = lab.folder().join("disks/opponent.raw");
     let (qemu_precopy, qemu_multifd_zstd) = opponents.run(lab.network(), lab.runtime(), &disk_file).await?;
 
@@ -301,11 +300,11 @@ async fn survived(session: BusySession) -> bool {
     }
 }
 
-/// For the guest at both ends of its move, and for another that is there with it; those of the first move are touched beforehand.
+/// For the guest at both ends of its move.
 async fn set_huge_pages_aside(memory_bytes: u64) -> Option<HugePageReserve> {
     say("setting huge pages aside for the guests' memory, until the demo ends");
     let note = paths::lab().join("huge-pages");
-    let take = move || HugePageReserve::take(3 * memory_bytes, 2 * memory_bytes, &note);
+    let take = move || HugePageReserve::take(2 * memory_bytes, &note);
     let taken = tokio::task::spawn_blocking(take).await.map_err(std::io::Error::other).flatten();
     taken.inspect_err(|error| say(&format!("no huge pages ({error}): the guests get ordinary ones"))).ok()
 }

@@ -23,8 +23,6 @@ pub struct Opponents<'a> {
     pub variant: Variant,
     /// `tcg` or `kvm`.
     pub accelerator: String,
-    /// Its memory is made of huge pages.
-    pub huge_pages: bool,
     /// Whether QEMU may skip what the guest says is free.
     pub hints: FreePageHints,
 }
@@ -35,7 +33,7 @@ impl Opponents<'_> {
     /// # Errors
     /// When a guest does not boot or a migration fails.
     pub async fn run(self, network: &Network, folder: &Path, disk: &Path) -> Result<(Figures, Figures), DemoError> {
-        let Self { images, variant, accelerator, huge_pages, hints } = self;
+        let Self { images, variant, accelerator, hints } = self;
         images.copy_disk(disk)?;
         let spec = PlainSpec {
             name: "opponent".into(),
@@ -45,7 +43,6 @@ impl Opponents<'_> {
             address: ADDRESS,
             mac_suffix: 11,
             accelerator,
-            huge_pages,
             hints,
         };
         let mut baseline = Baseline::boot(network, "a", spec, folder).await?;

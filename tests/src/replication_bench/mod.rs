@@ -253,7 +253,6 @@ impl Arena {
             address: GUEST_ADDRESS,
             mac_suffix: 10,
             accelerator: self.accelerator.clone(),
-            huge_pages: false,
             hints: FreePageHints::Off,
         };
         let export = self.export().await?;
