@@ -21,6 +21,16 @@ test("points that are not quiesced as ordered have a reason", () => {
   expect(facts).toBe("point 41, 12.3 s behind, target 30.0 s; quiescing: no guest agent answers");
 });
 
+test("a scrub says how far it is, and afterwards only what it found", () => {
+  const scrub = { doneBytes: 1n << 30n, totalBytes: 4n << 30n, differentBlocks: 0n, repairedBlocks: 0n };
+  const facts = (more: object) => protectionFacts(replica(more)).replace("point 41, 12.3 s behind, target 30.0 s", "");
+  expect(facts({ scrub })).toBe("; scrub 25 %");
+  expect(facts({ scrub: { ...scrub, differentBlocks: 3n, repairedBlocks: 2n } })).toBe("; scrub 25 %, 3 blocks differ, 2 repaired");
+  expect(facts({ scrub: { ...scrub, totalBytes: 0n } })).toBe("; scrub 0 %");
+  expect(facts({ lastScrub: scrub })).toBe("");
+  expect(facts({ lastScrub: { ...scrub, differentBlocks: 3n, repairedBlocks: 3n } })).toBe("; the last scrub repaired 3 of 3 damaged blocks");
+});
+
 test("a missed target is what the badge says, whatever the phase", () => {
   for (const phase of [ReplicationPhase.IDLE, ReplicationPhase.WAITING, ReplicationPhase.INCREMENT]) {
     expect(protectionLook(replica({ phase, rpoMissed: true }))).toEqual({ word: "target missed", tone: "bad" });

@@ -1,5 +1,5 @@
 // How a protected replica stands, as words and a tone. Pure.
-import { type Replica, ReplicationPhase } from "../gen/pageport/v1/replication_pb.ts";
+import { type Replica, ReplicationPhase, type ReplicationStatus } from "../gen/pageport/v1/replication_pb.ts";
 import { bytes, duration, percent } from "./format.ts";
 import type { Look } from "./states.ts";
 
@@ -34,5 +34,17 @@ export function protectionFacts(replica: Replica): string {
   }
   const worst = replication.windowMs === 0n ? "" : `, worst ${duration(replication.worstRpoMs)} in ${duration(replication.windowMs)}`;
   const quiescing = replication.quiesceProblem === "" ? "" : `; quiescing: ${replication.quiesceProblem}`;
-  return `point ${replication.newest.number}, ${duration(replication.lagMs)} behind, ${target}${worst}${quiescing}`;
+  return `point ${replication.newest.number}, ${duration(replication.lagMs)} behind, ${target}${worst}${quiescing}${scrubFacts(replication)}`;
+}
+
+/** How far a scrub is; of one that has ended only what it found. */
+function scrubFacts({ scrub, lastScrub }: ReplicationStatus): string {
+  if (scrub !== undefined) {
+    const { doneBytes, totalBytes, differentBlocks, repairedBlocks } = scrub;
+    const done = totalBytes === 0n ? "0 %" : percent(Math.min(1, Number(doneBytes) / Number(totalBytes)));
+    const found = differentBlocks === 0n ? "" : `, ${differentBlocks} blocks differ, ${repairedBlocks} repaired`;
+    return `; scrub ${done}${found}`;
+  }
+  if (lastScrub === undefined || lastScrub.differentBlocks === 0n) return "";
+  return `; the last scrub repaired ${lastScrub.repairedBlocks} of ${lastScrub.differentBlocks} damaged blocks`;
 }
