@@ -12,15 +12,17 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Strike standing replication with every fault at seeded moments, on real processes.
 ///
 /// A guest that writes is protected from one site to another. In each case a fault strikes at a moment drawn from a seed; the replica that it leaves is
-/// recovered and checked at once; then all is healed, replication must go on by itself, and in the end the replica must equal the disk. Results are appended to
+/// recovered and checked at once; then all is healed, replication must go on by itself, and in the end the replica must equal the disk. The last cases strike after
+/// the VM was moved there, with its old site holding the replica. Results are appended to
 /// target/faults/replication.jsonl; what is passed at this commit is not run again. Exit code 1 when a case is not passed.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  pageport-lab faults-replication                              60 cases, or what is left of them
+  pageport-lab faults-replication                              78 cases, or what is left of them
   pageport-lab faults-replication --only cut-both --only /2    all of one fault, and all with one seed
   pageport-lab faults-replication --only kill-qemu/3 --again   one case at its moment, even if it is passed
-  pageport-lab faults-replication --seed 100 --cases 3         30 other moments
+  pageport-lab faults-replication --only turned                those with the VM moved, the direction turned round
+  pageport-lab faults-replication --seed 100 --cases 3         39 other moments
   pageport-lab faults-replication --list                       all cases with their moments, and what is known of them
 
 A failed case keeps its daemons' logs: see \"logs\" of its line. A seed draws the same moment each time; what the processes do at it may differ.")]
@@ -34,7 +36,7 @@ pub struct ReplicationFaultsCommand {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Seeds of each fault, from the first.
+    /// Seeds of each fault, from the first; a third of them also in the turned-round direction.
     #[arg(long, value_name = "SEEDS", default_value_t = replication_faults::SEEDS)]
     cases: u64,
     /// Also what is passed already.
@@ -107,7 +109,7 @@ fn list_cases(config: &ReplicationFaultsConfig, json: bool) -> anyhow::Result<()
         print_line(&match json {
             true => serde_json::json!({"case": name, "cue": cue, "state": state}).to_string(),
             false => {
-                format!("{name:<30}{cue:<10}+{delay_ms:>4} ms, for {lasts_ms:>5} ms   {}", state.unwrap_or("not run"))
+                format!("{name:<38}{cue:<10}+{delay_ms:>4} ms, for {lasts_ms:>5} ms   {}", state.unwrap_or("not run"))
             }
         });
     }

@@ -7,12 +7,15 @@
 //! A change overwrites a block of 4 KiB with content that follows from the operation, or punches it out. Now and then the file system is
 //! trimmed. What an operation does follows from the seed, so whoever reads the two files of a frozen disk can check all of it.
 //!
+//! The blocks may be spread over whole disks, too: block b lies at place b mod n, of which the file is the first and the disks are the others. Since each
+//! write is synced before the next, wherever it goes, what several disks show together is of one moment only if they were frozen at one.
+//!
 //! Does not unlink or shrink files once it has begun: a file system that is frozen while it does owes itself a repair.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -91,8 +94,10 @@ pub enum Mixture {
         /// How many operations are recorded.
         operations: u64,
     },
-    /// The file of blocks has another size.
+    /// A place of blocks has another size.
     Size {
+        /// Which; the file is 0.
+        place: usize,
         /// In bytes.
         bytes: u64,
     },
@@ -105,29 +110,58 @@ impl std::fmt::Display for Mixture {
             Self::Block { block, operations } => {
                 write!(f, "block {block} is not as {operations} operations have left it")
             }
-            Self::Size { bytes } => write!(f, "the file of blocks has {bytes} bytes"),
+            Self::Size { place, bytes } => write!(f, "place {place} of blocks has {bytes} bytes"),
         }
     }
 }
 
-/// Finds the moment of a history that its two files show: how many operations are complete.
+/// How much of one of so many places holds blocks, from its beginning, in bytes.
+#[must_use]
+pub fn place_bytes(place: usize, places: usize) -> u64 {
+    (0..BLOCKS).filter(|block| Spot::of(*block, places).place == place).count() as u64 * UNIT_BYTES as u64
+}
+
+/// Where a block lies.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    place: usize,
+    offset: u64,
+}
+
+impl Spot {
+    fn of(block: u64, places: usize) -> Self {
+        let places = places.max(1) as u64;
+        Self { place: usize::try_from(block % places).unwrap_or_default(), offset: block / places * UNIT_BYTES as u64 }
+    }
+}
+
+/// Finds the moment of a history that its file of records and its places of blocks show: how many operations are complete.
 ///
 /// # Errors
 /// [`Mixture`]: they are of no single moment.
-pub fn moment(seed: u64, records: &[u8], blocks: &[u8]) -> Result<u64, Mixture> {
+pub fn moment(seed: u64, records: &[u8], places: &[Vec<u8>]) -> Result<u64, Mixture> {
     let operations = records.chunks(UNIT_BYTES).zip(0..).try_fold(0, |_, (found, number)| {
         if found == record(seed, number) { Ok(number + 1) } else { Err(Mixture::Record { number }) }
     })?;
-    if blocks.len() as u64 != BLOCKS * UNIT_BYTES as u64 {
-        return Err(Mixture::Size { bytes: blocks.len() as u64 });
+    for (place, blocks) in places.iter().enumerate() {
+        let bytes = blocks.len() as u64;
+        if bytes != place_bytes(place, places.len()) {
+            return Err(Mixture::Size { place, bytes });
+        }
     }
+    let held = |block| {
+        let Spot { place, offset } = Spot::of(block, places.len());
+        let held = places.get(place).and_then(|blocks| blocks.get(usize::try_from(offset).ok()?..)?.get(..UNIT_BYTES));
+        held.unwrap_or_default()
+    };
     let mut newest = vec![None; usize::try_from(BLOCKS).unwrap_or_default()];
     for operation in 0..operations {
         let change = Change::of(seed, operation);
         newest[usize::try_from(change.block()).unwrap_or_default()] = Some((change, operation));
     }
     let under_way = Change::of(seed, operations);
-    for ((found, newest), block) in blocks.chunks(UNIT_BYTES).zip(newest).zip(0..) {
+    for (newest, block) in newest.into_iter().zip(0..) {
+        let found = held(block);
         let expected = match newest {
             Some((change, operation)) => change.content(seed, operation),
             None => initial(seed, block),
@@ -167,7 +201,7 @@ pub struct History {
 }
 
 /// What a history is to be.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// Operations per second, at most.
     pub operations_per_second: u64,
@@ -175,10 +209,12 @@ pub struct Plan {
     pub seed: u64,
     /// The file system is trimmed after so many; 0: never.
     pub trim_every: u64,
+    /// Disks, whole, that hold a part of the blocks. What is on them is lost.
+    pub disks: Vec<PathBuf>,
 }
 
 impl History {
-    /// Makes the two files, syncs them, and begins.
+    /// Makes the two files and the blocks of the disks, syncs them, and begins.
     ///
     /// # Errors
     /// When they cannot be made.
@@ -190,15 +226,18 @@ impl History {
             }
             OpenOptions::new().create(true).write(true).truncate(true).open(path)
         };
-        let (records, mut blocks) = (open(RECORDS_FILE)?, open(BLOCKS_FILE)?);
+        let records = open(RECORDS_FILE)?;
+        let disks = plan.disks.iter().map(|disk| OpenOptions::new().write(true).open(disk));
+        let places = std::iter::once(open(BLOCKS_FILE)).chain(disks).collect::<io::Result<Vec<_>>>()?;
         for block in 0..BLOCKS {
-            blocks.write_all(&initial(plan.seed, block))?;
+            let Spot { place, offset } = Spot::of(block, places.len());
+            places[place].write_all_at(&initial(plan.seed, block), offset)?;
         }
-        blocks.sync_all()?;
+        places.iter().try_for_each(File::sync_all)?;
         records.sync_all()?;
         File::open(data.join("load"))?.sync_all()?;
         let told = Arc::new(Told::default());
-        let mut writer = Writer { told: Arc::clone(&told), plan, data: data.to_owned(), records, blocks };
+        let mut writer = Writer { told: Arc::clone(&told), plan, data: data.to_owned(), records, places };
         let thread = std::thread::spawn(move || {
             if let Err(error) = writer.run() {
                 *writer.told.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
@@ -238,9 +277,9 @@ impl History {
 struct Writer {
     told: Arc<Told>,
     plan: Plan,
-    data: std::path::PathBuf,
+    data: PathBuf,
     records: File,
-    blocks: File,
+    places: Vec<File>,
 }
 
 impl Writer {
@@ -271,17 +310,17 @@ impl Writer {
 
     fn change(&mut self, operation: u64) -> io::Result<()> {
         let change = Change::of(self.plan.seed, operation);
-        let offset = change.block() * UNIT_BYTES as u64;
+        let Spot { place, offset } = Spot::of(change.block(), self.places.len());
         let content = change.content(self.plan.seed, operation);
         self.timed(|writer| match change {
             Change::Overwrite { .. } => {
-                writer.blocks.write_all_at(&content, offset)?;
-                writer.blocks.sync_data()
+                writer.places[place].write_all_at(&content, offset)?;
+                writer.places[place].sync_data()
             }
             Change::Punch { .. } => {
                 let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                fallocate(&writer.blocks, hole, offset.cast_signed(), (UNIT_BYTES as u64).cast_signed())?;
-                writer.blocks.sync_all()
+                fallocate(&writer.places[place], hole, offset.cast_signed(), (UNIT_BYTES as u64).cast_signed())?;
+                writer.places[place].sync_all()
             }
         })
     }
@@ -302,34 +341,44 @@ mod tests {
 
     const SEED: u64 = 7;
 
-    /// The files after so many operations, and perhaps the change of the next.
-    fn files(operations: u64, begun: bool) -> (Vec<u8>, Vec<u8>) {
+    /// The records and the places after so many operations, and perhaps the change of the next.
+    fn files(operations: u64, begun: bool, places: usize) -> (Vec<u8>, Vec<Vec<u8>>) {
         let records = (0..operations).flat_map(|number| record(SEED, number)).collect();
-        let mut blocks: Vec<u8> = (0..BLOCKS).flat_map(|block| initial(SEED, block)).collect();
+        let empty = |place| vec![0; usize::try_from(place_bytes(place, places)).unwrap()];
+        let mut held: Vec<Vec<u8>> = (0..places).map(empty).collect();
+        let mut put = |block, content: Vec<u8>| {
+            let Spot { place, offset } = Spot::of(block, places);
+            let at = usize::try_from(offset).unwrap();
+            held[place][at..at + UNIT_BYTES].copy_from_slice(&content);
+        };
+        for block in 0..BLOCKS {
+            put(block, initial(SEED, block));
+        }
         for operation in 0..operations + u64::from(begun) {
             let change = Change::of(SEED, operation);
-            let at = usize::try_from(change.block()).unwrap() * UNIT_BYTES;
-            blocks[at..at + UNIT_BYTES].copy_from_slice(&change.content(SEED, operation));
+            put(change.block(), change.content(SEED, operation));
         }
-        (records, blocks)
+        (records, held)
     }
 
     #[test]
     fn every_moment_is_told() {
         for operations in [0, 1, 2, 500, 2000] {
             for begun in [false, true] {
-                let (records, blocks) = files(operations, begun);
-                assert_eq!(moment(SEED, &records, &blocks), Ok(operations));
+                for places in 1..=3 {
+                    let (records, blocks) = files(operations, begun, places);
+                    assert_eq!(moment(SEED, &records, &blocks), Ok(operations));
+                }
             }
         }
     }
 
     #[test]
     fn what_is_of_no_single_moment_is_found() {
-        let (records, blocks) = files(600, false);
+        let (records, blocks) = files(600, false, 1);
         // One change alone may be no change: a hole punched where there is one.
-        let (_, later) = files(610, false);
-        let (_, earlier) = files(590, false);
+        let (_, later) = files(610, false, 1);
+        let (_, earlier) = files(590, false, 1);
         for mixed in [&later, &earlier] {
             assert!(matches!(moment(SEED, &records, mixed), Err(Mixture::Block { operations: 600, .. })));
         }
@@ -338,13 +387,28 @@ mod tests {
         assert_eq!(moment(SEED, &damaged, &blocks), Err(Mixture::Record { number: 3 }));
         let torn = &records[..600 * UNIT_BYTES - 1];
         assert_eq!(moment(SEED, torn, &blocks), Err(Mixture::Record { number: 599 }));
-        assert!(matches!(moment(SEED, &records, &blocks[..UNIT_BYTES]), Err(Mixture::Size { .. })));
+        let short = [blocks[0][..UNIT_BYTES].to_vec()];
+        assert!(matches!(moment(SEED, &records, &short), Err(Mixture::Size { place: 0, bytes: 4096 })));
+    }
+
+    #[test]
+    fn one_disk_of_another_moment_is_found() {
+        let (records, blocks) = files(600, false, 3);
+        for place in 0..3 {
+            for operations in [580, 620] {
+                let mut mixed = blocks.clone();
+                mixed[place] = files(operations, false, 3).1.swap_remove(place);
+                assert!(matches!(moment(SEED, &records, &mixed), Err(Mixture::Block { operations: 600, .. })));
+            }
+        }
     }
 
     #[test]
     fn what_the_load_leaves_is_the_moment_at_which_it_was_stopped() {
         let folder = tempfile::tempdir().unwrap();
-        let plan = Plan { operations_per_second: 10_000, seed: SEED, trim_every: 0 };
+        let disk = folder.path().join("disk");
+        File::create(&disk).unwrap().set_len(4 << 20).unwrap();
+        let plan = Plan { operations_per_second: 10_000, seed: SEED, trim_every: 0, disks: vec![disk.clone()] };
         let load = History::start(folder.path(), plan).unwrap();
         while load.fares().done < 40 {
             assert_eq!(load.fares().failure, None);
@@ -352,6 +416,8 @@ mod tests {
         }
         let fares = load.stop().unwrap();
         let read = |name| fs::read(folder.path().join(name)).unwrap();
-        assert_eq!(moment(SEED, &read(RECORDS_FILE), &read(BLOCKS_FILE)), Ok(fares.done));
+        let mut on_disk = fs::read(disk).unwrap();
+        on_disk.truncate(usize::try_from(place_bytes(1, 2)).unwrap());
+        assert_eq!(moment(SEED, &read(RECORDS_FILE), &[read(BLOCKS_FILE), on_disk]), Ok(fares.done));
     }
 }

@@ -89,6 +89,8 @@ pub enum Request {
         seed: u64,
         /// The file system is trimmed after so many; 0: never.
         trim_every: u64,
+        /// Devices of disks, whole, that hold a part of the blocks; what is on them is lost.
+        disks: Vec<String>,
     },
     /// Look at the history load that runs.
     HistoryStatus,

@@ -139,12 +139,13 @@ impl Guest {
                 nix::unistd::sync();
                 Reply::Done
             }
-            Request::HistoryStart { operations_per_second, seed, trim_every } => {
+            Request::HistoryStart { operations_per_second, seed, trim_every, disks } => {
                 let mut loads = self.loads()?;
                 if loads.history.is_some() {
                     return Err(io::Error::other("the history load runs already"));
                 }
-                let plan = Plan { operations_per_second, seed, trim_every };
+                let disks = disks.into_iter().map(PathBuf::from).collect();
+                let plan = Plan { operations_per_second, seed, trim_every, disks };
                 loads.history = Some(History::start(&self.data, plan)?);
                 Reply::Done
             }

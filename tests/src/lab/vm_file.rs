@@ -6,6 +6,8 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pageport_worker::image::Format;
+
 use super::guest::{Attachment, GUEST_ADDRESS, GuestImages, Variant, command_line};
 use super::network::{GUEST_BRIDGE, Mode};
 use super::{Lab, LabError};
@@ -47,17 +49,9 @@ impl VmFile {
     pub fn qcow2(lab: &Lab, name: &str, images: &GuestImages, variant: Variant) -> Result<Self, LabError> {
         let mut file = Self::new(lab, name, images, variant)?;
         let (base, disk) = (file.disk.clone(), file.disk.with_extension("qcow2"));
-        let failed = |operation, path: &Path| {
-            let path = path.to_owned();
-            move |source| LabError::Io { operation, path, source }
-        };
         let mut create = Command::new("qemu-img");
         create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).args([&base, &disk]);
-        let made = create.status().and_then(|status| match status.success() {
-            true => Ok(()),
-            false => Err(io::Error::other(status.to_string())),
-        });
-        made.map_err(failed("make", &disk))?;
+        run(create).map_err(failed("make", &disk))?;
         let text = fs::read_to_string(&file.path).map_err(failed("read", &file.path))?;
         let said = format!("path: {}\n    format: qcow2\n", disk.display());
         let text = text.replace(&format!("path: {}\n", base.display()), &said);
@@ -105,6 +99,27 @@ impl VmFile {
         Ok(Self { path, disk })
     }
 
+    /// Gives the VM one more disk, empty; returns its image.
+    ///
+    /// # Errors
+    /// When there is no room, or no `qemu-img`.
+    pub fn add_disk(&self, name: &str, format: Format, disk_bytes: u64) -> Result<PathBuf, LabError> {
+        let vm = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        let image = self.disk.with_file_name(format!("{vm}-{name}.{}", format.name()));
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", format.name()]).arg(&image).arg(disk_bytes.to_string());
+        run(create).map_err(failed("make", &image))?;
+        let text = fs::read_to_string(&self.path).map_err(failed("read", &self.path))?;
+        let disk = format!("  - name: {name}\n    path: {}\n    format: {}\n", image.display(), format.name());
+        // In the guest it comes behind those that are there.
+        let mut lines: Vec<&str> = text.split_inclusive('\n').collect();
+        let disks = lines.iter().position(|line| *line == "disks:\n").map_or(lines.len(), |at| at + 1);
+        let behind = lines[disks..].iter().take_while(|line| line.starts_with(' ')).count();
+        lines.insert(disks + behind, &disk);
+        fs::write(&self.path, lines.concat()).map_err(failed("write", &self.path))?;
+        Ok(image)
+    }
+
     /// Adds a line to the description.
     ///
     /// # Errors
@@ -129,6 +144,16 @@ impl VmFile {
     pub fn disk(&self) -> &Path {
         &self.disk
     }
+}
+
+fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LabError {
+    let path = path.to_owned();
+    move |source| LabError::Io { operation, path, source }
+}
+
+fn run(mut command: Command) -> io::Result<()> {
+    let status = command.status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
 }
 
 fn description(

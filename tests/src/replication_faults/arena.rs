@@ -1,15 +1,23 @@
-//! Where cases happen: a lab whose guest runs at a and is protected to b. Used again and again, as long as cases pass.
+//! Where cases happen: a lab whose guest runs at a and is protected to b, or the other way round. Used again and again, as long as cases pass.
+//!
+//! It has two disks, one consistent group: the one with its files, and one without.
+//!
+//! | | images at a | images at b |
+//! |---|---|---|
+//! | [`Direction::First`] | the disks, where the VM's file says | the replicas, which the worker has made |
+//! | [`Direction::Turned`] | the replicas, still there | the disks, still there |
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pageport_guest::protocol::{Reply, Request};
+use pageport_worker::image::Format;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use super::cue::Places;
-use super::ledger::Ledger;
-use super::plan::Side;
+use super::ledger::{Ledger, now_unix_ms};
+use super::plan::{Direction, Side};
 use crate::faults::FaultsError;
 use crate::faults::arena::{VM, seen, wait_for};
 use crate::lab::guest::client::GuestClient;
@@ -27,9 +35,13 @@ const SEED_RATE_BPS: u64 = 1_000_000_000;
 const FIRST_POINT_LIMIT: Duration = Duration::from_secs(120);
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const MOVE_LIMIT: Duration = Duration::from_secs(120);
 /// Faster than software emulation lets the guest sync.
 const OPERATIONS_PER_SECOND: u64 = 100;
 const TRIM_EVERY: u64 = 100;
+/// The disk without a file system, as the VM's file and the guest call it.
+const DATA: (&str, &str) = ("data", "/dev/vdb");
+const DATA_BYTES: u64 = 32 << 20;
 
 /// The newest recovery point, as the controllers know it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +58,9 @@ pub struct Arena {
     /// The lab.
     pub lab: Lab,
     vm_id: String,
-    disk: PathBuf,
+    /// Names of the disks, and their images at a.
+    given: Vec<(&'static str, PathBuf)>,
+    direction: Direction,
 }
 
 impl Arena {
@@ -58,18 +72,49 @@ impl Arena {
         let accelerator = "tcg".to_owned();
         let config = LabConfig { accelerator, worker_volume_bytes: Some(VOLUME_BYTES), ..LabConfig::default() };
         let lab = Lab::start(config).await?;
+        let direction = Direction::First;
         let file = VmFile::new(&lab, VM, images, SMALL)?;
-        lab.ctl(["vm", "define", "-f", file.path(), "--site", Side::Source.site()]).await?;
+        let given = vec![("root", file.disk().to_owned()), (DATA.0, file.add_disk(DATA.0, Format::Raw, DATA_BYTES)?)];
+        lab.ctl(["vm", "define", "-f", file.path(), "--site", direction.site(Side::Source)]).await?;
         lab.ctl(["vm", "start", VM]).await?;
         let vm = lab.ctl_json(["vm", "get", VM]).await?;
         let vm_id = vm["id"].as_str().unwrap_or_default().to_owned();
-        let arena = Self { lab, vm_id, disk: file.disk().to_owned() };
+        let arena = Self { lab, vm_id, given, direction };
         arena.guest().await?;
         arena.set_rate(SEED_RATE_BPS)?;
-        arena.lab.ctl(["protect", VM, "--to", Side::Destination.site(), "--rpo", RPO, "--keep", KEEP]).await?;
+        arena.lab.ctl(["protect", VM, "--to", arena.site(Side::Destination), "--rpo", RPO, "--keep", KEEP]).await?;
         arena.point_taken_after(0, FIRST_POINT_LIMIT).await?;
         arena.set_rate(LabConfig::default().link.rate_bps)?;
         Ok(arena)
+    }
+
+    /// Moves the VM if its disks are replicated the other way, and waits until they are replicated this way.
+    ///
+    /// # Errors
+    /// When it does not move, or there is no point of the turned-round replication.
+    pub async fn turn(&mut self, direction: Direction) -> Result<(), FaultsError> {
+        if self.direction == direction {
+            return Ok(());
+        }
+        let ordered = self.lab.ctl_json(["migrate", VM, "--to", direction.site(Side::Source)]).await?;
+        let id = ordered["id"].as_str().unwrap_or_default().to_owned();
+        let moved = wait_for("the move to end", MOVE_LIMIT, async || {
+            let migration = self.lab.ctl_json(["migration", "get", &id]).await.map_err(|error| error.to_string())?;
+            let over = ["completed", "failed", "cancelled"].iter().any(|state| migration["state"] == *state);
+            if over { Ok(migration) } else { Err(migration.to_string()) }
+        })
+        .await?;
+        if moved["state"] != "completed" {
+            return Err(FaultsError::Answer { what: "a completed move", answer: moved.to_string() });
+        }
+        self.direction = direction;
+        self.point_taken_after(now_unix_ms(), FIRST_POINT_LIMIT).await.map(drop)
+    }
+
+    /// Where a side is now.
+    #[must_use]
+    pub fn site(&self, side: Side) -> &'static str {
+        self.direction.site(side)
     }
 
     /// A new connection to the guest, once it answers.
@@ -77,7 +122,7 @@ impl Arena {
     /// # Errors
     /// When it does not.
     pub async fn guest(&self) -> Result<GuestClient, FaultsError> {
-        let segment = self.lab.network().namespace(Side::Source.site());
+        let segment = self.lab.network().namespace(self.site(Side::Source));
         Ok(GuestClient::connect(segment, GUEST_ADDRESS, BOOT_LIMIT).await?)
     }
 
@@ -87,8 +132,12 @@ impl Arena {
     /// When the guest does not.
     pub async fn begin_history(&self, seed: u64) -> Result<Ledger, FaultsError> {
         let mut guest = self.guest().await?;
-        let start =
-            Request::HistoryStart { operations_per_second: OPERATIONS_PER_SECOND, seed, trim_every: TRIM_EVERY };
+        let start = Request::HistoryStart {
+            operations_per_second: OPERATIONS_PER_SECOND,
+            seed,
+            trim_every: TRIM_EVERY,
+            disks: vec![DATA.1.to_owned()],
+        };
         guest.call(&start, ANSWER_LIMIT).await?;
         Ok(Ledger::start(guest))
     }
@@ -104,7 +153,7 @@ impl Arena {
         }
     }
 
-    /// Everything that the guest has written is on its disk when this returns.
+    /// Everything that the guest has written is on its disks when this returns.
     ///
     /// # Errors
     /// When the guest does not answer.
@@ -152,7 +201,7 @@ impl Arena {
     /// # Errors
     /// When the controllers do not answer.
     pub async fn newest(&self) -> Result<Newest, FaultsError> {
-        Ok(newest(&self.vm().await?))
+        Ok(newest(&self.vm().await?, self.site(Side::Destination)))
     }
 
     /// Waits for a point that was taken after this time.
@@ -162,7 +211,7 @@ impl Arena {
     pub async fn point_taken_after(&self, unix_ms: i64, limit: Duration) -> Result<Newest, FaultsError> {
         wait_for("a recovery point taken after the moment", limit, async || {
             let vm = self.vm().await.map_err(|error| seen(&error))?;
-            let newest = newest(&vm);
+            let newest = newest(&vm, self.site(Side::Destination));
             if newest.taken_unix_ms > unix_ms { Ok(newest) } else { Err(vm["replicas"].to_string()) }
         })
         .await
@@ -195,23 +244,23 @@ impl Arena {
         &self.vm_id
     }
 
-    /// The disk at the source.
+    /// The VM's images at a side, with the names of the disks; the one with the file system first.
     #[must_use]
-    pub fn disk(&self) -> &Path {
-        &self.disk
-    }
-
-    /// The replica at the destination.
-    #[must_use]
-    pub fn replica(&self) -> PathBuf {
-        self.replica_folder().join("root.raw")
+    pub fn images(&self, side: Side) -> Vec<(&'static str, PathBuf)> {
+        let site = self.site(side);
+        if site == Direction::First.site(Side::Source) {
+            return self.given.clone();
+        }
+        let folder = self.replica_folder(site);
+        self.given.iter().map(|(disk, _)| (*disk, folder.join(format!("{disk}.raw")))).collect()
     }
 
     /// Where rounds leave their files.
     #[must_use]
     pub fn places(&self) -> Places {
-        let scratch = self.lab.worker_data(Side::Source.site()).join("scratch");
-        Places { scratch, points: self.replica_folder().join("points") }
+        let scratch = self.lab.worker_data(self.site(Side::Source)).join("scratch");
+        let points = self.replica_folder(self.site(Side::Destination)).join("points");
+        Places { scratch, points }
     }
 
     /// Where copies of images may be made.
@@ -220,8 +269,8 @@ impl Arena {
         self.lab.folder().join("disks")
     }
 
-    fn replica_folder(&self) -> PathBuf {
-        self.lab.worker_data(Side::Destination.site()).join("replicas").join(&self.vm_id)
+    fn replica_folder(&self, site: &str) -> PathBuf {
+        self.lab.worker_data(site).join("replicas").join(&self.vm_id)
     }
 
     /// Bytes that the workers have sent from the source to the destination since the lab began.
@@ -229,7 +278,7 @@ impl Arena {
     /// # Errors
     /// When the WAN does not answer.
     pub fn wan_bytes(&self) -> Result<u64, FaultsError> {
-        let (from, to) = (Side::Source.site(), Side::Destination.site());
+        let (from, to) = (self.site(Side::Source), self.site(Side::Destination));
         let error = |source| FaultsError::Link { from: from.to_owned(), to: to.to_owned(), source };
         let counters = self.lab.network().wan()?.link(from, to).map_err(error)?;
         Ok(counters.service_bytes(crate::wan::flow::UDP, crate::lab::addresses::PEER_PORT))
@@ -237,7 +286,7 @@ impl Arena {
 
     fn set_rate(&self, rate_bps: u64) -> Result<(), FaultsError> {
         let shape = Shape { rate_bps, queue_bytes: None, ..LabConfig::default().link };
-        let (source, destination) = (Side::Source.site(), Side::Destination.site());
+        let (source, destination) = (self.site(Side::Source), self.site(Side::Destination));
         for (from, to) in [(source, destination), (destination, source)] {
             self.steer(from, to, |from, to| WanRequest::SetLink { from, to, shape })?;
         }
@@ -263,9 +312,9 @@ impl Arena {
     }
 }
 
-fn newest(vm: &Value) -> Newest {
+fn newest(vm: &Value, site: &str) -> Newest {
     let mut replicas = vm["replicas"].as_array().into_iter().flatten();
-    let Some(replica) = replicas.find(|replica| replica["site"] == Side::Destination.site()) else {
+    let Some(replica) = replicas.find(|replica| replica["site"] == site) else {
         return Newest::default();
     };
     let newest = &replica["replication"]["newest"];

@@ -1,12 +1,13 @@
 //! One case: a history, a fault at its moment, the replica as that leaves it, healing, and the replica once all is quiet again.
 //!
 //! ```text
+//! a move, if need be
 //! history ─▶ a point of it ─▶ moment ─▶ strike ─▶ copy as a crash leaves it ─▶ heal ─▶ a newer point ─▶ stop, sync ─▶ a point of that
 //!                                                  └ recover, check, compare with what the host had heard         └ equal digests, check
 //! ```
 
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tokio::task::spawn_blocking;
@@ -42,6 +43,7 @@ pub async fn run(arena: &mut Arena, case: Case) -> CaseResult {
 }
 
 async fn attempt(arena: &mut Arena, case: Case, result: &mut CaseResult) -> Result<(), FaultsError> {
+    arena.turn(case.direction).await?;
     let seed = history_seed(case);
     let boot_id = arena.guest().await?.uptime().await?.1;
     let ledger = arena.begin_history(seed).await?;
@@ -99,20 +101,21 @@ fn history_seed(case: Case) -> u64 {
 
 /// Copies the destination's files. A worker that runs is stopped for that long.
 async fn copy_crashed(arena: &mut Arena, fault: Fault) -> io::Result<CrashedReplica> {
-    let site = Side::Destination.site();
+    let site = arena.site(Side::Destination);
     let runs = !fault.holds_destination();
-    let (data, vm, copies) = (arena.lab.worker_data(site), arena.vm_id().to_owned(), arena.copies());
+    let (data, vm) = (arena.lab.worker_data(site), arena.vm_id().to_owned());
+    let (replica, copies) = (arena.images(Side::Destination), arena.copies());
     if runs {
         arena.lab.worker(site).freeze().map_err(io::Error::other)?;
     }
-    let copied = spawn_blocking(move || CrashedReplica::copy(&data, &vm, &copies)).await;
+    let copied = spawn_blocking(move || CrashedReplica::copy(&data, &vm, &replica, &copies)).await;
     if runs {
         arena.lab.worker(site).thaw().map_err(io::Error::other)?;
     }
     copied.map_err(io::Error::other)?
 }
 
-/// The newest point that was recovered, and what its image is worth.
+/// The newest point that was recovered, and what its images are worth.
 struct Checked {
     phase: &'static str,
     number: u64,
@@ -123,8 +126,8 @@ struct Checked {
 async fn check_crashed(crashed: io::Result<CrashedReplica>, seed: u64) -> io::Result<Checked> {
     let crashed = crashed?;
     let checked = spawn_blocking(move || {
-        let Recovered { phase, newest, image } = crashed.recover()?;
-        let findings = image::examine(&image, seed)?;
+        let Recovered { phase, newest, images } = crashed.recover()?;
+        let findings = examine(&images, seed)?;
         Ok(Checked { phase, number: newest.number, taken_unix_ms: newest.taken_unix_ms, findings })
     });
     checked.await.map_err(io::Error::other)?
@@ -193,7 +196,7 @@ async fn judge_guest(
     Ok(())
 }
 
-/// The replica of a disk that nobody writes to: equal to it, sound, and the whole history.
+/// The replica of disks that nobody writes to: equal to them, sound, and the whole history.
 async fn judge_quiet(
     arena: &Arena,
     seed: u64,
@@ -202,32 +205,30 @@ async fn judge_quiet(
 ) -> Result<(), FaultsError> {
     arena.sync().await?;
     let newest = arena.point_taken_after(now_unix_ms(), POINT_LIMIT).await?;
-    let place = format!("the replica of the quiet disk, at point {}", newest.number);
+    let place = format!("the replica of the quiet disks, at point {}", newest.number);
     let deadline = Instant::now() + EQUAL_LIMIT;
-    let equal = loop {
+    let different = loop {
         arena.applied().await?;
-        if equal(arena.disk(), &arena.replica()).await? {
-            break true;
-        }
-        if Instant::now() > deadline {
-            break false;
+        let different = different(arena).await?;
+        if different.is_empty() || Instant::now() > deadline {
+            break different;
         }
         // A file system that is at rest may still bring its books up to date, once: that is part of the next point.
         arena.point_taken_after(now_unix_ms(), POINT_LIMIT).await?;
     };
-    let (replica, copy) = (arena.replica(), arena.copies().join("quiet.raw"));
+    let (replica, copy) = (arena.images(Side::Destination), arena.copies().join("quiet.raw"));
+    let mut images: Vec<_> = replica.into_iter().map(|(_, image)| image).collect();
     let findings = blocking(move || {
-        image::copy(&replica, &copy)?;
-        let findings = image::examine(&copy, seed);
+        image::copy(&images[0], &copy)?;
+        images[0].clone_from(&copy);
+        let findings = examine(&images, seed);
         std::fs::remove_file(&copy)?;
         findings
     })
     .await?;
     judge_soundness(&findings, &place, result);
     let mut wrong = vec![];
-    if !equal {
-        wrong.push(format!("{place}: it differs from the disk"));
-    }
+    wrong.extend(different.iter().map(|disk| format!("{place}: disk {disk} differs from the vm's")));
     match &findings.moment {
         Ok(found) if operations.contains(found) => {}
         Ok(found) => wrong.push(format!("{place}: {found} operations are there, and should be {operations:?}")),
@@ -238,9 +239,25 @@ async fn judge_quiet(
     Ok(())
 }
 
-async fn equal(one: &Path, other: &Path) -> Result<bool, FaultsError> {
-    let (one, other) = (one.to_owned(), other.to_owned());
-    blocking(move || Ok(image::digest(&one)? == image::digest(&other)?)).await
+/// Names of the disks that are not as their replicas.
+async fn different(arena: &Arena) -> Result<Vec<&'static str>, FaultsError> {
+    let (disks, replicas) = (arena.images(Side::Source), arena.images(Side::Destination));
+    blocking(move || {
+        let mut different = Vec::new();
+        for ((name, disk), (_, replica)) in disks.iter().zip(&replicas) {
+            if image::digest(disk)? != image::digest(replica)? {
+                different.push(*name);
+            }
+        }
+        Ok(different)
+    })
+    .await
+}
+
+/// The first image is the one with the file system.
+fn examine(images: &[PathBuf], seed: u64) -> io::Result<Findings> {
+    let (root, disks) = images.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    image::examine(root, disks, seed)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, FaultsError> {

@@ -16,13 +16,14 @@ use pageport_worker::replica::store::ReplicaStore;
 
 use super::image;
 
-const DISK: &str = "root";
+const POINTS: &str = "points";
 
 /// Files of a destination worker that was stopped in the middle of something.
 #[derive(Debug)]
 pub struct CrashedReplica {
     folder: tempfile::TempDir,
     vm: VmId,
+    disks: Vec<&'static str>,
 }
 
 /// What came of it.
@@ -32,22 +33,35 @@ pub struct Recovered {
     pub phase: &'static str,
     /// The newest recovery point.
     pub newest: PointInfo,
-    /// Its image.
-    pub image: PathBuf,
+    /// Its images.
+    pub images: Vec<PathBuf>,
 }
 
 impl CrashedReplica {
-    /// Copies what the worker of this data folder holds of a VM; it must not run meanwhile.
+    /// Copies what the worker of this data folder holds of a VM, wherever the replica's images, by disk, lie; it must not run meanwhile.
     ///
     /// # Errors
     /// When there is no room, or nothing to copy.
-    pub fn copy(data: &Path, vm: &str, scratch: &Path) -> io::Result<Self> {
+    pub fn copy(data: &Path, vm: &str, replica: &[(&'static str, PathBuf)], scratch: &Path) -> io::Result<Self> {
         let vm: VmId = vm.parse().map_err(io::Error::other)?;
-        let folder = tempfile::tempdir_in(scratch)?;
-        for name in ["store", "replicas"] {
-            image::copy(&data.join(name), &folder.path().join(name))?;
+        let disks = replica.iter().map(|(disk, _)| *disk).collect();
+        let copied = Self { folder: tempfile::tempdir_in(scratch)?, vm, disks };
+        let here = copied.replicas();
+        std::fs::create_dir_all(&here)?;
+        image::copy(&data.join("store"), &copied.folder.path().join("store"))?;
+        image::copy(&data.join("replicas").join(vm.to_string()).join(POINTS), &here.join(POINTS))?;
+        for (disk, image) in replica {
+            image::copy(image, &copied.image(disk))?;
         }
-        Ok(Self { folder, vm })
+        Ok(copied)
+    }
+
+    fn replicas(&self) -> PathBuf {
+        self.folder.path().join("replicas").join(self.vm.to_string())
+    }
+
+    fn image(&self, disk: &str) -> PathBuf {
+        self.replicas().join(format!("{disk}.raw"))
     }
 
     /// Recovers it as a worker does.
@@ -57,27 +71,32 @@ impl CrashedReplica {
     pub fn recover(&self) -> io::Result<Recovered> {
         let (folder, vm) = (self.folder.path(), self.vm);
         let open = |name: &str| Store::open(&folder.join(name)).map(Arc::new).map_err(chained);
-        // The worker's own store says where its image lies: it is the copy that is to be opened.
-        let disks = ReplicaStore::new(open("store-of-the-copy")?, folder);
-        let image = folder.join("replicas").join(vm.to_string()).join(format!("{DISK}.raw"));
-        let bytes = std::fs::metadata(&image)?.len();
-        let disk = disks.open_for_writing(vm, DISK, bytes, 0).map_err(chained)?;
+        let replica = self.replicas();
+        // The worker's own store says where its images lie: it is the copies that are to be opened.
+        let copies = ReplicaStore::new(open("store-of-the-copy")?, folder);
+        let mut disks = BTreeMap::new();
+        for disk in &self.disks {
+            let bytes = std::fs::metadata(self.image(disk))?.len();
+            disks.insert((*disk).to_owned(), copies.open_for_writing(vm, disk, bytes, 0).map_err(chained)?);
+        }
         let limits = Limits { points_bytes: u64::MAX, held_bytes: u64::MAX, reserve_bytes: 0 };
-        let replica = folder.join("replicas").join(vm.to_string());
         let store = open("store")?;
         let left = Group::recorded(&store, vm).map_err(chained)?;
         let phase = match left {
             Some(state) if state.applying => "applying",
-            _ if holds_journal(&replica.join("points")) => "journal",
+            _ if holds_journal(&replica.join(POINTS)) => "journal",
             _ => "settled",
         };
-        let group = Group::open(store, &replica, vm, BTreeMap::from([(DISK.to_owned(), disk)]), limits);
+        let group = Group::open(store, &replica, vm, disks, limits);
         let state = group.map_err(chained)?.state();
         match (state.damaged, state.points.last()) {
             (Some(damage), _) => Err(io::Error::other(format!("the replica is damaged: {damage}"))),
             (None, None) => Err(io::Error::other("the replica has no recovery point")),
             (None, Some(_)) if state.applying => Err(io::Error::other("the newest point is not in place")),
-            (None, Some(newest)) => Ok(Recovered { phase, newest: *newest, image }),
+            (None, Some(newest)) => {
+                let images = self.disks.iter().map(|disk| self.image(disk)).collect();
+                Ok(Recovered { phase, newest: *newest, images })
+            }
         }
     }
 }

@@ -20,10 +20,10 @@ const BALLAST: &str = "ballast";
 /// What ends a fault.
 #[derive(Debug)]
 pub enum Healing {
-    /// Start a worker again.
-    Restart(Side),
-    /// Let a stopped worker go on.
-    Thaw(Side),
+    /// Start a site's worker again.
+    Restart(&'static str),
+    /// Let a site's stopped worker go on.
+    Thaw(&'static str),
     /// Start the VM again.
     Boot,
     /// Let the link carry again.
@@ -39,12 +39,14 @@ pub enum Healing {
 pub fn apply(arena: &mut Arena, fault: Fault) -> Result<Healing, FaultsError> {
     Ok(match fault {
         Fault::KillWorker(side) => {
-            arena.lab.worker(side.site()).kill()?;
-            Healing::Restart(side)
+            let site = arena.site(side);
+            arena.lab.worker(site).kill()?;
+            Healing::Restart(site)
         }
         Fault::StopWorker(side) => {
-            arena.lab.worker(side.site()).freeze()?;
-            Healing::Thaw(side)
+            let site = arena.site(side);
+            arena.lab.worker(site).freeze()?;
+            Healing::Thaw(site)
         }
         Fault::KillHypervisor => {
             for (_, pid) in arena.lab.qemu_pids(VM) {
@@ -58,13 +60,13 @@ pub fn apply(arena: &mut Arena, fault: Fault) -> Result<Healing, FaultsError> {
             Healing::Boot
         }
         Fault::Cut(way) => {
-            for (from, to) in directions(way) {
+            for (from, to) in directions(arena, way) {
                 arena.steer(from, to, |from, to| Request::Cut { from, to })?;
             }
             Healing::Mend
         }
         Fault::FillDisk(side) => {
-            let path = arena.lab.worker_data(side.site()).join(BALLAST);
+            let path = arena.lab.worker_data(arena.site(side)).join(BALLAST);
             fill(&path).map_err(|source| FaultsError::File {
                 operation: "fill a disk with",
                 path: path.clone(),
@@ -81,11 +83,11 @@ pub fn apply(arena: &mut Arena, fault: Fault) -> Result<Healing, FaultsError> {
 /// When it cannot be ended.
 pub async fn heal(arena: &mut Arena, healing: Healing) -> Result<(), FaultsError> {
     match healing {
-        Healing::Restart(side) => arena.lab.worker(side.site()).restart()?,
-        Healing::Thaw(side) => arena.lab.worker(side.site()).thaw()?,
+        Healing::Restart(site) => arena.lab.worker(site).restart()?,
+        Healing::Thaw(site) => arena.lab.worker(site).thaw()?,
         Healing::Boot => arena.boot_again().await?,
         Healing::Mend => {
-            for (from, to) in directions(Way::Both) {
+            for (from, to) in directions(arena, Way::Both) {
                 arena.steer(from, to, |from, to| Request::Heal { from, to })?;
             }
         }
@@ -96,8 +98,8 @@ pub async fn heal(arena: &mut Arena, healing: Healing) -> Result<(), FaultsError
     Ok(())
 }
 
-fn directions(way: Way) -> Vec<(&'static str, &'static str)> {
-    let (source, destination) = (Side::Source.site(), Side::Destination.site());
+fn directions(arena: &Arena, way: Way) -> Vec<(&'static str, &'static str)> {
+    let (source, destination) = (arena.site(Side::Source), arena.site(Side::Destination));
     let (forth, back) = ((source, destination), (destination, source));
     match way {
         Way::Forth => vec![forth],

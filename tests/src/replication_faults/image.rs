@@ -1,10 +1,10 @@
-//! What an image of the guest's disk is worth: whether its file system is sound once its journal is replayed, and of which moment of the history it is.
+//! What images of the guest's disks are worth: whether the file system is sound once its journal is replayed, and of which moment of the history they are.
 //!
-//! Everything here blocks, and changes the image: give it a copy.
+//! Everything here blocks, and changes the image with the file system: give it a copy.
 
 use std::fs::{self, File};
-use std::io;
-use std::path::Path;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pageport_guest::history::{self, BLOCKS_FILE, RECORDS_FILE};
@@ -26,23 +26,31 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     run(Command::new("cp").args(["--archive", "--sparse=always"]).arg(from).arg(to)).map(drop)
 }
 
-/// Replays the journal of the file system in an image, checks it, and looks for the history of this seed.
+/// Replays the journal of the file system in an image, checks it, and looks for the history of this seed, of whose blocks a part lies on other
+/// disks: images of them, in the order in which the history was given them.
 ///
 /// # Errors
 /// When the tools cannot be run.
-pub fn examine(image: &Path, seed: u64) -> io::Result<Findings> {
+pub fn examine(image: &Path, disks: &[PathBuf], seed: u64) -> io::Result<Findings> {
     let replay = fsck(image, &["-p", "-E", "journal_only"])?;
     let check = fsck(image, &["-f", "-n"])?;
     let unsound = check.err().map(|said| match replay {
         Ok(()) => said,
         Err(replay) => format!("{replay}; {said}"),
     });
-    let read = |name: &str| dump(image, name);
-    let moment = match (read(RECORDS_FILE), read(BLOCKS_FILE)) {
-        (Ok(records), Ok(blocks)) => history::moment(seed, &records, &blocks).map_err(|mixture| mixture.to_string()),
+    let on_disks = (1..).zip(disks).map(|(place, disk)| beginning(disk, history::place_bytes(place, disks.len() + 1)));
+    let places: io::Result<Vec<_>> = std::iter::once(dump(image, BLOCKS_FILE)).chain(on_disks).collect();
+    let moment = match (dump(image, RECORDS_FILE), places) {
+        (Ok(records), Ok(places)) => history::moment(seed, &records, &places).map_err(|mixture| mixture.to_string()),
         (Err(error), _) | (_, Err(error)) => Err(error.to_string()),
     };
     Ok(Findings { unsound, moment })
+}
+
+fn beginning(disk: &Path, bytes: u64) -> io::Result<Vec<u8>> {
+    let mut read = Vec::new();
+    File::open(disk)?.take(bytes).read_to_end(&mut read)?;
+    Ok(read)
 }
 
 /// Digest of a whole file; holes are zeros.
@@ -99,10 +107,11 @@ mod tests {
 
     const SEED: u64 = 5;
 
-    /// An image with a history of a few operations in it, and how many.
-    fn image(folder: &Path) -> (std::path::PathBuf, u64) {
-        let content = folder.join("content");
-        let plan = Plan { operations_per_second: 100_000, seed: SEED, trim_every: 0 };
+    /// Two images with a history of a few operations in them, and how many.
+    fn images(folder: &Path) -> (PathBuf, PathBuf, u64) {
+        let (content, disk) = (folder.join("content"), folder.join("disk.raw"));
+        File::create(&disk).unwrap().set_len(4 << 20).unwrap();
+        let plan = Plan { operations_per_second: 100_000, seed: SEED, trim_every: 0, disks: vec![disk.clone()] };
         let load = History::start(&content, plan).unwrap();
         while load.fares().done < 30 {
             std::thread::sleep(Duration::from_millis(1));
@@ -112,22 +121,25 @@ mod tests {
         File::create(&image).unwrap().set_len(32 << 20).unwrap();
         run(Command::new("/usr/sbin/mkfs.ext4").args(["-q", "-F", "-b", "4096", "-d"]).arg(&content).arg(&image))
             .unwrap();
-        (image, done)
+        (image, disk, done)
     }
 
     #[test]
     fn a_sound_image_shows_its_moment_and_a_damaged_one_is_told() {
         let folder = tempfile::tempdir().unwrap();
-        let (image, done) = image(folder.path());
-        let found = examine(&image, SEED).unwrap();
+        let (image, disk, done) = images(folder.path());
+        let (disks, stale) = ([disk], folder.path().join("stale.raw"));
+        let found = examine(&image, &disks, SEED).unwrap();
         assert_eq!((found.unsound, found.moment), (None, Ok(done)));
-        assert!(examine(&image, SEED + 1).unwrap().moment.is_err(), "it is of another history");
+        assert!(examine(&image, &disks, SEED + 1).unwrap().moment.is_err(), "it is of another history");
+        File::create(&stale).unwrap().set_len(4 << 20).unwrap();
+        assert!(examine(&image, &[stale], SEED).unwrap().moment.is_err(), "one disk is of another moment");
 
         let copied = folder.path().join("copy.raw");
         copy(&image, &copied).unwrap();
         assert_eq!(digest(&image).unwrap(), digest(&copied).unwrap());
         run(Command::new("/usr/sbin/debugfs").args(["-w", "-R", "clri /load/history-records"]).arg(&copied)).unwrap();
-        let found = examine(&copied, SEED).unwrap();
+        let found = examine(&copied, &disks, SEED).unwrap();
         assert!(found.unsound.is_some() && found.moment.is_err(), "{found:?}");
         assert_ne!(digest(&image).unwrap(), digest(&copied).unwrap());
     }

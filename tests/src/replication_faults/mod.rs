@@ -25,7 +25,7 @@ mod case;
 mod crash;
 mod cue;
 mod fault;
-mod image;
+pub mod image;
 mod ledger;
 mod plan;
 mod results;
@@ -39,7 +39,7 @@ use crate::lab::guest::{GuestImages, SMALL};
 use arena::Arena;
 use results::Results;
 
-/// Seeds of each fault in a whole run.
+/// Seeds of each fault in a whole run; the turned-round direction has a third of them.
 pub const SEEDS: u64 = 6;
 
 /// What is to be run.

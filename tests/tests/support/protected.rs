@@ -121,8 +121,8 @@ impl Protected {
         self.guest = guest;
     }
 
-    /// Less than a hundredth of the disk crosses the link for a move.
-    pub async fn assert_moves_with_little(&self, to: &str, disk_bytes: u64) {
+    /// Moves; returns the migration.
+    pub async fn moves(&self, to: &str) -> Value {
         let moved = self.lab.ctl_json(["migrate", VM, "--to", to]).await.unwrap();
         let id = moved["id"].as_str().unwrap().to_owned();
         let migration = wait_for("the end of the move", || async {
@@ -132,6 +132,12 @@ impl Protected {
         })
         .await;
         assert_eq!(migration["state"], "completed", "{migration}");
+        migration
+    }
+
+    /// Less than a hundredth of the disk crosses the link for a move.
+    pub async fn assert_moves_with_little(&self, to: &str, disk_bytes: u64) {
+        let migration = self.moves(to).await;
         let disk_wan_bytes = number_of(&migration["record"]["disk_wan_bytes"]).unwrap();
         eprintln!("to {to}: {disk_wan_bytes} bytes of the disk's {disk_bytes}, {}", migration["record"]);
         assert!(disk_wan_bytes < disk_bytes / 100, "{disk_wan_bytes} of {disk_bytes}");
