@@ -46,6 +46,8 @@ pub struct Shared {
     pub lease_ms: u32,
     /// What workers leave free on the file system of their data; [`None`]: as in the example.
     pub reserve_bytes: Option<u32>,
+    /// Block devices that replicas may be made on.
+    pub devices: Vec<PathBuf>,
     /// Where everybody is.
     pub addresses: Addresses,
 }
@@ -94,6 +96,10 @@ pub fn worker(
     set(hypervisor, "accelerator", shared.accelerator.as_str());
     if let Some(bytes) = shared.reserve_bytes {
         set(section(&mut config, "replication"), "reserve_bytes", i64::from(bytes));
+    }
+    if !shared.devices.is_empty() {
+        let devices: Vec<_> = shared.devices.iter().map(|device| path(device)).collect();
+        set(section(&mut config, "replication"), "devices", devices);
     }
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
@@ -166,7 +172,15 @@ mod tests {
     fn shared() -> Shared {
         let addresses = Addresses::of_namespaces();
         let (log, accelerator) = ("debug".into(), "auto".into());
-        Shared { otlp_endpoint: None, log, accelerator, lease_ms: 10_000, reserve_bytes: None, addresses }
+        Shared {
+            otlp_endpoint: None,
+            log,
+            accelerator,
+            lease_ms: 10_000,
+            reserve_bytes: None,
+            devices: vec![],
+            addresses,
+        }
     }
 
     #[test]

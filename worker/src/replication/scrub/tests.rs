@@ -138,8 +138,13 @@ fn bytes_that_were_changed_by_hand_are_found_and_repaired_and_nothing_else_is() 
     let replica = replicas.open_for_writing(host.vm, "root", source.len() as u64, 0).unwrap();
     replica.write(0, &source).unwrap();
     let points = groups.open_existing(&replicas, host.vm).unwrap();
-    let (lineage, info) =
-        (Lineage::generate(), |number| PointInfo { number, taken_unix_ms: 0, changed_bytes: 0, quiesced: false, disks: 0 });
+    let (lineage, info) = (Lineage::generate(), |number| PointInfo {
+        number,
+        taken_unix_ms: 0,
+        changed_bytes: 0,
+        quiesced: false,
+        disks: 0,
+    });
     points.group().adopt(lineage, info(1)).unwrap();
     let (view, state) = (ReplicaView::default(), ReplicaState { instance: lineage.get(), version: 1 });
     view.start_over(0, "root", source.len() as u64).unwrap();
