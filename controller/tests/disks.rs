@@ -8,6 +8,7 @@ use pageport_controller::link::assignment::assignment;
 use pageport_controller::link::observation::{Observations, Observed};
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::model::command::ClientOrder;
+use pageport_controller::model::protection::Places;
 use pageport_controller::model::state::{Power, Replica, Worker};
 use pageport_controller::model::{Answer, Command, Order, Rejection, Spec, State, Terms, apply, takeover};
 use pageport_ownership::controller::Fact;
@@ -76,7 +77,13 @@ impl Story {
 
     /// Protected at a site, with a first point.
     fn protect(&mut self, at: &str) {
-        let order = ClientOrder::Protect { vm: self.id, site: site(at), worker: worker(at), terms: TERMS };
+        let order = ClientOrder::Protect {
+            vm: self.id,
+            site: site(at),
+            worker: worker(at),
+            terms: TERMS,
+            places: Places::new(),
+        };
         self.client(order).unwrap();
         let protect_seq = self.seq(at);
         self.apply(Order::ReachedPoint { vm: self.id, site: site(at), protect_seq }).unwrap();
@@ -162,7 +169,13 @@ fn nothing_is_ordered_while_a_move_or_a_seed_has_begun_with_what_was_there() {
 #[test]
 fn a_protected_vm_grows_also_during_its_first_copy() {
     let mut story = Story::new();
-    let order = ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS };
+    let order = ClientOrder::Protect {
+        vm: story.id,
+        site: site("b"),
+        worker: worker("b"),
+        terms: TERMS,
+        places: Places::new(),
+    };
     story.client(order).unwrap();
     story.resize("root", GIB).unwrap();
 }

@@ -9,7 +9,7 @@ use pageport_controller::link::assignment::assignment;
 use pageport_controller::link::observation::{Observations, Observed};
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::model::command::ClientOrder;
-use pageport_controller::model::protection::{Point, TermsError, valid_cap};
+use pageport_controller::model::protection::{Places, Point, TermsError, valid_cap, valid_places};
 use pageport_controller::model::state::{Power, Replica, ReplicaPhase, Worker};
 use pageport_controller::model::{Answer, Command, Order, Rejection, Spec, State, Terms, apply, takeover};
 use pageport_ownership::controller::Fact;
@@ -73,7 +73,13 @@ impl Story {
     }
 
     fn protect(&mut self, at: &str) -> Result<Answer, Rejection> {
-        let order = ClientOrder::Protect { vm: self.id, site: site(at), worker: worker(at), terms: TERMS };
+        let order = ClientOrder::Protect {
+            vm: self.id,
+            site: site(at),
+            worker: worker(at),
+            terms: TERMS,
+            places: Places::new(),
+        };
         self.client(order)
     }
 
@@ -235,13 +241,63 @@ fn only_a_point_under_the_newest_order_completes_a_replica() {
     story.apply(Order::ReachedPoint { vm: story.id, site: site("b"), protect_seq: 1 }).unwrap();
 }
 
+fn places(path: &str) -> Places {
+    valid_places(vec![v1::DiskPlace { disk: "root".into(), path: path.into() }]).unwrap()
+}
+
+#[test]
+fn a_replica_is_placed_before_it_is_there_and_not_moved_afterwards() {
+    let mut story = Story::new();
+    let at = |story: &Story, disk: &str, path: &str| {
+        let places = Places::from([(disk.to_owned(), path.to_owned())]);
+        ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS, places }
+    };
+    refused(story.client(at(&story, "ghost", "/dev/sdb")), "has no disk \"ghost\"");
+    story.client(at(&story, "root", "/dev/sdb")).unwrap();
+    // Nothing is there yet: the operator may think better of it.
+    story.client(at(&story, "root", "/dev/sdc")).unwrap();
+    let told = assignment(&story.state, &worker("a")).replications.remove(0).places;
+    assert_eq!(told, [v1::DiskPlace { disk: "root".into(), path: "/dev/sdc".into() }]);
+    story.reach("b");
+    refused(story.client(at(&story, "root", "/dev/sdd")), "pageportctl replica delete web --site b");
+    story.client(at(&story, "root", "/dev/sdc")).unwrap();
+    story.protect("b").unwrap();
+    assert_eq!(assignment(&story.state, &worker("a")).replications[0].places.len(), 1);
+    story.unprotect("b").unwrap();
+    story.client(ClientOrder::DeleteReplica { vm: story.id, site: site("b") }).unwrap();
+    assert!(story.state.vms[&story.id].places.is_empty());
+}
+
+#[test]
+fn a_place_is_a_plain_absolute_path() {
+    assert_eq!(places("/dev/vg0/web").into_iter().next(), Some(("root".into(), "/dev/vg0/web".into())));
+    let named = |path: &str| v1::DiskPlace { disk: "root".into(), path: path.into() };
+    for wrong in ["", "dev/sdb", "/dev/vg0/../sda", "/dev/a\0b"] {
+        assert!(matches!(valid_places(vec![named(wrong)]), Err(TermsError::Place { .. })), "{wrong:?}");
+    }
+    let twice = valid_places(vec![named("/dev/sdb"), named("/dev/sdc")]);
+    assert!(matches!(twice, Err(TermsError::TwoPlaces { .. })), "{twice:?}");
+}
+
 #[test]
 fn what_cannot_be_protected_is_refused_with_the_reason() {
     let mut story = Story::new();
     refused(story.protect("a"), "already runs at site \"a\"");
-    let elsewhere = ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("c"), terms: TERMS };
+    let elsewhere = ClientOrder::Protect {
+        vm: story.id,
+        site: site("b"),
+        worker: worker("c"),
+        terms: TERMS,
+        places: Places::new(),
+    };
     refused(story.client(elsewhere), "worker \"worker-c\" is unknown");
-    let nobody = ClientOrder::Protect { vm: VmId::generate(), site: site("b"), worker: worker("b"), terms: TERMS };
+    let nobody = ClientOrder::Protect {
+        vm: VmId::generate(),
+        site: site("b"),
+        worker: worker("b"),
+        terms: TERMS,
+        places: Places::new(),
+    };
     refused(story.client(nobody), "is unknown");
     refused(story.unprotect("b"), "is not protected at site \"b\"");
 

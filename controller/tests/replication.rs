@@ -50,6 +50,7 @@ impl Lab {
             vm: "web".into(),
             to_site: to_site.into(),
             protection: Some(v1::Protection { rpo_ms, ..v1::Protection::default() }),
+            places: vec![],
         };
         Ok(self.cluster.replication(self.node).protect_vm(request).await?.into_inner().replica.unwrap())
     }

@@ -101,20 +101,30 @@ impl Default for HypervisorConfig {
 }
 
 /// `[replication]`: how much disk may be used for it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReplicationConfig {
     /// Old bytes kept while a point of a VM is copied away, in bytes; a point that needs more is given up and tried again.
     pub scratch_bytes: u64,
     /// Journals and older recovery points of one VM's replica, in bytes; the oldest points go first.
     pub points_bytes: u64,
+    /// All replicas that lie in `data_dir` together, in bytes; [`None`]: as much as there is.
+    pub replicas_bytes: Option<u64>,
     /// Left free on the file system of `data_dir`, in bytes.
     pub reserve_bytes: u64,
+    /// Block devices, and folders of such, that replicas may be made on where an operator asks for it; absolute.
+    pub devices: Vec<PathBuf>,
 }
 
 impl Default for ReplicationConfig {
     fn default() -> Self {
-        Self { scratch_bytes: 16 << 30, points_bytes: 64 << 30, reserve_bytes: 1 << 30 }
+        Self {
+            scratch_bytes: 16 << 30,
+            points_bytes: 64 << 30,
+            replicas_bytes: None,
+            reserve_bytes: 1 << 30,
+            devices: vec![],
+        }
     }
 }
 
@@ -196,6 +206,9 @@ impl TryFrom<RawConfig> for Config {
                 return Err(invalid(key, format!("{} is not an absolute path", path.display())));
             }
         }
+        if let Some(path) = raw.replication.devices.iter().find(|path| !path.is_absolute()) {
+            return Err(invalid("replication.devices", format!("{} is not an absolute path", path.display())));
+        }
         let socket_bytes = raw.runtime_dir.as_os_str().len() + LONGEST_SOCKET_BYTES;
         if socket_bytes > SOCKET_PATH_LIMIT {
             let room = SOCKET_PATH_LIMIT - LONGEST_SOCKET_BYTES;
@@ -233,10 +246,14 @@ mod tests {
     const EXAMPLE: &str = include_str!("../../deploy/config/worker.toml");
 
     fn parse(text: &str) -> Config {
+        read(text).unwrap()
+    }
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("worker.toml");
         std::fs::write(&path, text).unwrap();
-        pageport_common::config::load::<RawConfig>(&path).unwrap().try_into().unwrap()
+        pageport_common::config::load::<RawConfig>(&path).unwrap().try_into()
     }
 
     #[test]
@@ -245,6 +262,17 @@ mod tests {
         let named = parse(&EXAMPLE.replace("# listen = [\"192.0.2.1\"]", "listen = [\"192.0.2.1\"]"));
         assert_eq!(named.drill.listen, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(named.drill.held_bytes, 16 << 30);
+    }
+
+    #[test]
+    fn replicas_lie_on_no_devices_and_have_no_quota_unless_that_is_said() {
+        assert_eq!(parse(EXAMPLE).replication, ReplicationConfig::default());
+        let said = EXAMPLE.replace("# devices = [", "devices = [").replace("# replicas_bytes", "replicas_bytes");
+        let ReplicationConfig { devices, replicas_bytes, .. } = parse(&said).replication;
+        assert_eq!((devices, replicas_bytes), (vec![PathBuf::from("/dev/vg0/")], Some(1 << 40)));
+        let relative = said.replace("/dev/vg0/", "vg0");
+        let refused = read(&relative).unwrap_err().to_string();
+        assert!(refused.contains("replication.devices") && refused.contains("absolute"), "{refused}");
     }
 
     #[test]

@@ -1,4 +1,7 @@
-//! For this crate's unit tests: an authority that issues worker certificates, and two workers that are connected.
+//! For this crate's unit tests: an authority that issues worker certificates, two workers that are connected, and block devices.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use pageport_common::tls::{Identity, TlsPaths, worker_name};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -57,5 +60,42 @@ impl Authority {
         std::fs::write(&paths.cert, certificate.pem()).expect("write");
         std::fs::write(&paths.key, key.serialize_pem()).expect("write");
         Identity::load(&paths).expect("identity")
+    }
+}
+
+/// A block device that is freed when it is dropped.
+pub(crate) struct LoopDevice {
+    path: PathBuf,
+    _file: tempfile::NamedTempFile,
+}
+
+impl LoopDevice {
+    /// One of zeros; [`None`], and a word about it: this system gives none.
+    #[allow(clippy::print_stderr)]
+    pub(crate) fn new(size_bytes: u64) -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        file.as_file().set_len(size_bytes).expect("size");
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
+        match made.ok().filter(|output| output.status.success()) {
+            Some(output) => {
+                let path = String::from_utf8_lossy(&output.stdout).trim().into();
+                Some(Self { path, _file: file })
+            }
+            None => {
+                eprintln!("skipped: loop devices need root and losetup");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let freed = Command::new("losetup").arg("--detach").arg(&self.path).status();
+        assert!(freed.is_ok_and(|status| status.success()), "free {}", self.path.display());
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::place::Place;
 use crate::quantity::{Cap, Span};
 use crate::size::Size;
 
@@ -89,6 +90,12 @@ pub enum Command {
         /// points are quiesced. Ordered again without this, points are no longer quiesced.
         #[arg(long)]
         quiesce: bool,
+        /// Make the replica of a disk on this block device of the site's host; may be given for each disk.
+        ///
+        /// The host's worker must be allowed to use it (`replication.devices` in its worker.toml), and it must be at least as large as the disk and
+        /// begin and end with zeros. Disks that are not named have their replicas in files of the worker. A replica that is there is not moved: delete it first.
+        #[arg(long, value_name = "DISK=DEVICE")]
+        place: Vec<Place>,
         /// Follow the first copy until there is a recovery point.
         #[arg(long)]
         watch: bool,
@@ -133,6 +140,7 @@ const PROTECT_EXAMPLE: &str = "\
 Example:
   pageportctl link set a b --cap 100mbit          what replication may send from a to b, if it should not take all
   pageportctl protect web --to b --rpo 30s --watch
+  pageportctl protect mail --to b --place root=/dev/vg0/mail-root --place spool=/dev/vg0/mail-spool
   pageportctl protect db --to b --quiesce         file systems at rest in each point; the guest needs qemu-guest-agent
   pageportctl replication status web --watch      lag against the target, and the worst it has been
   pageportctl recovery-point list web --site b
@@ -539,6 +547,13 @@ mod tests {
         assert_eq!((rpo, keep), (Span(300_000), 24));
         assert!(parse(&["--rpo", "30"]).unwrap_err().to_string().contains("like 30s or 5m"));
         assert!(parse(&["--keep", "0"]).is_err());
+        let placed = parse(&["--place", "root=/dev/vg0/a=b", "--place", "logs=/dev/sdb"]).unwrap().command;
+        let Command::Protect { place, .. } = placed else { panic!() };
+        let places: Vec<_> = place.iter().map(|place| (place.disk.as_str(), place.path.as_str())).collect();
+        assert_eq!(places, [("root", "/dev/vg0/a=b"), ("logs", "/dev/sdb")]);
+        for wrong in ["/dev/sdb", "=/dev/sdb", "root=", "root=sdb"] {
+            assert!(parse(&["--place", wrong]).unwrap_err().to_string().contains("like root=/dev/vg0/web"));
+        }
         assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());
     }
 

@@ -22,6 +22,7 @@ pub mod config;
 pub mod console;
 pub mod error;
 pub mod host;
+pub mod place;
 pub mod quantity;
 pub mod reason;
 pub mod render;

@@ -56,6 +56,11 @@ async fn orders_carry_their_terms_and_are_confirmed_in_words() {
     let done = run(&authority, &at, &["protect", "web", "--to", "b", "--quiesce"]).await.succeeded();
     assert!(done.stdout.contains("quiesced where the guest's agent answers"), "{}", done.stdout);
     assert!(fake.script().protected[1].protection.is_some_and(|terms| terms.quiesce));
+    let placed = ["protect", "web", "--to", "b", "--place", "root=/dev/vg0/web"];
+    let done = run(&authority, &at, &placed).await.succeeded();
+    assert!(done.stdout.contains("10 are kept, disk root on /dev/vg0/web\n"), "{}", done.stdout);
+    let place = v1::DiskPlace { disk: "root".into(), path: "/dev/vg0/web".into() };
+    assert_eq!(fake.script().protected[2].places, [place]);
     let done = run(&authority, &at, &["unprotect", "web", "--site", "b"]).await.succeeded();
     assert_eq!(done.stdout, "web is no longer protected at b; its replica there stays as it is\n");
     let refused = run(&authority, &at, &["unprotect", "web", "--site", "c"]).await;

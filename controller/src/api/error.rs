@@ -153,6 +153,7 @@ impl ApiError {
                 | Rejection::NoReplica { .. }
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
+                | Rejection::ReplicaPlaced { .. }
                 | Rejection::KeptUpToDate { .. }
                 | Rejection::BeingSeeded { .. }
                 | Rejection::LacksDisk { .. }

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::error::ApiError;
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
-use crate::model::protection::valid_cap;
+use crate::model::protection::{valid_cap, valid_places};
 use crate::model::state::Replica;
 use crate::model::{Rejection, State, Terms};
 
@@ -38,6 +38,7 @@ impl Api {
     async fn protect(&self, request: v1::ProtectVmRequest) -> Result<Option<v1::Replica>, ApiError> {
         let id = request_id(&request.request_id)?;
         let terms = Terms::try_from(request.protection.unwrap_or_default())?;
+        let places = valid_places(request.places)?;
         let moment = self.read().await?;
         let (vm_id, vm) = moment.vm(&request.vm)?;
         let site = moment.site(&request.to_site)?;
@@ -47,7 +48,7 @@ impl Api {
             None if moment.state.site_of_vm(vm) == Some(&site) => vm.ownership.owner().0.clone(),
             None => moment.worker_at(&site, vm.spec.on_isolation)?,
         };
-        let order = ClientOrder::Protect { vm: vm_id, site: site.clone(), worker, terms };
+        let order = ClientOrder::Protect { vm: vm_id, site: site.clone(), worker, terms, places };
         let (_, after) = self.order(id, order).await?;
         Ok(replica_of(&after, vm_id, &site))
     }

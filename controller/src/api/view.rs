@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::link::observation::Observations;
 use crate::model::migration::{Cancel, Phase};
+use crate::model::protection::told_places;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
 use crate::model::takeover::Takeover;
 use crate::model::{Migration, State};
@@ -170,8 +171,16 @@ impl<'a> View<'a> {
             owner.and_then(|owner| owner.seed(id, replica.seed_seq)).filter(|seed| seed.to_site == site.as_str());
         let (site_name, worker) = (site.to_string(), replica.worker.to_string());
         let lacks = replica.lacks.iter().cloned().collect();
-        let mut out =
-            v1::Replica { site: site_name, worker, state: state.into(), problem, lacks, ..v1::Replica::default() };
+        let places = told_places(vm.places.get(site));
+        let mut out = v1::Replica {
+            site: site_name,
+            worker,
+            state: state.into(),
+            problem,
+            lacks,
+            places,
+            ..v1::Replica::default()
+        };
         if let Some(seed) = seed {
             out.done_bytes = seed.done_bytes;
             out.total_bytes = seed.total_bytes;

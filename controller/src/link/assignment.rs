@@ -11,6 +11,7 @@ use pageport_proto::v1::{self, vm_assignment};
 use pageport_proto::{SiteName, VmId, WorkerName};
 
 use crate::model::migration::{Cancel, Phase};
+use crate::model::protection::told_places;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
 use crate::model::{Migration, State};
 
@@ -134,6 +135,7 @@ fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssi
             protection: Some(protection.terms.into()),
             cap_bps: cap_bps(state, from, site),
             scrub_seq: protection.scrub_seq,
+            places: told_places(vm.places.get(site)),
         })
     });
     replications.collect()

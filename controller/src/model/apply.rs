@@ -88,7 +88,9 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::Resolve(order) => take_over(state, order, now),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
-        ClientOrder::Protect { vm, site, worker, terms } => protection::protect(state, vm, site, worker, terms),
+        ClientOrder::Protect { vm, site, worker, terms, places } => {
+            protection::protect(state, vm, site, worker, terms, places)
+        }
         ClientOrder::Unprotect { vm, site } => protection::unprotect(state, vm, site),
         ClientOrder::Scrub { vm, site } => protection::scrub(state, vm, site),
         ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
@@ -221,6 +223,7 @@ fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
     }
     match vm.replicas.remove(&site) {
         Some(replica) => {
+            vm.places.remove(&site);
             vm.removals.insert(site, replica.worker);
             Ok(Answer::Done)
         }

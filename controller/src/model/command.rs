@@ -7,7 +7,7 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::migration::Record;
-use super::protection::Terms;
+use super::protection::{Places, Terms};
 use super::spec::Spec;
 use super::state::{Power, Worker};
 use super::takeover;
@@ -190,6 +190,9 @@ pub enum ClientOrder {
         worker: WorkerName,
         /// On which terms.
         terms: Terms,
+        /// Where replicas of disks are to lie.
+        #[serde(default)]
+        places: Places,
     },
     /// Leave a replica as it is.
     Unprotect {
@@ -365,6 +368,19 @@ pub enum Rejection {
         name: String,
         /// The site.
         site: SiteName,
+    },
+    /// A copy is not moved.
+    #[error(
+        "the replica of disk \"{disk}\" of vm \"{name}\" at site \"{site}\" is there, and lies elsewhere: it is not moved; to have it made anew run \
+         \"pageportctl unprotect {name} --site {site}\" and \"pageportctl replica delete {name} --site {site}\", then protect the vm again"
+    )]
+    ReplicaPlaced {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+        /// The disk.
+        disk: String,
     },
     /// No such disk.
     #[error("vm \"{name}\" has no disk \"{disk}\"; it has: {known}")]

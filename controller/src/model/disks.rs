@@ -23,10 +23,7 @@ pub const MAX_DISK_BYTES: u64 = 8 << 40;
 pub(super) fn resize(state: &mut State, id: VmId, disk: &str, size_bytes: u64) -> Outcome {
     let vm = vm_mut(state, id)?;
     let name = || vm.spec.name.clone();
-    let Some(ordered_bytes) = vm.spec.ordered_bytes(disk) else {
-        let known = vm.spec.disk_names().collect::<Vec<_>>().join(", ");
-        return Err(Rejection::DiskUnknown { name: name(), disk: disk.to_owned(), known });
-    };
+    let ordered_bytes = must_have(vm, disk)?;
     valid_size(size_bytes)?;
     if size_bytes < ordered_bytes {
         return Err(Rejection::DiskShrinks {
@@ -40,6 +37,15 @@ pub(super) fn resize(state: &mut State, id: VmId, disk: &str, size_bytes: u64) -
     not_copied(vm)?;
     vm.spec.order_bytes(disk, size_bytes);
     Ok(Answer::Vm(id))
+}
+
+/// The size that was ordered for a disk, which the VM must have, in bytes; 0: none was.
+pub(super) fn must_have(vm: &Vm, disk: &str) -> Result<u64, Rejection> {
+    let unknown = || {
+        let known = vm.spec.disk_names().collect::<Vec<_>>().join(", ");
+        Rejection::DiskUnknown { name: vm.spec.name.clone(), disk: disk.to_owned(), known }
+    };
+    vm.spec.ordered_bytes(disk).ok_or_else(unknown)
 }
 
 /// Orders one more disk. Replicas do not hold it before their next recovery point or seed.

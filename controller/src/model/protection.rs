@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::apply::{not_migrating, vm_mut};
 use super::command::{Answer, Outcome, Rejection};
+use super::disks;
 use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// Target of a protection that names none, in milliseconds.
@@ -32,6 +33,9 @@ pub const DEFAULT_KEEP_POINTS: u32 = 10;
 pub const KEEP_POINTS: RangeInclusive<u32> = 1..=256;
 /// The lowest cap of a link, in bits per second: below it nothing would ever arrive.
 pub const MIN_CAP_BPS: u64 = 100_000;
+
+/// Where the replicas of disks lie at a site, by name of the disk: paths of block devices there.
+pub type Places = BTreeMap<String, String>;
 
 /// What an operator asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +71,7 @@ pub struct Point {
 }
 
 /// What cannot be promised, or cannot be meant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TermsError {
     /// The target.
     #[error("a target of {rpo_ms} ms cannot be kept: give 5 s to 24 h")]
@@ -80,6 +84,22 @@ pub enum TermsError {
     KeepPoints {
         /// What was asked for.
         keep_points: u32,
+    },
+    /// A place.
+    #[error(
+        "the replica of disk \"{disk}\" cannot lie at \"{path}\": give the absolute path of a block device of the site's host, without \"..\""
+    )]
+    Place {
+        /// The disk.
+        disk: String,
+        /// What was asked for.
+        path: String,
+    },
+    /// Two places.
+    #[error("disk \"{disk}\" has two places: give one")]
+    TwoPlaces {
+        /// The disk.
+        disk: String,
     },
     /// The cap.
     #[error("a link cannot be capped at {cap_bps} bit/s: give at least 100 kbit/s, or 0 for no cap")]
@@ -114,6 +134,33 @@ impl From<Terms> for v1::Protection {
     }
 }
 
+/// Longest path of a place, in bytes: what systems take.
+const MAX_PLACE_BYTES: usize = 4096;
+
+/// Places as an operator may order them.
+///
+/// # Errors
+/// [`TermsError::Place`], [`TermsError::TwoPlaces`].
+pub fn valid_places(asked: Vec<v1::DiskPlace>) -> Result<Places, TermsError> {
+    let mut places = Places::new();
+    for v1::DiskPlace { disk, path } in asked {
+        let plain = path.starts_with('/') && path.split('/').all(|part| part != "..") && !path.contains('\0');
+        if !plain || path.len() > MAX_PLACE_BYTES {
+            return Err(TermsError::Place { disk, path });
+        }
+        if places.insert(disk.clone(), path).is_some() {
+            return Err(TermsError::TwoPlaces { disk });
+        }
+    }
+    Ok(places)
+}
+
+/// As they are told.
+pub fn told_places(places: Option<&Places>) -> Vec<v1::DiskPlace> {
+    let told = |(disk, path): (&String, &String)| v1::DiskPlace { disk: disk.clone(), path: path.clone() };
+    places.into_iter().flatten().map(told).collect()
+}
+
 /// A cap as an operator may order it; 0: none.
 ///
 /// # Errors
@@ -137,8 +184,15 @@ impl Links {
     }
 }
 
-/// Orders that a replica is kept up to date.
-pub(super) fn protect(state: &mut State, id: VmId, site: SiteName, worker: WorkerName, terms: Terms) -> Outcome {
+/// Orders that a replica is kept up to date, and where it is to lie where there is none yet.
+pub(super) fn protect(
+    state: &mut State,
+    id: VmId,
+    site: SiteName,
+    worker: WorkerName,
+    terms: Terms,
+    places: Places,
+) -> Outcome {
     if state.site_of(&worker) != Some(&site) {
         return Err(Rejection::WorkerUnknown { worker });
     }
@@ -152,6 +206,20 @@ pub(super) fn protect(state: &mut State, id: VmId, site: SiteName, worker: Worke
     }
     if vm.removals.contains_key(&site) {
         return Err(Rejection::ReplicaLeaving { name, site });
+    }
+    for (disk, path) in &places {
+        disks::must_have(vm, disk)?;
+        let known = vm.places.get(&site).and_then(|places| places.get(disk));
+        let held = vm.replicas.get(&site).is_some_and(|replica| match replica.phase {
+            ReplicaPhase::Seeding | ReplicaPhase::Failed { .. } => false,
+            ReplicaPhase::Seeded | ReplicaPhase::Mixed | ReplicaPhase::Outdated => true,
+        });
+        if held && known != Some(path) {
+            return Err(Rejection::ReplicaPlaced { name, site, disk: disk.clone() });
+        }
+    }
+    if !places.is_empty() {
+        vm.places.entry(site.clone()).or_default().extend(places);
     }
     let fresh = Replica::new(worker, 0, ReplicaPhase::Seeding, None);
     // Files of an earlier copy lie at the worker that made it: replication goes on there.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
 use super::migration::Migration;
-use super::protection::{Links, Protection};
+use super::protection::{Links, Places, Protection};
 use super::spec::Spec;
 use super::takeover::Takeover;
 
@@ -142,6 +142,9 @@ pub struct Vm {
     pub replicas: BTreeMap<SiteName, Replica>,
     /// Copies to be removed, by site.
     pub removals: BTreeMap<SiteName, WorkerName>,
+    /// Where copies of its disks were ordered to lie, by site; also while the VM itself lives on them.
+    #[serde(default)]
+    pub places: BTreeMap<SiteName, Places>,
     /// The newest error that an operator should see.
     pub problem: String,
     /// Changes of owner that no worker's record proves, newest last.
@@ -162,6 +165,7 @@ impl Vm {
             power_seq: 0,
             replicas: BTreeMap::new(),
             removals: BTreeMap::new(),
+            places: BTreeMap::new(),
             problem: String::new(),
             takeovers: vec![],
             life: Life::Defined,

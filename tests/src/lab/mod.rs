@@ -103,6 +103,8 @@ pub struct LabConfig {
     pub failpoints: Failpoints,
     /// Size of the file system of its own that each worker's data folder is, so that it can be filled; [`None`]: it is none. Needs namespaces.
     pub worker_volume_bytes: Option<u64>,
+    /// Block devices of this machine that workers may make replicas on.
+    pub devices: Vec<PathBuf>,
 }
 
 /// Whether the workers' failpoints are on.
@@ -128,6 +130,7 @@ impl Default for LabConfig {
             lease_ms: 10_000,
             failpoints: Failpoints::default(),
             worker_volume_bytes: None,
+            devices: vec![],
         }
     }
 }
@@ -241,7 +244,15 @@ impl Lab {
         };
 
         let LabConfig {
-            otlp_endpoint, log, accelerator, huge_pages, lease_ms, failpoints, worker_volume_bytes, ..
+            otlp_endpoint,
+            log,
+            accelerator,
+            huge_pages,
+            lease_ms,
+            failpoints,
+            worker_volume_bytes,
+            devices,
+            ..
         } = config;
         let mut environment = Vec::new();
         if failpoints == Failpoints::On {
@@ -254,7 +265,8 @@ impl Lab {
             environment.push((FAILPOINTS_VARIABLE, path.into_os_string()));
         }
         let (addresses, reserve_bytes) = (lab.network.addresses().clone(), worker_volume_bytes.map(|_| RESERVE_BYTES));
-        let shared = Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, addresses };
+        let shared =
+            Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, devices, addresses };
         for site in SITES {
             let name = format!("controller-{}", settings::member_id(site));
             let identity = authority.issue(&name, "controller.pageport")?;

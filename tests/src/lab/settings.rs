@@ -48,6 +48,8 @@ pub struct Shared {
     pub lease_ms: u32,
     /// What workers leave free on the file system of their data; [`None`]: as in the example.
     pub reserve_bytes: Option<u32>,
+    /// Block devices that replicas may be made on.
+    pub devices: Vec<PathBuf>,
     /// Where everybody is.
     pub addresses: Addresses,
 }
@@ -97,6 +99,10 @@ pub fn worker(
     set(hypervisor, "huge_pages", if shared.huge_pages { "if-free" } else { "never" });
     if let Some(bytes) = shared.reserve_bytes {
         set(section(&mut config, "replication"), "reserve_bytes", i64::from(bytes));
+    }
+    if !shared.devices.is_empty() {
+        let devices: Vec<_> = shared.devices.iter().map(|device| path(device)).collect();
+        set(section(&mut config, "replication"), "devices", devices);
     }
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
@@ -176,6 +182,7 @@ mod tests {
             huge_pages: false,
             lease_ms: 10_000,
             reserve_bytes: None,
+            devices: vec![],
             addresses,
         }
     }

@@ -33,6 +33,15 @@ impl Protected {
         config: LabConfig,
         file: impl FnOnce(&Lab, &GuestImages) -> Result<VmFile, LabError>,
     ) -> Self {
+        Self::begin_on(config, file, &[]).await
+    }
+
+    /// As [`Self::begin_with`], protected with these options besides.
+    pub async fn begin_on(
+        config: LabConfig,
+        file: impl FnOnce(&Lab, &GuestImages) -> Result<VmFile, LabError>,
+        options: &[&str],
+    ) -> Self {
         let images = GuestImages::build(SMALL).unwrap();
         let lab = Lab::start(config).await.unwrap();
         let file = file(&lab, &images).unwrap();
@@ -41,7 +50,8 @@ impl Protected {
         let mut guest = lab.guest("c", GUEST_ADDRESS).await.unwrap();
         let boot_id = guest.uptime().await.unwrap().1;
         set_rate(&lab, 1_000_000_000);
-        ctl(&lab, &["protect", VM, "--to", "b", "--rpo", "5s", "--keep", "4"]).await.unwrap();
+        let protect = ["protect", VM, "--to", "b", "--rpo", "5s", "--keep", "4"];
+        ctl(&lab, &[&protect[..], options].concat()).await.unwrap();
         let protected = Self { lab, guest, boot_id, disk: file.disk().to_owned() };
         protected.point_after("b", 0).await;
         set_rate(&protected.lab, LabConfig::default().link.rate_bps);

@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::controllers::Controllers;
 use crate::clock;
-use crate::config::{AcceleratorChoice, Config};
+use crate::config::{AcceleratorChoice, Config, ReplicationConfig};
 use crate::drill::export::Grounds;
 use crate::drill::exports::Exports;
 use crate::hypervisor::{self, Accelerator, accel};
@@ -42,7 +42,7 @@ use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
-use crate::replica::store::ReplicaStore;
+use crate::replica::store::{ReplicaStore, RoomLimits};
 use crate::replica::view::Views;
 use crate::replication::registry::Replications;
 use crate::replication::serve::Sessions;
@@ -105,15 +105,14 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let (huge_pages, runtime_dir) = (config.hypervisor.huge_pages, config.runtime_dir.clone());
     let hypervisor = hypervisor::Host { qemu, keeper, accelerator, huge_pages, runtime_dir };
     let changed = Arc::new(Notify::new());
-    let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir));
-    let limits = Limits {
-        points_bytes: config.replication.points_bytes,
-        held_bytes: config.drill.held_bytes,
-        reserve_bytes: config.replication.reserve_bytes,
-    };
+    let ReplicationConfig { replicas_bytes, reserve_bytes, ref devices, .. } = config.replication;
+    let room = RoomLimits { replicas_bytes, reserve_bytes };
+    let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir).allow(devices.clone()).limited(room));
+    let limits =
+        Limits { points_bytes: config.replication.points_bytes, held_bytes: config.drill.held_bytes, reserve_bytes };
     let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
     let tool = config.hypervisor.qemu_img.clone();
-    let flattenings = Arc::new(Flattenings::new(tool, config.replication.reserve_bytes, changed.clone()));
+    let flattenings = Arc::new(Flattenings::new(tool, reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
         hypervisor: hypervisor.clone(),

@@ -133,6 +133,7 @@ async fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
         node.replicas.must_be_flat(vm)?;
         // Written in place it is at none of its recovery points any more.
         node.groups.forget(vm, &LeaseEnd::Seeded)?;
+        node.replicas.make_room(vm, &[(&hello.disk, hello.allocated_bytes)])?;
         Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
     })?;
     // Once more, now that the disk is open: had the VM been given to this worker meanwhile, nobody else would close it.

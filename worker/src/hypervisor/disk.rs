@@ -10,6 +10,8 @@
 //!
 //! Over an image with a backing file the upper node is a throttle filter that throttles nothing. QEMU looks through a filter to see what is allocated
 //! in the whole chain; through a raw node it sees the first image alone, and a mirror then leaves out what only the backing file holds.
+//!
+//! A block device may be larger than the disk: the raw node is told the disk's size. QEMU does not change that while it runs.
 
 use serde_json::{Value, json};
 
@@ -78,8 +80,9 @@ pub fn repointed(nodes: &[NodeInfo], disk: &str, below: &str) -> Value {
 
 /// The nodes of a disk, in the order in which they are added.
 pub fn nodes(disk: &str, image: &Image) -> [Value; 3] {
+    let driver = if image.device_bytes().is_some() { "host_device" } else { "file" };
     let file = json!({
-        "driver": "file", "node-name": file_node(disk), "filename": image.path().to_string_lossy(),
+        "driver": driver, "node-name": file_node(disk), "filename": image.path().to_string_lossy(),
         "discard": "unmap", "cache": {"direct": false, "no-flush": false},
     });
     let mut format = json!({
@@ -88,6 +91,9 @@ pub fn nodes(disk: &str, image: &Image) -> [Value; 3] {
     });
     if let Some(backing) = image.backing_option() {
         format["backing"] = backing;
+    }
+    if let Some(size_bytes) = image.device_bytes() {
+        format["size"] = size_bytes.into();
     }
     [file, format, Top::of(image).options(disk, &disk_node(disk))]
 }
@@ -103,5 +109,13 @@ mod tests {
         assert_eq!((&format["node-name"], &format["file"]), (&json!("disk-root"), &json!("file-root")));
         assert_eq!((&format["driver"], format.get("backing")), (&json!("raw"), None));
         assert_eq!((&top["node-name"], &top["file"]), (&json!("top-root"), &json!("disk-root")));
+        assert_eq!((&file["driver"], format.get("size")), (&json!("file"), None));
+    }
+
+    #[test]
+    fn on_a_block_device_a_disk_has_its_own_size() {
+        let [file, format, top] = nodes("root", &Image::device("/dev/vg0/web", 4096));
+        assert_eq!((&file["driver"], &format["driver"]), (&json!("host_device"), &json!("raw")));
+        assert_eq!((&format["size"], top.get("size")), (&json!(4096), None));
     }
 }

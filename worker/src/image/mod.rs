@@ -1,4 +1,4 @@
-//! Disk images as they lie on this host: raw, or qcow2 with what it is backed by.
+//! Disk images as they lie on this host: raw, on a block device, or qcow2 with what it is backed by.
 //!
 //! ```text
 //!   web.qcow2 ─▶ release-7.qcow2 ─▶ debian-12.raw        an image and its layers
@@ -124,14 +124,29 @@ pub struct Image {
     own: Layer,
     /// What is below it, the nearest first.
     backing: Vec<Layer>,
-    /// What a qcow2 file says; a raw one may grow.
+    /// What a qcow2 file says, or how much of a block device is the disk; a raw file may grow.
     virtual_bytes: Option<u64>,
+    place: Place,
+}
+
+/// What an image lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    File,
+    /// The disk is at its beginning.
+    Device,
 }
 
 impl Image {
     /// A raw one, which need not be there.
     pub fn raw(path: impl Into<PathBuf>) -> Self {
-        Self { own: Layer { path: path.into(), format: Format::Raw }, backing: Vec::new(), virtual_bytes: None }
+        let own = Layer { path: path.into(), format: Format::Raw };
+        Self { own, backing: Vec::new(), virtual_bytes: None, place: Place::File }
+    }
+
+    /// The first `size_bytes` of a block device, which need not be there.
+    pub fn device(path: impl Into<PathBuf>, size_bytes: u64) -> Self {
+        Self { virtual_bytes: Some(size_bytes), place: Place::Device, ..Self::raw(path) }
     }
 
     /// Of this format, with everything that it is backed by.
@@ -144,7 +159,7 @@ impl Image {
         }
         let mut layer = Layer { path: path.to_owned(), format };
         let mut file = File::open(path).map_err(|source| ImageError::Open { path: path.to_owned(), source })?;
-        let mut image = Self { own: layer.clone(), backing: Vec::new(), virtual_bytes: None };
+        let mut image = Self { own: layer.clone(), ..Self::raw(path) };
         let mut seen = Vec::new();
         loop {
             let of = layer.path.clone();
@@ -180,6 +195,11 @@ impl Image {
         self.own.format
     }
 
+    /// Of one on a block device: how much of that is the disk, in bytes.
+    pub fn device_bytes(&self) -> Option<u64> {
+        self.virtual_bytes.filter(|_| self.place == Place::Device)
+    }
+
     /// Size of the disk, in bytes.
     ///
     /// # Errors
@@ -192,11 +212,14 @@ impl Image {
     }
 
     /// About how much of the disk is not holes, in bytes: what the files of all layers occupy, but not more than the disk has. Compressed
-    /// files hold more than they occupy.
+    /// files hold more than they occupy. A block device has no holes.
     ///
     /// # Errors
     /// A file cannot be looked at.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
+        if let Some(size_bytes) = self.device_bytes() {
+            return Ok(size_bytes);
+        }
         let layers = std::iter::once(&self.own).chain(&self.backing);
         let occupied =
             layers.map(|layer| Ok(std::fs::metadata(&layer.path)?.blocks() * 512)).sum::<io::Result<u64>>()?;

@@ -7,33 +7,36 @@
 //! | `<data_dir>/disks/<vm>/<disk>.raw` | a disk that was added, and that this worker made where no path was given |
 //!
 //! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
-//! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]).
+//! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]). An operator may have a replica made on a block
+//! device ([`device`]), which counts as given.
 
+pub mod device;
+mod disk;
+mod error;
 pub mod flattening;
 mod making;
+mod room;
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
-use nix::unistd::{Whence, lseek64};
-use pageport_common::store::{Batch, Store, StoreError};
+use pageport_common::store::{Batch, Store};
 use pageport_proto::VmId;
 use serde::{Deserialize, Serialize};
 
+pub use self::disk::ReplicaDisk;
+pub use self::error::ReplicaError;
+use self::room::Expected;
+pub use self::room::RoomLimits;
 use super::points;
 use crate::image::{Format, Image, ImageError, begins_like_qcow2, qcow2_bytes};
 
 /// Unit of digests and of comparison, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;
-/// Left free on the file system when a replica is made, in bytes.
-const SPARE_BYTES: u64 = 64 << 20;
 
 /// Who provided an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +58,9 @@ pub struct DiskLocation {
     /// What its bytes mean.
     #[serde(default)]
     pub format: Format,
+    /// Of a block device: how much of it is the disk, in bytes; [`None`]: it is a file, which has the disk's size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<u64>,
 }
 
 impl DiskLocation {
@@ -64,6 +70,10 @@ impl DiskLocation {
     /// The image cannot be looked at.
     pub fn bytes(&self) -> Result<(u64, u64), ImageError> {
         let failed = |source| ImageError::Open { path: self.path.clone(), source };
+        if let Some(size_bytes) = self.size_bytes {
+            self.path.metadata().map_err(failed)?;
+            return Ok((size_bytes, size_bytes));
+        }
         let (length, allocated_bytes) = image_bytes(&self.path).map_err(failed)?;
         match self.format {
             Format::Raw => Ok((length, allocated_bytes)),
@@ -76,302 +86,11 @@ impl DiskLocation {
     /// # Errors
     /// [`ImageError`].
     pub fn image(&self) -> Result<Image, ImageError> {
-        Image::open(&self.path, self.format)
-    }
-}
-
-/// Why a disk or replica cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ReplicaError {
-    /// The worker's store failed.
-    #[error("look up disk {disk:?} of vm {vm}")]
-    Store {
-        /// The VM.
-        vm: VmId,
-        /// The disk.
-        disk: String,
-        /// Why.
-        #[source]
-        source: StoreError,
-    },
-    /// The record in the worker's store is damaged.
-    #[error("the record of disk {disk:?} of vm {vm} is damaged")]
-    Record {
-        /// The VM.
-        vm: VmId,
-        /// The disk.
-        disk: String,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// The image cannot be opened or made.
-    #[error("open the image {}", path.display())]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Not enough room.
-    #[error(
-        "no space for the replica {}: it needs {needed_bytes} bytes and {free_bytes} are free; \
-         free some space or move the worker's data_dir", path.display()
-    )]
-    NoSpace {
-        /// The image.
-        path: PathBuf,
-        /// What the source's image occupies, less what the replica occupies already.
-        needed_bytes: u64,
-        /// What the file system has.
-        free_bytes: u64,
-    },
-    /// A replica cannot be brought to stable storage.
-    #[error("bring the replica {} to stable storage", path.display())]
-    Sync {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A disk that has become smaller.
-    #[error(
-        "the disk has {size_bytes} bytes and its replica {} has {held_bytes}: a replica is never cut; delete it and begin anew",
-        path.display()
-    )]
-    Shrinks {
-        /// The image.
-        path: PathBuf,
-        /// Its size.
-        held_bytes: u64,
-        /// What was asked for.
-        size_bytes: u64,
-    },
-    /// The image cannot be used.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// Nobody said what the image is, and it looks like something else than raw.
-    #[error(
-        "the image {} begins like a qcow2 file and the vm's definition does not say which format it has; that is not guessed, since a guest can \
-         write such a beginning into a raw disk: define the vm with \"format: qcow2\" for this disk, or with \"format: raw\"", path.display()
-    )]
-    FormatUnsaid {
-        /// The image.
-        path: PathBuf,
-    },
-    /// A file of that name is there, and the disk is new.
-    #[error("disk {disk:?} is to be made at {}, and there is something already: move it away", path.display())]
-    DiskInTheWay {
-        /// The disk.
-        disk: String,
-        /// The file.
-        path: PathBuf,
-    },
-    /// A disk could not be made.
-    #[error("make disk {disk:?} at {}", path.display())]
-    Make {
-        /// The disk.
-        disk: String,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file of that name is there, and it is not ours.
-    #[error("the image is to be flattened to {}, and such a file is there already: move it away", path.display())]
-    InTheWay {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A replica is raw, and this is not yet.
-    #[error(
-        "the disks of vm {vm} are being flattened from qcow2 to raw here before they are replicas: wait until that is done \
-         (\"pageportctl replica list\" shows how far it is)"
-    )]
-    NotFlat {
-        /// The VM.
-        vm: VmId,
-    },
-    /// There is no replica of this disk here.
-    #[error("this site holds no replica of disk {disk:?} of vm {vm}: seed it first")]
-    Missing {
-        /// The VM.
-        vm: VmId,
-        /// The disk.
-        disk: String,
-    },
-}
-
-/// An open replica.
-#[derive(Debug)]
-pub struct ReplicaDisk {
-    file: File,
-    path: PathBuf,
-    size_bytes: AtomicU64,
-    instance: u64,
-    version: AtomicU64,
-    session: tokio::sync::Mutex<()>,
-    /// Locked for reading by whoever writes, and for writing by whoever changes the size.
-    closed: RwLock<bool>,
-}
-
-impl ReplicaDisk {
-    /// Waits for the one session that may write at a time; the turn ends with the guard.
-    pub async fn session_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.session.lock().await
-    }
-
-    /// Size of the disk, in bytes.
-    pub fn size_bytes(&self) -> u64 {
-        self.size_bytes.load(Ordering::Acquire)
-    }
-
-    /// Makes the disk at least `size_bytes` large; what is new reads as zeros. Never shrinks.
-    ///
-    /// # Errors
-    /// The system's, or `PermissionDenied` once it is closed.
-    pub fn grow(&self, size_bytes: u64) -> io::Result<()> {
-        let _alone = self.open_alone()?;
-        if size_bytes > self.size_bytes() {
-            self.file.set_len(size_bytes)?;
-            self.size_bytes.store(size_bytes, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Refuses to make the disk smaller than it is.
-    ///
-    /// # Errors
-    /// [`ReplicaError::Shrinks`].
-    pub fn must_not_shrink(&self, size_bytes: u64) -> Result<(), ReplicaError> {
-        let held_bytes = self.size_bytes();
-        if size_bytes >= held_bytes {
-            return Ok(());
-        }
-        Err(ReplicaError::Shrinks { path: self.path.clone(), held_bytes, size_bytes })
-    }
-
-    /// Makes the disk at most `size_bytes` large. Only for taking back what has made it larger.
-    ///
-    /// # Errors
-    /// The system's, or `PermissionDenied` once it is closed.
-    pub fn cut(&self, size_bytes: u64) -> io::Result<()> {
-        let _alone = self.open_alone()?;
-        if size_bytes < self.size_bytes() {
-            self.file.set_len(size_bytes)?;
-            self.size_bytes.store(size_bytes, Ordering::Release);
-            self.version.fetch_add(1, Ordering::AcqRel);
-        }
-        Ok(())
-    }
-
-    /// Together with [`Self::version`]: names the content. Differs after each opening by a worker.
-    pub fn instance(&self) -> u64 {
-        self.instance
-    }
-
-    /// Counts the changes since the replica was opened.
-    pub fn version(&self) -> u64 {
-        self.version.load(Ordering::Acquire)
-    }
-
-    /// Reads exactly `into.len()` bytes.
-    ///
-    /// # Errors
-    /// The system's, or `UnexpectedEof` past the end.
-    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset)
-    }
-
-    /// Reads what the device holds, not what the system remembers of it, as far as the system goes along.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub fn read_anew(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        posix_fadvise(self.file.as_fd(), offset as i64, into.len() as i64, advice)?;
-        self.read(offset, into)
-    }
-
-    /// Writes; all of it must lie inside the disk.
-    ///
-    /// # Errors
-    /// The system's, `InvalidInput` past the end, or `PermissionDenied` once it is closed.
-    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<u64> {
-        let _open = self.open()?;
-        self.check_range(offset, data.len() as u64)?;
-        self.file.write_all_at(data, offset)?;
-        Ok(self.version.fetch_add(1, Ordering::AcqRel) + 1)
-    }
-
-    /// Makes a range read as zeros, leaving a hole.
-    ///
-    /// # Errors
-    /// The system's, `InvalidInput` past the end, or `PermissionDenied` once it is closed.
-    pub fn zero(&self, offset: u64, length: u64) -> io::Result<u64> {
-        let _open = self.open()?;
-        self.check_range(offset, length)?;
-        if length > 0 {
-            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            fallocate(self.file.as_fd(), hole, offset as i64, length as i64)?;
-        }
-        Ok(self.version.fetch_add(1, Ordering::AcqRel) + 1)
-    }
-
-    /// Brings everything written so far to stable storage.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn flush(&self) -> io::Result<u64> {
-        self.file.sync_data()?;
-        Ok(self.version())
-    }
-
-    /// The next range at or after `from` that is not a hole; `None`: only holes follow.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn next_data(&self, from: u64) -> io::Result<Option<(u64, u64)>> {
-        let start = match lseek64(self.file.as_fd(), from as i64, Whence::SeekData) {
-            Ok(start) => start as u64,
-            Err(nix::errno::Errno::ENXIO) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let end = lseek64(self.file.as_fd(), start as i64, Whence::SeekHole)? as u64;
-        Ok(Some((start, end.min(self.size_bytes()))))
-    }
-
-    /// Waits for writes under way, and refuses every later one: the file is somebody else's. It can still be read.
-    fn close(&self) {
-        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
-    }
-
-    /// Holds off [`Self::close`].
-    fn open(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
-        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
-        if *closed { Err(is_closed()) } else { Ok(closed) }
-    }
-
-    /// Holds off [`Self::close`], and all other changes.
-    fn open_alone(&self) -> io::Result<RwLockWriteGuard<'_, bool>> {
-        let closed = self.closed.write().unwrap_or_else(PoisonError::into_inner);
-        if *closed { Err(is_closed()) } else { Ok(closed) }
-    }
-
-    fn check_range(&self, offset: u64, length: u64) -> io::Result<()> {
-        match offset.checked_add(length) {
-            Some(end) if end <= self.size_bytes() => Ok(()),
-            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "past the end of the disk")),
+        match self.size_bytes {
+            Some(size_bytes) => Ok(Image::device(&self.path, size_bytes)),
+            None => Image::open(&self.path, self.format),
         }
     }
-}
-
-fn is_closed() -> io::Error {
-    let why = "the replica is closed: a hypervisor has its disk, or it was removed";
-    io::Error::new(io::ErrorKind::PermissionDenied, why)
 }
 
 /// All disks and replicas of this host.
@@ -381,6 +100,10 @@ pub struct ReplicaStore {
     folder: PathBuf,
     /// Of the disks that were added.
     disks_folder: PathBuf,
+    /// Block devices, and folders of such, that replicas may be made on.
+    devices: Vec<PathBuf>,
+    limits: RoomLimits,
+    expected: Mutex<Expected>,
     open: Mutex<HashMap<(VmId, String), Arc<ReplicaDisk>>>,
 }
 
@@ -388,7 +111,20 @@ impl ReplicaStore {
     /// Keeps its records in `store` and its files below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path) -> Self {
         let (folder, disks_folder) = (data_dir.join("replicas"), data_dir.join("disks"));
-        Self { store, folder, disks_folder, open: Mutex::default() }
+        let (devices, limits) = (vec![], RoomLimits::default());
+        Self { store, folder, disks_folder, devices, limits, expected: Mutex::default(), open: Mutex::default() }
+    }
+
+    /// Replicas may be made on these block devices, or on those in these folders.
+    #[must_use]
+    pub fn allow(self, devices: Vec<PathBuf>) -> Self {
+        Self { devices, ..self }
+    }
+
+    /// Replicas may occupy so much.
+    #[must_use]
+    pub fn limited(self, limits: RoomLimits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Where a disk lies on this host, if it does.
@@ -420,13 +156,20 @@ impl ReplicaStore {
         if format.is_none() && begins_like_qcow2(given).unwrap_or(false) {
             return Err(ReplicaError::FormatUnsaid { path: given.to_owned() });
         }
-        let location =
-            DiskLocation { path: given.to_owned(), origin: Origin::Given, format: format.unwrap_or_default() };
+        let format = format.unwrap_or_default();
+        let size_bytes = if format == Format::Raw && device::is_device(given) {
+            self.must_be_no_other_disk(vm, disk, given)?;
+            let failed = |source| ReplicaError::Open { path: given.to_owned(), source };
+            Some(File::open(given).and_then(|device| device::length(&device)).map_err(failed)?)
+        } else {
+            None
+        };
+        let location = DiskLocation { path: given.to_owned(), origin: Origin::Given, format, size_bytes };
         self.record(vm, disk, &location)?;
         Ok(location)
     }
 
-    /// Opens a replica for writing, with this size, making it if there is none.
+    /// Opens a replica for writing, with this size, making it if there is none. All of it is to be compared.
     ///
     /// # Errors
     /// As [`Self::open_as_it_is`]; [`ReplicaError::Shrinks`].
@@ -439,9 +182,24 @@ impl ReplicaStore {
     ) -> Result<Arc<ReplicaDisk>, ReplicaError> {
         let replica = self.open_as_it_is(vm, disk, allocated_bytes)?;
         replica.must_not_shrink(size_bytes)?;
-        let failed = |source| ReplicaError::Open { path: replica.path.clone(), source };
-        replica.grow(size_bytes).map_err(failed)?;
+        replica.must_have_room(size_bytes)?;
+        let failed = |source| ReplicaError::Open { path: replica.path().to_owned(), source };
+        replica.grow_to_compare(size_bytes).map_err(failed)?;
         Ok(replica)
+    }
+
+    /// Sees to it that the replica of a disk of `size_bytes` lies on this block device. What it is to be made on is checked and recorded.
+    ///
+    /// # Errors
+    /// It lies elsewhere, or the device must not be used, with the reason and the way out.
+    pub fn place(&self, vm: VmId, disk: &str, device: &Path, size_bytes: u64) -> Result<(), ReplicaError> {
+        match self.locate(vm, disk)? {
+            Some(location) if location.path == device => Ok(()),
+            Some(DiskLocation { path: held, .. }) => {
+                Err(ReplicaError::Placed { disk: disk.to_owned(), held, asked: device.to_owned() })
+            }
+            None => self.claim_device(vm, disk, device, size_bytes).map(drop),
+        }
     }
 
     /// Opens a replica for writing, with the size that it has; makes an empty one if there is none.
@@ -460,11 +218,20 @@ impl ReplicaStore {
             Some(location) => location,
             None => {
                 let path = self.folder.join(vm.to_string()).join(format!("{disk}.raw"));
-                DiskLocation { path, origin: Origin::Made, format: Format::Raw }
+                DiskLocation { path, origin: Origin::Made, format: Format::Raw, size_bytes: None }
             }
         };
-        let replica = open_file(&location.path, allocated_bytes)?;
-        self.record(vm, disk, &location)?;
+        let replica = match location.size_bytes {
+            Some(size_bytes) => {
+                let (file, device) = self.open_device(vm, disk, &location, size_bytes)?;
+                ReplicaDisk::new(&location.path, file, size_bytes, Some(device))
+            }
+            None => {
+                let replica = ReplicaDisk::in_file(&location.path, allocated_bytes)?;
+                self.record(vm, disk, &location)?;
+                replica
+            }
+        };
         let replica = Arc::new(replica);
         open.insert((vm, disk.to_owned()), replica.clone());
         Ok(replica)
@@ -493,6 +260,17 @@ impl ReplicaStore {
         pairs.into_iter().filter_map(location).collect()
     }
 
+    /// The disks of all VMs on this host. What cannot be read is left out.
+    fn all_locations(&self) -> Result<Vec<(VmId, String, DiskLocation)>, ReplicaError> {
+        let failed = |source| ReplicaError::Scan { source };
+        let location = |(key, text): (Vec<u8>, Vec<u8>)| {
+            let key = String::from_utf8(key).ok()?;
+            let (vm, disk) = key.strip_prefix("disk/")?.split_once('/')?;
+            Some((vm.parse().ok()?, disk.to_owned(), serde_json::from_slice(&text).ok()?))
+        };
+        Ok(self.store.scan("disk/").map_err(failed)?.into_iter().filter_map(location).collect())
+    }
+
     /// Names of the disks of a VM on this host.
     ///
     /// # Errors
@@ -517,6 +295,7 @@ impl ReplicaStore {
     /// The worker's store failed, or a file cannot be deleted.
     pub fn remove(&self, vm: VmId) -> Result<(), ReplicaError> {
         self.close(vm);
+        self.expect_nothing(vm);
         self.forget_flattening(vm)?;
         let prefix = format!("disk/{vm}/");
         let failed = |source| ReplicaError::Store { vm, disk: String::new(), source };
@@ -560,7 +339,7 @@ impl ReplicaStore {
     }
 }
 
-/// Size of an image and how much of it is not holes, in bytes.
+/// Size of an image that is a file, and how much of it is not holes, in bytes.
 ///
 /// # Errors
 /// The system's.
@@ -571,32 +350,6 @@ pub fn image_bytes(path: &Path) -> io::Result<(u64, u64)> {
 
 fn key(vm: VmId, disk: &str) -> String {
     format!("disk/{vm}/{disk}")
-}
-
-fn open_file(path: &Path, allocated_bytes: u64) -> Result<ReplicaDisk, ReplicaError> {
-    let failed = |source| ReplicaError::Open { path: path.to_owned(), source };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        let held = image_bytes(path).map(|(_, allocated)| allocated).unwrap_or_default();
-        let needed_bytes = allocated_bytes.saturating_sub(held);
-        let free_bytes = free_bytes(folder).map_err(failed)?;
-        if needed_bytes.saturating_add(SPARE_BYTES) > free_bytes {
-            return Err(ReplicaError::NoSpace { path: path.to_owned(), needed_bytes, free_bytes });
-        }
-    }
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
-    let size_bytes = file.metadata().map_err(failed)?.len();
-    file.sync_all().map_err(failed)?;
-    let instance = rand::random::<u64>() | 1;
-    Ok(ReplicaDisk {
-        file,
-        path: path.to_owned(),
-        size_bytes: AtomicU64::new(size_bytes),
-        instance,
-        version: AtomicU64::new(0),
-        session: tokio::sync::Mutex::default(),
-        closed: RwLock::new(false),
-    })
 }
 
 /// What the file system of a folder has left, in bytes.
@@ -611,12 +364,6 @@ fn remove_if_there(path: &Path) -> Result<(), ReplicaError> {
             Err(ReplicaError::Open { path: path.to_owned(), source })
         }
         _ => Ok(()),
-    }
-}
-
-impl std::fmt::Display for ReplicaDisk {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.path.display())
     }
 }
 
@@ -724,7 +471,7 @@ mod tests {
         std::fs::write(&given, [0; 4096]).unwrap();
         let (owner, copied) = (VmId::generate(), VmId::generate());
         assert_eq!(replicas.locate_or_adopt(owner, "root", &given, None).unwrap().path, given);
-        let made = replicas.open_for_writing(copied, "root", 4096, 0).unwrap().path.clone();
+        let made = replicas.open_for_writing(copied, "root", 4096, 0).unwrap().path().to_owned();
         replicas.remove(owner).unwrap();
         replicas.remove(copied).unwrap();
         assert!(given.exists() && !made.exists());

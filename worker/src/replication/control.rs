@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use pageport_common::telemetry;
 use pageport_proto::v1::{
-    BeginLayer, BeginPoint, CommitPoint, Committed, CompareBlocks, Compared, DiskHello, ReplicaPoints, ReplicationDisk,
-    ReplicationHello, ReplicationReply, ReplicationRequest, StreamHello, replication_reply, replication_request,
-    stream_hello,
+    BeginLayer, BeginPoint, CommitPoint, Committed, CompareBlocks, Compared, DiskHello, DiskPlace, ReplicaPoints,
+    ReplicationDisk, ReplicationHello, ReplicationReply, ReplicationRequest, StreamHello, replication_reply,
+    replication_request, stream_hello,
 };
 
 use crate::transport::{
@@ -61,12 +61,18 @@ impl Control {
         connection: &PeerConnection,
         session: u64,
         disks: &[DiskHello],
+        places: &[DiskPlace],
     ) -> Result<(Self, ReplicaPoints), ControlError> {
+        let place_of = |disk: &str| {
+            let place = places.iter().find(|place| place.disk == disk);
+            place.map(|place| place.path.clone()).unwrap_or_default()
+        };
         let vm_id = disks.first().map(|disk| disk.vm_id.clone()).unwrap_or_default();
         let disk = |disk: &DiskHello| ReplicationDisk {
             name: disk.disk.clone(),
             size_bytes: disk.size_bytes,
             allocated_bytes: disk.allocated_bytes,
+            place: place_of(&disk.disk),
         };
         let hello = ReplicationHello { vm_id, session, disks: disks.iter().map(disk).collect() };
         let (send, recv) = connection.open_bi(priority::CONTROL).await?;

@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -239,7 +240,7 @@ impl Session {
         if begin.in_place {
             // What there was is a mixture from now on.
             group.forget()?;
-            self.grow_disks()?;
+            self.grow_disks(ReplicaDisk::grow_to_compare)?;
             let lineage = Lineage::generate();
             self.replace(Target::InPlace { lineage });
             return Ok(lineage.get());
@@ -263,14 +264,14 @@ impl Session {
 
     fn begin_layer(&self) -> Result<u64, SessionError> {
         self.points.open_layer()?;
-        self.grow_disks()?;
+        self.grow_disks(ReplicaDisk::grow)?;
         self.replace(Target::Layer);
         Ok(self.state().instance)
     }
 
-    fn grow_disks(&self) -> Result<(), SessionError> {
+    fn grow_disks(&self, grow: impl Fn(&ReplicaDisk, u64) -> io::Result<()>) -> Result<(), SessionError> {
         for ((name, disk), size_bytes) in self.disks.iter().zip(&self.sizes_bytes) {
-            disk.grow(*size_bytes).map_err(|source| SessionError::Grow { disk: name.clone(), source })?;
+            grow(disk, *size_bytes).map_err(|source| SessionError::Grow { disk: name.clone(), source })?;
         }
         Ok(())
     }
@@ -346,7 +347,13 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     let (replicas, groups, asked) = (node.replicas.clone(), node.groups.clone(), hello.disks.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
         replicas.must_be_flat(vm)?;
+        let files = asked.iter().filter(|disk| disk.place.is_empty());
+        let wanted: Vec<_> = files.map(|disk| (disk.name.as_str(), disk.allocated_bytes)).collect();
+        replicas.make_room(vm, &wanted)?;
         let open = |disk: &pageport_proto::v1::ReplicationDisk| {
+            if !disk.place.is_empty() {
+                replicas.place(vm, &disk.name, Path::new(&disk.place), disk.size_bytes)?;
+            }
             Ok((disk.name.clone(), replicas.open_as_it_is(vm, &disk.name, disk.allocated_bytes)?))
         };
         let disks: Vec<_> = asked.iter().map(open).collect::<Result<_, ReplicaError>>()?;
@@ -356,7 +363,10 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
             Err(PointError::Damaged { .. }) => {}
             undone => undone?,
         }
-        disks.iter().zip(&asked).try_for_each(|((_, disk), asked)| disk.must_not_shrink(asked.size_bytes))?;
+        disks.iter().zip(&asked).try_for_each(|((_, disk), asked)| {
+            disk.must_not_shrink(asked.size_bytes)?;
+            disk.must_have_room(asked.size_bytes)
+        })?;
         Ok((disks, points))
     });
     let (disks, points) = opened.await??;

@@ -6,6 +6,7 @@
 //! Guarantees: level-triggered, so an order that was interrupted is carried out later; nothing changes while a recovery point is taken or the VM
 //! moves. Does not change the disks of a VM that does not run: see [`super::managed`].
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{ManagedVm, VmError};
 use crate::hypervisor::{AddedDisk, HypervisorError, Vm};
 use crate::node::Node;
-use crate::replica::store::ReplicaError;
+use crate::replica::store::device::must_fit;
+use crate::replica::store::{DiskLocation, ReplicaError};
 
 /// What failed is tried again after this.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -37,6 +39,19 @@ pub enum DisksError {
         /// Why.
         #[source]
         source: HypervisorError,
+    },
+    /// A disk on a block device.
+    #[error(
+        "disk {disk:?} lies on the block device {} and cannot grow under the guest: it gets its {size_bytes} bytes when the vm is stopped and started",
+        device.display()
+    )]
+    OnDevice {
+        /// The disk.
+        disk: String,
+        /// The device.
+        device: PathBuf,
+        /// What was ordered.
+        size_bytes: u64,
     },
     /// A disk does not grow.
     #[error("make disk {disk:?} {size_bytes} bytes large")]
@@ -121,10 +136,24 @@ async fn bring_in_line(node: Arc<Node>, vm: Arc<ManagedVm>, spec: VmSpec) -> Res
         attach(&vm, &qemu, disk, &spec.machine).await?;
     }
     for DiskSpec { name, size_bytes, .. } in &spec.disks {
+        if let Some(device) = too_small_device(&vm, name, *size_bytes)? {
+            return Err(DisksError::OnDevice { disk: name.clone(), device, size_bytes: *size_bytes });
+        }
         let failed = |source| DisksError::Grow { disk: name.clone(), size_bytes: *size_bytes, source };
         qemu.grow_disk(name, *size_bytes).await.map_err(failed)?;
     }
     Ok((spec.disks, qemu.pid()))
+}
+
+/// The block device that a disk lies on, if the disk is smaller than ordered; an error, if the device is as well.
+fn too_small_device(vm: &ManagedVm, disk: &str, size_bytes: u64) -> Result<Option<PathBuf>, ReplicaError> {
+    tokio::task::block_in_place(|| {
+        let location = vm.replicas().locate(vm.id(), disk)?;
+        let small = |location: &DiskLocation| location.size_bytes.is_some_and(|held_bytes| held_bytes < size_bytes);
+        let Some(location) = location.filter(small) else { return Ok(None) };
+        must_fit(&location.path, size_bytes)?;
+        Ok(Some(location.path))
+    })
 }
 
 async fn attach(vm: &ManagedVm, qemu: &Vm, disk: &DiskSpec, machine: &str) -> Result<(), DisksError> {

@@ -46,9 +46,12 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Disk(command) => disk::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,
-        Command::Protect { vm, to, rpo, keep, quiesce, watch } => {
+        Command::Protect { vm, to, rpo, keep, quiesce, place, watch } => {
             let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce };
-            protection::protect(&mut context, vm, to, terms, watch).await
+            let places = place.into_iter().map(v1::DiskPlace::from).collect();
+            let request =
+                v1::ProtectVmRequest { request_id: request_id(), vm, to_site: to, protection: Some(terms), places };
+            protection::protect(&mut context, request, watch).await
         }
         Command::Unprotect { vm, site } => protection::unprotect(&mut context, vm, site).await,
         Command::Replication(ReplicationCommand::Status { vm, watch: false }) => {

@@ -16,19 +16,8 @@ use crate::trace::Traced;
 type Fleet = FleetServiceClient<Traced>;
 type Replication = ReplicationServiceClient<Traced>;
 
-pub async fn protect(
-    context: &mut Context,
-    vm: String,
-    site: String,
-    terms: v1::Protection,
-    watch: bool,
-) -> Result<(), CtlError> {
-    let request = v1::ProtectVmRequest {
-        request_id: request_id(),
-        vm: vm.clone(),
-        to_site: site.clone(),
-        protection: Some(terms),
-    };
+pub async fn protect(context: &mut Context, request: v1::ProtectVmRequest, watch: bool) -> Result<(), CtlError> {
+    let (vm, site) = (request.vm.clone(), request.to_site.clone());
     let response = ask!(context, Replication, protect_vm, request).await?;
     let replica = required(response.replica, "ProtectVm", "replica")?;
     if !watch {

@@ -1,8 +1,10 @@
 //! What `list`, `get` and `status` show. Pure: messages and the present time in, text out.
 
+use std::fmt::Write as _;
+
 use pageport_proto::v1::{
-    DiskSpec, DiskStatus, GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse,
-    ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
+    DiskPlace, DiskSpec, DiskStatus, GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse,
+    ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -205,7 +207,13 @@ fn replica_table(replicas: &[Replica]) -> String {
             replica.problem.clone(),
         ]);
     }
-    table.render("no replicas: make one with `pageportctl replica seed VM --to SITE`")
+    let mut text = table.render("no replicas: make one with `pageportctl replica seed VM --to SITE`");
+    for replica in replicas {
+        for DiskPlace { disk, path } in &replica.places {
+            let _ = writeln!(text, "disk {disk} at {} lies on {path}", replica.site);
+        }
+    }
+    text
 }
 
 /// `migration list`

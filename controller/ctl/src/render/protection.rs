@@ -149,7 +149,12 @@ pub fn protect_line(vm: &str, replica: &Replica) -> String {
     let keep = units::count(terms.keep_points.into());
     let rpo = Span(terms.rpo_ms);
     let quiesced = if terms.quiesce { ", quiesced where the guest's agent answers" } else { "" };
-    format!("{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesced}", replica.site)
+    let places: String =
+        replica.places.iter().map(|place| format!(", disk {} on {}", place.disk, place.path)).collect();
+    format!(
+        "{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesced}{places}",
+        replica.site
+    )
 }
 
 /// `link list`

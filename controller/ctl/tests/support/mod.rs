@@ -443,8 +443,13 @@ impl ReplicationService for Fake {
         self.vm(&request.vm)?;
         self.script().protected.push(request.clone());
         let state = v1::ReplicaState::Seeding.into();
-        let replica =
-            v1::Replica { site: request.to_site, state, protection: request.protection, ..Default::default() };
+        let replica = v1::Replica {
+            site: request.to_site,
+            state,
+            protection: request.protection,
+            places: request.places,
+            ..Default::default()
+        };
         Ok(Response::new(v1::ProtectVmResponse { replica: Some(replica) }))
     }
 

@@ -56,7 +56,7 @@ impl ReplicaStore {
         if path.symlink_metadata().is_ok() {
             return Err(ReplicaError::DiskInTheWay { disk: disk.to_owned(), path });
         }
-        let location = DiskLocation { path, origin, format: Format::Raw };
+        let location = DiskLocation { path, origin, format: Format::Raw, size_bytes: None };
         self.record(vm, disk, &location)?;
         Ok(location)
     }

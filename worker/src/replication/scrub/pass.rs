@@ -136,7 +136,7 @@ impl Pass<'_> {
         let connection = self.node.endpoint.connect(&self.order.peer_worker, &self.order.peer_address).await?;
         let session = rand::random::<u64>().max(1);
         let hellos = self.hellos(&disks_of(self.qemu, self.spec).await?, session)?;
-        let (mut control, points) = Control::open(&connection, session, &hellos).await?;
+        let (mut control, points) = Control::open(&connection, session, &hellos, &[]).await?;
         let disks = Disks(hellos.into_iter().map(|hello| (hello.disk, hello.size_bytes)).collect());
         let plan = Plan::make(self.qemu, &disks.names(), &points, &self.order.peer_worker).await?;
         let since = plan.since.filter(|_| !plan.in_place).ok_or(ScrubError::NoBitmap)?;

@@ -92,6 +92,7 @@ impl ManagedVm {
     ) -> Result<Vm, VmError> {
         let mut spec = state.spec.clone().ok_or(VmError::Undefined { vm: self.id })?;
         let images = self.images(&spec, mode, state.durable.record())?;
+        let images = if mode == StartMode::Incoming { images } else { self.grow_on_devices(&spec, images) };
         // A disk that was added and cannot be made keeps nothing from running; it is plugged in when it can.
         spec.disks.retain(|disk| images.contains_key(&disk.name));
         let grow = if mode == StartMode::Incoming { vec![] } else { too_small(&spec, &images)? };
@@ -105,6 +106,23 @@ impl ManagedVm {
             return Err(error);
         }
         Ok(qemu)
+    }
+
+    /// Disks on block devices grow while no hypervisor has them. One whose device is too small keeps the vm from nothing.
+    fn grow_on_devices(&self, spec: &VmSpec, mut images: BTreeMap<String, Image>) -> BTreeMap<String, Image> {
+        for DiskSpec { name, size_bytes, .. } in &spec.disks {
+            let small = |image: &Image| image.device_bytes().is_some_and(|held_bytes| held_bytes < *size_bytes);
+            let Some(image) = images.get_mut(name).filter(|image| small(image)) else { continue };
+            let grown = tokio::task::block_in_place(|| self.shared.replicas.grow_on_device(self.id, name, *size_bytes));
+            match grown {
+                Ok(()) => *image = Image::device(image.path(), *size_bytes),
+                Err(error) => {
+                    let problem = crate::error::with_causes(&error);
+                    tracing::warn!(vm_id = %self.id, disk = name, problem, "the vm starts with a disk that is too small");
+                }
+            }
+        }
+        images
     }
 
     /// Makes disks of a hypervisor that waits larger, and lets it run if it is to.
@@ -251,7 +269,7 @@ impl ManagedVm {
 fn too_small(spec: &VmSpec, images: &BTreeMap<String, Image>) -> Result<Vec<(String, u64)>, VmError> {
     let mut grow = vec![];
     for disk in spec.disks.iter().filter(|disk| disk.size_bytes > 0) {
-        let Some(image) = images.get(&disk.name) else { continue };
+        let Some(image) = images.get(&disk.name).filter(|image| image.device_bytes().is_none()) else { continue };
         let failed = |source| ReplicaError::Open { path: image.path().to_owned(), source };
         if image.size_bytes().map_err(failed)? < disk.size_bytes {
             grow.push((disk.name.clone(), disk.size_bytes));

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/replication.proto.
  */
 export const file_pageport_v1_replication: GenFile = /*@__PURE__*/
-  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEingMKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDQoFbGFja3MYKSADKAkSDgoGd29ya2VyGDwgASgJEhEKCXNjcnViX3NlcRg9IAEoBEINCgtfcHJvdGVjdGlvbkIOCgxfcmVwbGljYXRpb25CDQoLX2ZsYXR0ZW5pbmciRgoKRmxhdHRlbmluZxISCgpkb25lX2J5dGVzGAEgASgEEhMKC3RvdGFsX2J5dGVzGAIgASgEEg8KB3Byb2JsZW0YAyABKAkiQgoKUHJvdGVjdGlvbhIOCgZycG9fbXMYASABKAQSEwoLa2VlcF9wb2ludHMYAiABKA0SDwoHcXVpZXNjZRgDIAEoCCLVAwoRUmVwbGljYXRpb25TdGF0dXMSLAoFcGhhc2UYASABKA4yHS5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblBoYXNlEioKBm5ld2VzdBgCIAEoCzIaLnBhZ2Vwb3J0LnYxLlJlY292ZXJ5UG9pbnQSDgoGbGFnX21zGAMgASgEEhEKCWxhZ19ieXRlcxgEIAEoBBISCgpkb25lX2J5dGVzGAUgASgEEhMKC3RvdGFsX2J5dGVzGAYgASgEEhAKCHJhdGVfYnBzGAcgASgEEhQKDHdvcnN0X3Jwb19tcxgIIAEoBBIRCgl3aW5kb3dfbXMYCSABKAQSEgoKZXRhX2xvd19tcxgKIAEoBBITCgtldGFfaGlnaF9tcxgLIAEoBBISCgpycG9fbWlzc2VkGAwgASgIEg8KB3Byb2JsZW0YDSABKAkSFwoPcXVpZXNjZV9wcm9ibGVtGA4gASgJEiwKBXNjcnViGDwgASgLMhgucGFnZXBvcnQudjEuU2NydWJTdGF0dXNIAIgBARIxCgpsYXN0X3NjcnViGD0gASgLMhgucGFnZXBvcnQudjEuU2NydWJTdGF0dXNIAYgBAUIICgZfc2NydWJCDQoLX2xhc3Rfc2NydWIizwEKC1NjcnViU3RhdHVzEgsKA3NlcRgBIAEoBBIXCg9zdGFydGVkX3VuaXhfbXMYAiABKAMSFQoNZW5kZWRfdW5peF9tcxgDIAEoAxISCgpkb25lX2J5dGVzGAQgASgEEhMKC3RvdGFsX2J5dGVzGAUgASgEEhYKDmNvbXBhcmVkX2J5dGVzGAkgASgEEhgKEGRpZmZlcmVudF9ibG9ja3MYBiABKAQSFwoPcmVwYWlyZWRfYmxvY2tzGAcgASgEEg8KB3Byb2JsZW0YCCABKAkibgoNUmVjb3ZlcnlQb2ludBIOCgZudW1iZXIYASABKAQSFQoNdGFrZW5fdW5peF9tcxgCIAEoAxIVCg1jaGFuZ2VkX2J5dGVzGAMgASgEEhAKCHF1aWVzY2VkGAQgASgIEg0KBWRpc2tzGCggASgNInAKEFByb3RlY3RWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEisKCnByb3RlY3Rpb24YBCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uIjoKEVByb3RlY3RWbVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIkIKElVucHJvdGVjdFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFQoTVW5wcm90ZWN0Vm1SZXNwb25zZSJDChNTY3J1YlJlcGxpY2FSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSI9ChRTY3J1YlJlcGxpY2FSZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSI1ChlMaXN0UmVjb3ZlcnlQb2ludHNSZXF1ZXN0EgoKAnZtGAEgASgJEgwKBHNpdGUYAiABKAkicwoaTGlzdFJlY292ZXJ5UG9pbnRzUmVzcG9uc2USKgoGcG9pbnRzGAEgAygLMhoucGFnZXBvcnQudjEuUmVjb3ZlcnlQb2ludBIpCgdleHBvcnRzGDwgAygLMhgucGFnZXBvcnQudjEuUG9pbnRFeHBvcnQi7QEKC1BvaW50RXhwb3J0Eg0KBXZtX2lkGAEgASgJEg4KBm51bWJlchgCIAEoBBIVCg10YWtlbl91bml4X21zGAMgASgDEiwKBXN0YXRlGAQgASgOMh0ucGFnZXBvcnQudjEuUG9pbnRFeHBvcnRTdGF0ZRIWCg5vcGVuZWRfdW5peF9tcxgFIAEoAxIUCgxlbmRzX3VuaXhfbXMYBiABKAMSDgoGcmVhc29uGAcgASgJEhIKCmhlbGRfYnl0ZXMYCCABKAQSKAoFZGlza3MYCSADKAsyGS5wYWdlcG9ydC52MS5FeHBvcnRlZERpc2siPgoMRXhwb3J0ZWREaXNrEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBBIMCgR1cmxzGAMgAygJIjsKBExpbmsSEQoJZnJvbV9zaXRlGAEgASgJEg8KB3RvX3NpdGUYAiABKAkSDwoHY2FwX2JwcxgDIAEoBCJIChFTZXRMaW5rQ2FwUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEh8KBGxpbmsYAiABKAsyES5wYWdlcG9ydC52MS5MaW5rIjUKElNldExpbmtDYXBSZXNwb25zZRIfCgRsaW5rGAEgASgLMhEucGFnZXBvcnQudjEuTGluayISChBMaXN0TGlua3NSZXF1ZXN0IjUKEUxpc3RMaW5rc1Jlc3BvbnNlEiAKBWxpbmtzGAEgAygLMhEucGFnZXBvcnQudjEuTGluayJFChJTZWVkUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJIjwKE1NlZWRSZXBsaWNhUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiIQoTTGlzdFJlcGxpY2FzUmVxdWVzdBIKCgJ2bRgBIAEoCSI+ChRMaXN0UmVwbGljYXNSZXNwb25zZRImCghyZXBsaWNhcxgBIAMoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiRAoURGVsZXRlUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIhcKFURlbGV0ZVJlcGxpY2FSZXNwb25zZSqYAQoMUmVwbGljYVN0YXRlEh0KGVJFUExJQ0FfU1RBVEVfVU5TUEVDSUZJRUQQABIZChVSRVBMSUNBX1NUQVRFX1NFRURJTkcQARIYChRSRVBMSUNBX1NUQVRFX1NFRURFRBACEhgKFFJFUExJQ0FfU1RBVEVfRkFJTEVEEAMSGgoWUkVQTElDQV9TVEFURV9PVVREQVRFRBAEKtMBChBSZXBsaWNhdGlvblBoYXNlEiEKHVJFUExJQ0FUSU9OX1BIQVNFX1VOU1BFQ0lGSUVEEAASHQoZUkVQTElDQVRJT05fUEhBU0VfV0FJVElORxABEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0ZVTExfQ09QWRACEh8KG1JFUExJQ0FUSU9OX1BIQVNFX0lOQ1JFTUVOVBADEhoKFlJFUExJQ0FUSU9OX1BIQVNFX0lETEUQBBIfChtSRVBMSUNBVElPTl9QSEFTRV9NSUdSQVRJTkcQBSpxChBQb2ludEV4cG9ydFN0YXRlEiIKHlBPSU5UX0VYUE9SVF9TVEFURV9VTlNQRUNJRklFRBAAEhsKF1BPSU5UX0VYUE9SVF9TVEFURV9PUEVOEAESHAoYUE9JTlRfRVhQT1JUX1NUQVRFX0VOREVEEAIyiAYKElJlcGxpY2F0aW9uU2VydmljZRJQCgtTZWVkUmVwbGljYRIfLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlNlZWRSZXBsaWNhUmVzcG9uc2USUwoMTGlzdFJlcGxpY2FzEiAucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkxpc3RSZXBsaWNhc1Jlc3BvbnNlEkoKCVByb3RlY3RWbRIdLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlcXVlc3QaHi5wYWdlcG9ydC52MS5Qcm90ZWN0Vm1SZXNwb25zZRJQCgtVbnByb3RlY3RWbRIfLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLlVucHJvdGVjdFZtUmVzcG9uc2USUwoMU2NydWJSZXBsaWNhEiAucGFnZXBvcnQudjEuU2NydWJSZXBsaWNhUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLlNjcnViUmVwbGljYVJlc3BvbnNlEmUKEkxpc3RSZWNvdmVyeVBvaW50cxImLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QaJy5wYWdlcG9ydC52MS5MaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRJNCgpTZXRMaW5rQ2FwEh4ucGFnZXBvcnQudjEuU2V0TGlua0NhcFJlcXVlc3QaHy5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVzcG9uc2USSgoJTGlzdExpbmtzEh0ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkxpc3RMaW5rc1Jlc3BvbnNlElYKDURlbGV0ZVJlcGxpY2ESIS5wYWdlcG9ydC52MS5EZWxldGVSZXBsaWNhUmVxdWVzdBoiLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXNwb25zZWIGcHJvdG8z");
+  fileDesc("Ch1wYWdlcG9ydC92MS9yZXBsaWNhdGlvbi5wcm90bxILcGFnZXBvcnQudjEixgMKB1JlcGxpY2ESDAoEc2l0ZRgBIAEoCRIoCgVzdGF0ZRgCIAEoDjIZLnBhZ2Vwb3J0LnYxLlJlcGxpY2FTdGF0ZRISCgpkb25lX2J5dGVzGAMgASgEEhMKC3RvdGFsX2J5dGVzGAQgASgEEhEKCXdhbl9ieXRlcxgFIAEoBBIQCghyYXRlX2JwcxgGIAEoBBIPCgdwcm9ibGVtGAcgASgJEjAKCnByb3RlY3Rpb24YCCABKAsyFy5wYWdlcG9ydC52MS5Qcm90ZWN0aW9uSACIAQESOAoLcmVwbGljYXRpb24YCSABKAsyHi5wYWdlcG9ydC52MS5SZXBsaWNhdGlvblN0YXR1c0gBiAEBEjAKCmZsYXR0ZW5pbmcYKCABKAsyFy5wYWdlcG9ydC52MS5GbGF0dGVuaW5nSAKIAQESDQoFbGFja3MYKSADKAkSDgoGd29ya2VyGDwgASgJEhEKCXNjcnViX3NlcRg9IAEoBBImCgZwbGFjZXMYUCADKAsyFi5wYWdlcG9ydC52MS5EaXNrUGxhY2VCDQoLX3Byb3RlY3Rpb25CDgoMX3JlcGxpY2F0aW9uQg0KC19mbGF0dGVuaW5nIkYKCkZsYXR0ZW5pbmcSEgoKZG9uZV9ieXRlcxgBIAEoBBITCgt0b3RhbF9ieXRlcxgCIAEoBBIPCgdwcm9ibGVtGAMgASgJIkIKClByb3RlY3Rpb24SDgoGcnBvX21zGAEgASgEEhMKC2tlZXBfcG9pbnRzGAIgASgNEg8KB3F1aWVzY2UYAyABKAgi1QMKEVJlcGxpY2F0aW9uU3RhdHVzEiwKBXBoYXNlGAEgASgOMh0ucGFnZXBvcnQudjEuUmVwbGljYXRpb25QaGFzZRIqCgZuZXdlc3QYAiABKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50Eg4KBmxhZ19tcxgDIAEoBBIRCglsYWdfYnl0ZXMYBCABKAQSEgoKZG9uZV9ieXRlcxgFIAEoBBITCgt0b3RhbF9ieXRlcxgGIAEoBBIQCghyYXRlX2JwcxgHIAEoBBIUCgx3b3JzdF9ycG9fbXMYCCABKAQSEQoJd2luZG93X21zGAkgASgEEhIKCmV0YV9sb3dfbXMYCiABKAQSEwoLZXRhX2hpZ2hfbXMYCyABKAQSEgoKcnBvX21pc3NlZBgMIAEoCBIPCgdwcm9ibGVtGA0gASgJEhcKD3F1aWVzY2VfcHJvYmxlbRgOIAEoCRIsCgVzY3J1Yhg8IAEoCzIYLnBhZ2Vwb3J0LnYxLlNjcnViU3RhdHVzSACIAQESMQoKbGFzdF9zY3J1Yhg9IAEoCzIYLnBhZ2Vwb3J0LnYxLlNjcnViU3RhdHVzSAGIAQFCCAoGX3NjcnViQg0KC19sYXN0X3NjcnViIs8BCgtTY3J1YlN0YXR1cxILCgNzZXEYASABKAQSFwoPc3RhcnRlZF91bml4X21zGAIgASgDEhUKDWVuZGVkX3VuaXhfbXMYAyABKAMSEgoKZG9uZV9ieXRlcxgEIAEoBBITCgt0b3RhbF9ieXRlcxgFIAEoBBIWCg5jb21wYXJlZF9ieXRlcxgJIAEoBBIYChBkaWZmZXJlbnRfYmxvY2tzGAYgASgEEhcKD3JlcGFpcmVkX2Jsb2NrcxgHIAEoBBIPCgdwcm9ibGVtGAggASgJIm4KDVJlY292ZXJ5UG9pbnQSDgoGbnVtYmVyGAEgASgEEhUKDXRha2VuX3VuaXhfbXMYAiABKAMSFQoNY2hhbmdlZF9ieXRlcxgDIAEoBBIQCghxdWllc2NlZBgEIAEoCBINCgVkaXNrcxgoIAEoDSInCglEaXNrUGxhY2USDAoEZGlzaxgBIAEoCRIMCgRwYXRoGAIgASgJIpgBChBQcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIrCgpwcm90ZWN0aW9uGAQgASgLMhcucGFnZXBvcnQudjEuUHJvdGVjdGlvbhImCgZwbGFjZXMYUCADKAsyFi5wYWdlcG9ydC52MS5EaXNrUGxhY2UiOgoRUHJvdGVjdFZtUmVzcG9uc2USJQoHcmVwbGljYRgBIAEoCzIULnBhZ2Vwb3J0LnYxLlJlcGxpY2EiQgoSVW5wcm90ZWN0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEc2l0ZRgDIAEoCSIVChNVbnByb3RlY3RWbVJlc3BvbnNlIkMKE1NjcnViUmVwbGljYVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRzaXRlGAMgASgJIj0KFFNjcnViUmVwbGljYVJlc3BvbnNlEiUKB3JlcGxpY2EYASABKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhIjUKGUxpc3RSZWNvdmVyeVBvaW50c1JlcXVlc3QSCgoCdm0YASABKAkSDAoEc2l0ZRgCIAEoCSJzChpMaXN0UmVjb3ZlcnlQb2ludHNSZXNwb25zZRIqCgZwb2ludHMYASADKAsyGi5wYWdlcG9ydC52MS5SZWNvdmVyeVBvaW50EikKB2V4cG9ydHMYPCADKAsyGC5wYWdlcG9ydC52MS5Qb2ludEV4cG9ydCLtAQoLUG9pbnRFeHBvcnQSDQoFdm1faWQYASABKAkSDgoGbnVtYmVyGAIgASgEEhUKDXRha2VuX3VuaXhfbXMYAyABKAMSLAoFc3RhdGUYBCABKA4yHS5wYWdlcG9ydC52MS5Qb2ludEV4cG9ydFN0YXRlEhYKDm9wZW5lZF91bml4X21zGAUgASgDEhQKDGVuZHNfdW5peF9tcxgGIAEoAxIOCgZyZWFzb24YByABKAkSEgoKaGVsZF9ieXRlcxgIIAEoBBIoCgVkaXNrcxgJIAMoCzIZLnBhZ2Vwb3J0LnYxLkV4cG9ydGVkRGlzayI+CgxFeHBvcnRlZERpc2sSDAoEbmFtZRgBIAEoCRISCgpzaXplX2J5dGVzGAIgASgEEgwKBHVybHMYAyADKAkiOwoETGluaxIRCglmcm9tX3NpdGUYASABKAkSDwoHdG9fc2l0ZRgCIAEoCRIPCgdjYXBfYnBzGAMgASgEIkgKEVNldExpbmtDYXBSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSHwoEbGluaxgCIAEoCzIRLnBhZ2Vwb3J0LnYxLkxpbmsiNQoSU2V0TGlua0NhcFJlc3BvbnNlEh8KBGxpbmsYASABKAsyES5wYWdlcG9ydC52MS5MaW5rIhIKEExpc3RMaW5rc1JlcXVlc3QiNQoRTGlzdExpbmtzUmVzcG9uc2USIAoFbGlua3MYASADKAsyES5wYWdlcG9ydC52MS5MaW5rIkUKElNlZWRSZXBsaWNhUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEg8KB3RvX3NpdGUYAyABKAkiPAoTU2VlZFJlcGxpY2FSZXNwb25zZRIlCgdyZXBsaWNhGAEgASgLMhQucGFnZXBvcnQudjEuUmVwbGljYSIhChNMaXN0UmVwbGljYXNSZXF1ZXN0EgoKAnZtGAEgASgJIj4KFExpc3RSZXBsaWNhc1Jlc3BvbnNlEiYKCHJlcGxpY2FzGAEgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYSJEChREZWxldGVSZXBsaWNhUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJEgwKBHNpdGUYAyABKAkiFwoVRGVsZXRlUmVwbGljYVJlc3BvbnNlKpgBCgxSZXBsaWNhU3RhdGUSHQoZUkVQTElDQV9TVEFURV9VTlNQRUNJRklFRBAAEhkKFVJFUExJQ0FfU1RBVEVfU0VFRElORxABEhgKFFJFUExJQ0FfU1RBVEVfU0VFREVEEAISGAoUUkVQTElDQV9TVEFURV9GQUlMRUQQAxIaChZSRVBMSUNBX1NUQVRFX09VVERBVEVEEAQq0wEKEFJlcGxpY2F0aW9uUGhhc2USIQodUkVQTElDQVRJT05fUEhBU0VfVU5TUEVDSUZJRUQQABIdChlSRVBMSUNBVElPTl9QSEFTRV9XQUlUSU5HEAESHwobUkVQTElDQVRJT05fUEhBU0VfRlVMTF9DT1BZEAISHwobUkVQTElDQVRJT05fUEhBU0VfSU5DUkVNRU5UEAMSGgoWUkVQTElDQVRJT05fUEhBU0VfSURMRRAEEh8KG1JFUExJQ0FUSU9OX1BIQVNFX01JR1JBVElORxAFKnEKEFBvaW50RXhwb3J0U3RhdGUSIgoeUE9JTlRfRVhQT1JUX1NUQVRFX1VOU1BFQ0lGSUVEEAASGwoXUE9JTlRfRVhQT1JUX1NUQVRFX09QRU4QARIcChhQT0lOVF9FWFBPUlRfU1RBVEVfRU5ERUQQAjKIBgoSUmVwbGljYXRpb25TZXJ2aWNlElAKC1NlZWRSZXBsaWNhEh8ucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXF1ZXN0GiAucGFnZXBvcnQudjEuU2VlZFJlcGxpY2FSZXNwb25zZRJTCgxMaXN0UmVwbGljYXMSIC5wYWdlcG9ydC52MS5MaXN0UmVwbGljYXNSZXF1ZXN0GiEucGFnZXBvcnQudjEuTGlzdFJlcGxpY2FzUmVzcG9uc2USSgoJUHJvdGVjdFZtEh0ucGFnZXBvcnQudjEuUHJvdGVjdFZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlByb3RlY3RWbVJlc3BvbnNlElAKC1VucHJvdGVjdFZtEh8ucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXF1ZXN0GiAucGFnZXBvcnQudjEuVW5wcm90ZWN0Vm1SZXNwb25zZRJTCgxTY3J1YlJlcGxpY2ESIC5wYWdlcG9ydC52MS5TY3J1YlJlcGxpY2FSZXF1ZXN0GiEucGFnZXBvcnQudjEuU2NydWJSZXBsaWNhUmVzcG9uc2USZQoSTGlzdFJlY292ZXJ5UG9pbnRzEiYucGFnZXBvcnQudjEuTGlzdFJlY292ZXJ5UG9pbnRzUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLkxpc3RSZWNvdmVyeVBvaW50c1Jlc3BvbnNlEk0KClNldExpbmtDYXASHi5wYWdlcG9ydC52MS5TZXRMaW5rQ2FwUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlNldExpbmtDYXBSZXNwb25zZRJKCglMaXN0TGlua3MSHS5wYWdlcG9ydC52MS5MaXN0TGlua3NSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdExpbmtzUmVzcG9uc2USVgoNRGVsZXRlUmVwbGljYRIhLnBhZ2Vwb3J0LnYxLkRlbGV0ZVJlcGxpY2FSZXF1ZXN0GiIucGFnZXBvcnQudjEuRGVsZXRlUmVwbGljYVJlc3BvbnNlYgZwcm90bzM");
 
 /**
  * @generated from message pageport.v1.Replica
@@ -98,6 +98,13 @@ export type Replica = Message<"pageport.v1.Replica"> & {
    * @generated from field: uint64 scrub_seq = 61;
    */
   scrubSeq: bigint;
+
+  /**
+   * What was ordered of where it lies; of the other disks the replicas are files of the worker, or images that the VM has left there.
+   *
+   * @generated from field: repeated pageport.v1.DiskPlace places = 80;
+   */
+  places: DiskPlace[];
 };
 
 /**
@@ -405,6 +412,32 @@ export const RecoveryPointSchema: GenMessage<RecoveryPoint> = /*@__PURE__*/
   messageDesc(file_pageport_v1_replication, 5);
 
 /**
+ * Where the replica of a disk lies at a site.
+ *
+ * @generated from message pageport.v1.DiskPlace
+ */
+export type DiskPlace = Message<"pageport.v1.DiskPlace"> & {
+  /**
+   * @generated from field: string disk = 1;
+   */
+  disk: string;
+
+  /**
+   * Absolute path of a block device of the site's worker, which must be allowed to use it.
+   *
+   * @generated from field: string path = 2;
+   */
+  path: string;
+};
+
+/**
+ * Describes the message pageport.v1.DiskPlace.
+ * Use `create(DiskPlaceSchema)` to create a new message.
+ */
+export const DiskPlaceSchema: GenMessage<DiskPlace> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_replication, 6);
+
+/**
  * @generated from message pageport.v1.ProtectVmRequest
  */
 export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
@@ -427,6 +460,13 @@ export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
    * @generated from field: pageport.v1.Protection protection = 4;
    */
   protection?: Protection | undefined;
+
+  /**
+   * Of the disks that are not named the replicas are files of the worker, and those that are there stay where they are.
+   *
+   * @generated from field: repeated pageport.v1.DiskPlace places = 80;
+   */
+  places: DiskPlace[];
 };
 
 /**
@@ -434,7 +474,7 @@ export type ProtectVmRequest = Message<"pageport.v1.ProtectVmRequest"> & {
  * Use `create(ProtectVmRequestSchema)` to create a new message.
  */
 export const ProtectVmRequestSchema: GenMessage<ProtectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 6);
+  messageDesc(file_pageport_v1_replication, 7);
 
 /**
  * @generated from message pageport.v1.ProtectVmResponse
@@ -451,7 +491,7 @@ export type ProtectVmResponse = Message<"pageport.v1.ProtectVmResponse"> & {
  * Use `create(ProtectVmResponseSchema)` to create a new message.
  */
 export const ProtectVmResponseSchema: GenMessage<ProtectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 7);
+  messageDesc(file_pageport_v1_replication, 8);
 
 /**
  * @generated from message pageport.v1.UnprotectVmRequest
@@ -478,7 +518,7 @@ export type UnprotectVmRequest = Message<"pageport.v1.UnprotectVmRequest"> & {
  * Use `create(UnprotectVmRequestSchema)` to create a new message.
  */
 export const UnprotectVmRequestSchema: GenMessage<UnprotectVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 8);
+  messageDesc(file_pageport_v1_replication, 9);
 
 /**
  * @generated from message pageport.v1.UnprotectVmResponse
@@ -491,7 +531,7 @@ export type UnprotectVmResponse = Message<"pageport.v1.UnprotectVmResponse"> & {
  * Use `create(UnprotectVmResponseSchema)` to create a new message.
  */
 export const UnprotectVmResponseSchema: GenMessage<UnprotectVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 9);
+  messageDesc(file_pageport_v1_replication, 10);
 
 /**
  * @generated from message pageport.v1.ScrubReplicaRequest
@@ -518,7 +558,7 @@ export type ScrubReplicaRequest = Message<"pageport.v1.ScrubReplicaRequest"> & {
  * Use `create(ScrubReplicaRequestSchema)` to create a new message.
  */
 export const ScrubReplicaRequestSchema: GenMessage<ScrubReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 10);
+  messageDesc(file_pageport_v1_replication, 11);
 
 /**
  * @generated from message pageport.v1.ScrubReplicaResponse
@@ -535,7 +575,7 @@ export type ScrubReplicaResponse = Message<"pageport.v1.ScrubReplicaResponse"> &
  * Use `create(ScrubReplicaResponseSchema)` to create a new message.
  */
 export const ScrubReplicaResponseSchema: GenMessage<ScrubReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 11);
+  messageDesc(file_pageport_v1_replication, 12);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsRequest
@@ -557,7 +597,7 @@ export type ListRecoveryPointsRequest = Message<"pageport.v1.ListRecoveryPointsR
  * Use `create(ListRecoveryPointsRequestSchema)` to create a new message.
  */
 export const ListRecoveryPointsRequestSchema: GenMessage<ListRecoveryPointsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 12);
+  messageDesc(file_pageport_v1_replication, 13);
 
 /**
  * @generated from message pageport.v1.ListRecoveryPointsResponse
@@ -581,7 +621,7 @@ export type ListRecoveryPointsResponse = Message<"pageport.v1.ListRecoveryPoints
  * Use `create(ListRecoveryPointsResponseSchema)` to create a new message.
  */
 export const ListRecoveryPointsResponseSchema: GenMessage<ListRecoveryPointsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 13);
+  messageDesc(file_pageport_v1_replication, 14);
 
 /**
  * A recovery point that is open for reading over NBD (HostService.OpenPoint).
@@ -644,7 +684,7 @@ export type PointExport = Message<"pageport.v1.PointExport"> & {
  * Use `create(PointExportSchema)` to create a new message.
  */
 export const PointExportSchema: GenMessage<PointExport> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 14);
+  messageDesc(file_pageport_v1_replication, 15);
 
 /**
  * @generated from message pageport.v1.ExportedDisk
@@ -673,7 +713,7 @@ export type ExportedDisk = Message<"pageport.v1.ExportedDisk"> & {
  * Use `create(ExportedDiskSchema)` to create a new message.
  */
 export const ExportedDiskSchema: GenMessage<ExportedDisk> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 15);
+  messageDesc(file_pageport_v1_replication, 16);
 
 /**
  * @generated from message pageport.v1.Link
@@ -702,7 +742,7 @@ export type Link = Message<"pageport.v1.Link"> & {
  * Use `create(LinkSchema)` to create a new message.
  */
 export const LinkSchema: GenMessage<Link> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 16);
+  messageDesc(file_pageport_v1_replication, 17);
 
 /**
  * @generated from message pageport.v1.SetLinkCapRequest
@@ -724,7 +764,7 @@ export type SetLinkCapRequest = Message<"pageport.v1.SetLinkCapRequest"> & {
  * Use `create(SetLinkCapRequestSchema)` to create a new message.
  */
 export const SetLinkCapRequestSchema: GenMessage<SetLinkCapRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 17);
+  messageDesc(file_pageport_v1_replication, 18);
 
 /**
  * @generated from message pageport.v1.SetLinkCapResponse
@@ -741,7 +781,7 @@ export type SetLinkCapResponse = Message<"pageport.v1.SetLinkCapResponse"> & {
  * Use `create(SetLinkCapResponseSchema)` to create a new message.
  */
 export const SetLinkCapResponseSchema: GenMessage<SetLinkCapResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 18);
+  messageDesc(file_pageport_v1_replication, 19);
 
 /**
  * @generated from message pageport.v1.ListLinksRequest
@@ -754,7 +794,7 @@ export type ListLinksRequest = Message<"pageport.v1.ListLinksRequest"> & {
  * Use `create(ListLinksRequestSchema)` to create a new message.
  */
 export const ListLinksRequestSchema: GenMessage<ListLinksRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 19);
+  messageDesc(file_pageport_v1_replication, 20);
 
 /**
  * @generated from message pageport.v1.ListLinksResponse
@@ -771,7 +811,7 @@ export type ListLinksResponse = Message<"pageport.v1.ListLinksResponse"> & {
  * Use `create(ListLinksResponseSchema)` to create a new message.
  */
 export const ListLinksResponseSchema: GenMessage<ListLinksResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 20);
+  messageDesc(file_pageport_v1_replication, 21);
 
 /**
  * @generated from message pageport.v1.SeedReplicaRequest
@@ -798,7 +838,7 @@ export type SeedReplicaRequest = Message<"pageport.v1.SeedReplicaRequest"> & {
  * Use `create(SeedReplicaRequestSchema)` to create a new message.
  */
 export const SeedReplicaRequestSchema: GenMessage<SeedReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 21);
+  messageDesc(file_pageport_v1_replication, 22);
 
 /**
  * @generated from message pageport.v1.SeedReplicaResponse
@@ -815,7 +855,7 @@ export type SeedReplicaResponse = Message<"pageport.v1.SeedReplicaResponse"> & {
  * Use `create(SeedReplicaResponseSchema)` to create a new message.
  */
 export const SeedReplicaResponseSchema: GenMessage<SeedReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 22);
+  messageDesc(file_pageport_v1_replication, 23);
 
 /**
  * @generated from message pageport.v1.ListReplicasRequest
@@ -832,7 +872,7 @@ export type ListReplicasRequest = Message<"pageport.v1.ListReplicasRequest"> & {
  * Use `create(ListReplicasRequestSchema)` to create a new message.
  */
 export const ListReplicasRequestSchema: GenMessage<ListReplicasRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 23);
+  messageDesc(file_pageport_v1_replication, 24);
 
 /**
  * @generated from message pageport.v1.ListReplicasResponse
@@ -849,7 +889,7 @@ export type ListReplicasResponse = Message<"pageport.v1.ListReplicasResponse"> &
  * Use `create(ListReplicasResponseSchema)` to create a new message.
  */
 export const ListReplicasResponseSchema: GenMessage<ListReplicasResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 24);
+  messageDesc(file_pageport_v1_replication, 25);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaRequest
@@ -876,7 +916,7 @@ export type DeleteReplicaRequest = Message<"pageport.v1.DeleteReplicaRequest"> &
  * Use `create(DeleteReplicaRequestSchema)` to create a new message.
  */
 export const DeleteReplicaRequestSchema: GenMessage<DeleteReplicaRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 25);
+  messageDesc(file_pageport_v1_replication, 26);
 
 /**
  * @generated from message pageport.v1.DeleteReplicaResponse
@@ -889,7 +929,7 @@ export type DeleteReplicaResponse = Message<"pageport.v1.DeleteReplicaResponse">
  * Use `create(DeleteReplicaResponseSchema)` to create a new message.
  */
 export const DeleteReplicaResponseSchema: GenMessage<DeleteReplicaResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_replication, 26);
+  messageDesc(file_pageport_v1_replication, 27);
 
 /**
  * @generated from enum pageport.v1.ReplicaState
