@@ -19,8 +19,11 @@ use pageport_common::store::Store;
 use pageport_proto::VmId;
 use pageport_proto::v1::RecoveryPoint;
 
-use super::points::{Change, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo};
+use super::points::{
+    Change, FOLDER, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo,
+};
 use super::store::{ReplicaDisk, ReplicaError, ReplicaStore};
+use crate::quota::{Quota, Share};
 
 /// How a hypervisor takes the disks over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +110,8 @@ pub struct Groups {
     store: Arc<Store>,
     folder: PathBuf,
     limits: Limits,
+    /// What the points of all VMs occupy, those too that are not open.
+    quota: Arc<Quota<VmId>>,
     open: Mutex<HashMap<VmId, Arc<Points>>>,
     turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
     /// Held while a VM's points are opened or forgotten: either may save the record.
@@ -117,7 +122,20 @@ impl Groups {
     /// Those whose files lie below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path, limits: Limits) -> Self {
         let folder = data_dir.join("replicas");
-        Self { store, folder, limits, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
+        let quota = Arc::new(Quota::new(None, HashMap::new()));
+        Self { store, folder, limits, quota, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
+    }
+
+    /// The points of all VMs together may occupy so many bytes; [`None`]: as much as there is.
+    #[must_use]
+    pub fn within(self, all_bytes: Option<u64>) -> Self {
+        let folders = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let used = folders.filter_map(|folder| {
+            let vm = folder.file_name().to_str()?.parse().ok()?;
+            let files = std::fs::read_dir(folder.path().join(FOLDER)).ok()?.flatten();
+            Some((vm, files.filter_map(|file| Some(file.metadata().ok()?.len())).sum()))
+        });
+        Self { quota: Arc::new(Quota::new(all_bytes, used.collect())), ..self }
     }
 
     /// One session of a VM at a time.
@@ -144,7 +162,8 @@ impl Groups {
         // Not under the lock: a journal may be put in place meanwhile, and reports ask for points.
         let folder = self.folder.join(vm.to_string());
         let by_name = disks.iter().cloned().collect();
-        let group = Group::open(self.store.clone(), &folder, vm, by_name, self.limits)?;
+        let share = Share::new(self.quota.clone(), vm);
+        let group = Group::open_within(self.store.clone(), &folder, vm, by_name, self.limits, share)?;
         let points = Arc::new(Points { group, disks, layer: Mutex::default() });
         self.lock().insert(vm, points.clone());
         Ok(points)
@@ -237,7 +256,9 @@ impl Groups {
         if let Some(points) = known {
             points.group.close(why);
         }
-        Ok(Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?)
+        Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?;
+        self.quota.forget(&vm);
+        Ok(())
     }
 
     fn gate(&self, vm: VmId) -> Arc<Mutex<()>> {
@@ -267,13 +288,13 @@ impl From<&PointInfo> for RecoveryPoint {
 
 #[cfg(test)]
 mod tests {
-    use super::super::points::ChangeDigest;
+    use super::super::points::{Bound, ChangeDigest};
     use super::*;
 
     const SIZE: u64 = 1 << 20;
 
     struct Host {
-        _folder: tempfile::TempDir,
+        folder: tempfile::TempDir,
         replicas: ReplicaStore,
         groups: Groups,
         vm: VmId,
@@ -286,7 +307,7 @@ mod tests {
             let replicas = ReplicaStore::new(store.clone(), folder.path());
             let limits = Limits { points_bytes: 1 << 30, held_bytes: 1 << 30, reserve_bytes: 0 };
             let groups = Groups::new(store, folder.path(), limits);
-            Self { _folder: folder, replicas, groups, vm: VmId::generate() }
+            Self { folder, replicas, groups, vm: VmId::generate() }
         }
 
         /// As a session opens them.
@@ -360,6 +381,57 @@ mod tests {
         host.take_over();
         assert!(points.change(&[change]).is_err());
         assert!(host.content() == before);
+    }
+
+    /// A point of bytes that cannot be packed.
+    fn commit(points: &Points, number: u64, length: usize) -> Result<(), PointError> {
+        let lineage = points.group.state().lineage.unwrap();
+        let raw: Vec<u8> = (0..length).map(|_| rand::random()).collect();
+        let mut digest = ChangeDigest::default();
+        digest.data("root", 0, &raw);
+        let journal = points.group.begin(lineage, number)?;
+        journal.write("root", 0, length as u32, &zstd::bulk::compress(&raw, 1).unwrap())?;
+        points.group.commit(&journal, info(number), digest.finish(), 10)?;
+        points.group.apply()
+    }
+
+    #[test]
+    fn the_points_of_all_vms_are_bounded_together_and_each_gives_up_its_own_alone() {
+        const BYTES: usize = 200 << 10;
+        let mut host = Host::new();
+        let bound = Some(5 * BYTES as u64 / 2);
+        host.groups = Groups::new(host.groups.store.clone(), host.folder.path(), host.groups.limits).within(bound);
+        let one = host.open();
+        one.group.adopt(Lineage::generate(), info(1)).unwrap();
+        commit(&one, 2, BYTES).unwrap();
+        commit(&one, 3, BYTES).unwrap();
+        let kept = host.groups.points(host.vm);
+        assert_eq!(kept.len(), 3, "the undo of one point is all that is there");
+        let first = host.vm;
+        host.vm = VmId::generate();
+        let other = host.open();
+        other.group.adopt(Lineage::generate(), info(1)).unwrap();
+        commit(&other, 2, BYTES).unwrap();
+        // Now its journal, and then its undo, would be too much: its own older points go.
+        commit(&other, 3, BYTES).unwrap();
+        assert_eq!(other.group.state().points, [info(3)]);
+        assert!(other.group.state().lost.is_some());
+        let refused = commit(&other, 4, 2 * BYTES).unwrap_err();
+        assert!(matches!(refused, PointError::NoSpace { bound: Bound::AllVms, .. }), "{refused:?}");
+        assert!(refused.to_string().contains("replication.all_points_bytes"), "{refused}");
+        assert_eq!(other.group.state().points, [info(3)], "the newest stays");
+        assert_eq!(host.groups.points(first), kept);
+
+        // What is not open after a restart counts, too.
+        let vm = host.vm;
+        other.group.close(&LeaseEnd::Reopened);
+        one.group.close(&LeaseEnd::Reopened);
+        host.groups = Groups::new(host.groups.store.clone(), host.folder.path(), host.groups.limits).within(bound);
+        let other = host.open();
+        assert!(matches!(commit(&other, 4, 2 * BYTES), Err(PointError::NoSpace { bound: Bound::AllVms, .. })));
+        host.groups.forget(first, &LeaseEnd::Removed).unwrap();
+        commit(&other, 4, 2 * BYTES).unwrap();
+        assert_eq!(host.groups.points(vm).last().unwrap().number, 4);
     }
 
     #[test]
