@@ -5,6 +5,7 @@ mod support;
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -109,6 +110,15 @@ async fn a_replica_on_a_block_device_has_points_grows_and_becomes_the_disk_and_a
     assert!(!vm.replica("b").await.exists());
     let shown = ctl(&vm.lab, &["replica", "list", VM]).await.unwrap();
     assert!(shown.contains(&format!("disk root at b lies on {}", device.path.display())), "{shown}");
+
+    eprintln!("what somebody has done to the device is repaired");
+    let raw = std::fs::OpenOptions::new().write(true).open(&device.path).unwrap();
+    raw.write_all_at(&[0x5a; 8192], 3 * MIB).unwrap();
+    raw.sync_all().unwrap();
+    let scrubbed = ctl(&vm.lab, &["replication", "scrub", VM, "--site", "b", "--watch"]).await.unwrap();
+    assert!(scrubbed.contains("2 blocks of 4 KiB differed, 2 repaired"), "{scrubbed}");
+    let point = vm.point_after("b", point).await;
+    assert_holds(&device, &disk).await;
 
     eprintln!("its worker is killed");
     vm.write(2).await;
