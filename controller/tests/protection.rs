@@ -254,6 +254,8 @@ fn a_replica_is_placed_before_it_is_there_and_not_moved_afterwards() {
     };
     refused(story.client(at(&story, "ghost", "/dev/sdb")), "has no disk \"ghost\"");
     story.client(at(&story, "root", "/dev/sdb")).unwrap();
+    story.unprotect("b").unwrap();
+    refused(story.seed("b"), "where a seed does not make one");
     // Nothing is there yet: the operator may think better of it.
     story.client(at(&story, "root", "/dev/sdc")).unwrap();
     let told = assignment(&story.state, &worker("a")).replications.remove(0).places;
@@ -264,6 +266,7 @@ fn a_replica_is_placed_before_it_is_there_and_not_moved_afterwards() {
     story.protect("b").unwrap();
     assert_eq!(assignment(&story.state, &worker("a")).replications[0].places.len(), 1);
     story.unprotect("b").unwrap();
+    story.seed("b").unwrap();
     story.client(ClientOrder::DeleteReplica { vm: story.id, site: site("b") }).unwrap();
     assert!(story.state.vms[&story.id].places.is_empty());
 }

@@ -5,6 +5,7 @@ mod support;
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -110,6 +111,15 @@ async fn a_replica_on_a_block_device_has_points_grows_and_becomes_the_disk_and_a
     let shown = ctl(&vm.lab, &["replica", "list", VM]).await.unwrap();
     assert!(shown.contains(&format!("disk root at b lies on {}", device.path.display())), "{shown}");
 
+    eprintln!("what somebody has done to the device is repaired");
+    let raw = std::fs::OpenOptions::new().write(true).open(&device.path).unwrap();
+    raw.write_all_at(&[0x5a; 8192], 3 * MIB).unwrap();
+    raw.sync_all().unwrap();
+    let scrubbed = ctl(&vm.lab, &["replication", "scrub", VM, "--site", "b", "--watch"]).await.unwrap();
+    assert!(scrubbed.contains("2 blocks of 4 KiB differed, 2 repaired"), "{scrubbed}");
+    let point = vm.point_after("b", point).await;
+    assert_holds(&device, &disk).await;
+
     eprintln!("its worker is killed");
     vm.write(2).await;
     vm.lab.worker("b").kill().unwrap();
@@ -146,4 +156,50 @@ async fn a_replica_on_a_block_device_has_points_grows_and_becomes_the_disk_and_a
     resize(&vm, disk_bytes + 128 * MIB).await;
     assert_told(&vm, "lvextend").await;
     assert_guest_sees(&vm, disk_bytes + 128 * MIB).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_defined_on_a_block_device_is_protected_and_moves_there_and_back() {
+    if !netns::available() {
+        eprintln!("skipped: network namespaces and loop devices need root");
+        return;
+    }
+    let device_bytes = SMALL.disk_bytes + (32 << 20);
+    let device = LoopDevice::new(device_bytes);
+    // Under another name, as it is with `/dev/disk/by-id`.
+    let on_device = |lab: &_, images: &_| {
+        let file = VmFile::new(lab, VM, images, SMALL)?;
+        std::fs::write(&device.path, std::fs::read(file.disk()).unwrap()).unwrap();
+        std::fs::remove_file(file.disk()).unwrap();
+        std::os::unix::fs::symlink(&device.path, file.disk()).unwrap();
+        Ok(file)
+    };
+    let mut vm = Protected::begin_with(LabConfig::default(), on_device).await;
+    assert_guest_sees(&vm, device_bytes).await;
+    vm.write(1).await;
+    vm.point_from_now("b").await;
+    vm.written().await;
+    vm.point_from_now("b").await;
+    let replica = vm.replica("b").await;
+    assert_eq!(std::fs::metadata(&replica).unwrap().len(), device_bytes);
+    assert_holds(&device, &replica).await;
+
+    eprintln!("there");
+    vm.assert_moves_with_little("b", device_bytes).await;
+    vm.assert_same_guest().await;
+    vm.write(2).await;
+    vm.point_after("a", 1).await;
+    vm.written().await;
+    vm.point_from_now("a").await;
+    assert_holds(&device, &replica).await;
+
+    eprintln!("and back");
+    vm.assert_moves_with_little("a", device_bytes).await;
+    vm.assert_same_guest().await;
+    assert_guest_sees(&vm, device_bytes).await;
+    vm.write(3).await;
+    vm.point_after("b", 1).await;
+    vm.written().await;
+    vm.point_from_now("b").await;
+    assert_holds(&device, &replica).await;
 }

@@ -108,6 +108,10 @@ pub struct ReplicationConfig {
     pub scratch_bytes: u64,
     /// Journals and older recovery points of one VM's replica, in bytes; the oldest points go first.
     pub points_bytes: u64,
+    /// Scratch of all VMs together, in bytes; [`None`]: as much as each may have.
+    pub all_scratch_bytes: Option<u64>,
+    /// Journals and older recovery points of all VMs' replicas together, in bytes; [`None`]: as much as each may have.
+    pub all_points_bytes: Option<u64>,
     /// All replicas that lie in `data_dir` together, in bytes; [`None`]: as much as there is.
     pub replicas_bytes: Option<u64>,
     /// Left free on the file system of `data_dir`, in bytes.
@@ -121,6 +125,8 @@ impl Default for ReplicationConfig {
         Self {
             scratch_bytes: 16 << 30,
             points_bytes: 64 << 30,
+            all_scratch_bytes: None,
+            all_points_bytes: None,
             replicas_bytes: None,
             reserve_bytes: 1 << 30,
             devices: vec![],

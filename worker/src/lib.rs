@@ -21,6 +21,7 @@ pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;
+pub mod quota;
 pub mod replica;
 pub mod replication;
 pub mod store_identity;

@@ -14,6 +14,7 @@ use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
+use crate::quota::Quota;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
@@ -42,6 +43,8 @@ pub struct Node {
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
     pub groups: Arc<Groups>,
+    /// Scratch of all frozen points, by a number that each has drawn.
+    pub scratch: Arc<Quota<u64>>,
     /// Images that become raw.
     pub flattenings: Arc<Flattenings>,
     /// Those that are open for reading.

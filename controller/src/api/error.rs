@@ -154,6 +154,7 @@ impl ApiError {
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
                 | Rejection::ReplicaPlaced { .. }
+                | Rejection::ToBePlaced { .. }
                 | Rejection::KeptUpToDate { .. }
                 | Rejection::BeingSeeded { .. }
                 | Rejection::LacksDisk { .. }

@@ -206,6 +206,11 @@ fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outc
     if vm.replicas.get(&site).is_some_and(|replica| replica.protection.is_some()) {
         return Err(Rejection::KeptUpToDate { name, site });
     }
+    // Where it has no point yet, only a protection makes it at its place.
+    let is_there = vm.replicas.get(&site).is_some_and(Replica::is_there);
+    if vm.places.contains_key(&site) && !is_there {
+        return Err(Rejection::ToBePlaced { name, site });
+    }
     let fresh = Replica::new(worker, seed_seq, ReplicaPhase::Seeding, None);
     // Files of an earlier copy lie at the worker that made it: the new one goes on there.
     let replica = vm.replicas.entry(site.clone()).or_insert(fresh);

@@ -382,6 +382,17 @@ pub enum Rejection {
         /// The disk.
         disk: String,
     },
+    /// A seed makes files.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" is to lie on block devices, where a seed does not make one: run \"pageportctl protect {name} --to \
+         {site}\", or \"pageportctl replica delete {name} --site {site}\" first"
+    )]
+    ToBePlaced {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+    },
     /// No such disk.
     #[error("vm \"{name}\" has no disk \"{disk}\"; it has: {known}")]
     DiskUnknown {

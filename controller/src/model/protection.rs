@@ -210,10 +210,7 @@ pub(super) fn protect(
     for (disk, path) in &places {
         disks::must_have(vm, disk)?;
         let known = vm.places.get(&site).and_then(|places| places.get(disk));
-        let held = vm.replicas.get(&site).is_some_and(|replica| match replica.phase {
-            ReplicaPhase::Seeding | ReplicaPhase::Failed { .. } => false,
-            ReplicaPhase::Seeded | ReplicaPhase::Mixed | ReplicaPhase::Outdated => true,
-        });
+        let held = vm.replicas.get(&site).is_some_and(Replica::is_there);
         if held && known != Some(path) {
             return Err(Rejection::ReplicaPlaced { name, site, disk: disk.clone() });
         }

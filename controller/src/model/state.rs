@@ -112,6 +112,14 @@ impl Replica {
         Self { worker, seed_seq, phase, protection, lacks: BTreeSet::new() }
     }
 
+    /// Was it complete once? Before, it may not even have a place.
+    pub fn is_there(&self) -> bool {
+        match self.phase {
+            ReplicaPhase::Seeding | ReplicaPhase::Failed { .. } => false,
+            ReplicaPhase::Seeded | ReplicaPhase::Mixed | ReplicaPhase::Outdated => true,
+        }
+    }
+
     /// Is this the order that it is kept up to date by?
     pub fn is_protected_by(&self, protect_seq: u64) -> bool {
         self.protection.is_some_and(|protection| protection.seq == protect_seq)

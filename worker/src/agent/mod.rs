@@ -20,6 +20,7 @@ pub mod lease;
 pub mod link;
 pub mod peers;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use crate::hypervisor::{self, Accelerator, accel};
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
+use crate::quota::Quota;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
@@ -110,7 +112,8 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir).allow(devices.clone()).limited(room));
     let limits =
         Limits { points_bytes: config.replication.points_bytes, held_bytes: config.drill.held_bytes, reserve_bytes };
-    let groups = Arc::new(Groups::new(store.clone(), &config.data_dir, limits));
+    let groups =
+        Arc::new(Groups::new(store.clone(), &config.data_dir, limits).within(config.replication.all_points_bytes));
     let tool = config.hypervisor.qemu_img.clone();
     let flattenings = Arc::new(Flattenings::new(tool, reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
@@ -134,6 +137,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
         groups,
+        scratch: Arc::new(Quota::new(config.replication.all_scratch_bytes, HashMap::new())),
         flattenings,
         exports: Exports::new(grounds, changed.clone()),
         views: Views::new(&config.data_dir),

@@ -19,8 +19,11 @@ use pageport_common::store::Store;
 use pageport_proto::VmId;
 use pageport_proto::v1::RecoveryPoint;
 
-use super::points::{Change, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo};
+use super::points::{
+    Change, FOLDER, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo,
+};
 use super::store::{ReplicaDisk, ReplicaError, ReplicaStore};
+use crate::quota::{Quota, Share};
 
 /// How a hypervisor takes the disks over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +110,8 @@ pub struct Groups {
     store: Arc<Store>,
     folder: PathBuf,
     limits: Limits,
+    /// What the points of all VMs occupy, those too that are not open.
+    quota: Arc<Quota<VmId>>,
     open: Mutex<HashMap<VmId, Arc<Points>>>,
     turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
     /// Held while a VM's points are opened or forgotten: either may save the record.
@@ -117,7 +122,20 @@ impl Groups {
     /// Those whose files lie below `data_dir`.
     pub fn new(store: Arc<Store>, data_dir: &Path, limits: Limits) -> Self {
         let folder = data_dir.join("replicas");
-        Self { store, folder, limits, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
+        let quota = Arc::new(Quota::new(None, HashMap::new()));
+        Self { store, folder, limits, quota, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
+    }
+
+    /// The points of all VMs together may occupy so many bytes; [`None`]: as much as there is.
+    #[must_use]
+    pub fn within(self, all_bytes: Option<u64>) -> Self {
+        let folders = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let used = folders.filter_map(|folder| {
+            let vm = folder.file_name().to_str()?.parse().ok()?;
+            let files = std::fs::read_dir(folder.path().join(FOLDER)).ok()?.flatten();
+            Some((vm, files.filter_map(|file| Some(file.metadata().ok()?.len())).sum()))
+        });
+        Self { quota: Arc::new(Quota::new(all_bytes, used.collect())), ..self }
     }
 
     /// One session of a VM at a time.
@@ -144,7 +162,8 @@ impl Groups {
         // Not under the lock: a journal may be put in place meanwhile, and reports ask for points.
         let folder = self.folder.join(vm.to_string());
         let by_name = disks.iter().cloned().collect();
-        let group = Group::open(self.store.clone(), &folder, vm, by_name, self.limits)?;
+        let share = Share::new(self.quota.clone(), vm);
+        let group = Group::open_within(self.store.clone(), &folder, vm, by_name, self.limits, share)?;
         let points = Arc::new(Points { group, disks, layer: Mutex::default() });
         self.lock().insert(vm, points.clone());
         Ok(points)
@@ -237,7 +256,9 @@ impl Groups {
         if let Some(points) = known {
             points.group.close(why);
         }
-        Ok(Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?)
+        Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?;
+        self.quota.forget(&vm);
+        Ok(())
     }
 
     fn gate(&self, vm: VmId) -> Arc<Mutex<()>> {
@@ -266,120 +287,4 @@ impl From<&PointInfo> for RecoveryPoint {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::points::ChangeDigest;
-    use super::*;
-
-    const SIZE: u64 = 1 << 20;
-
-    struct Host {
-        _folder: tempfile::TempDir,
-        replicas: ReplicaStore,
-        groups: Groups,
-        vm: VmId,
-    }
-
-    impl Host {
-        fn new() -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
-            let replicas = ReplicaStore::new(store.clone(), folder.path());
-            let limits = Limits { points_bytes: 1 << 30, held_bytes: 1 << 30, reserve_bytes: 0 };
-            let groups = Groups::new(store, folder.path(), limits);
-            Self { _folder: folder, replicas, groups, vm: VmId::generate() }
-        }
-
-        /// As a session opens them.
-        fn open(&self) -> Arc<Points> {
-            let disk = self.replicas.open_for_writing(self.vm, "root", SIZE, 0).unwrap();
-            self.groups.open(self.vm, vec![("root".to_owned(), disk)]).unwrap()
-        }
-
-        fn take_over(&self) {
-            self.groups.surrender(&self.replicas, self.vm, Surrender::NewestPoint).unwrap();
-            self.replicas.close(self.vm);
-        }
-
-        fn content(&self) -> Vec<u8> {
-            let mut content = vec![0; SIZE as usize];
-            self.replicas.open_existing(self.vm, "root").unwrap().read(0, &mut content).unwrap();
-            content
-        }
-    }
-
-    fn info(number: u64) -> PointInfo {
-        PointInfo { number, taken_unix_ms: 5, changed_bytes: 0, quiesced: false, disks: 1 }
-    }
-
-    #[test]
-    fn a_session_that_outlives_a_takeover_commits_nothing_and_begins_nothing() {
-        let host = Host::new();
-        let points = host.open();
-        let lineage = Lineage::generate();
-        points.group.adopt(lineage, info(1)).unwrap();
-        let journal = points.group.begin(lineage, 2).unwrap();
-        journal.zero("root", 0, 4096).unwrap();
-        let mut digest = ChangeDigest::default();
-        digest.zero("root", 0, 4096);
-        host.take_over();
-        // The guest's own write, from here on.
-        host.replicas.open_existing(host.vm, "root").unwrap().write(0, &[7; 4096]).unwrap();
-        let running = host.content();
-
-        assert!(matches!(points.group.commit(&journal, info(2), digest.finish(), 3), Err(PointError::Closed)));
-        assert!(matches!(journal.zero("root", 0, 4096), Err(PointError::Closed)));
-        assert!(matches!(points.group.begin(lineage, 2), Err(PointError::Closed)));
-        assert!(matches!(points.group.apply(), Err(PointError::Closed)));
-        assert!(matches!(points.group.adopt(lineage, info(1)), Err(PointError::Closed)));
-        assert!(matches!(points.open_layer(), Err(PointError::Closed)));
-        assert_eq!(host.groups.points(host.vm), []);
-        host.take_over();
-        assert!(host.content() == running, "a later start finds the guest's own disk");
-    }
-
-    #[test]
-    fn a_first_copy_that_outlives_a_takeover_is_no_point_and_writes_nothing() {
-        let host = Host::new();
-        let points = host.open();
-        host.take_over();
-        let stale = &points.disks[0].1;
-        assert_eq!(stale.write(0, &[1]).unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
-        assert!(matches!(points.group.adopt(Lineage::generate(), info(1)), Err(PointError::Closed)));
-        assert_eq!(host.groups.points(host.vm), []);
-    }
-
-    #[test]
-    fn a_takeover_takes_back_what_an_unfinished_move_has_written_and_stops_it() {
-        let host = Host::new();
-        let points = host.open();
-        points.group.adopt(Lineage::generate(), info(1)).unwrap();
-        let before = host.content();
-        points.open_layer().unwrap();
-        let change = Change::Write { disk: "root", offset: 100, data: &[9; 5000] };
-        points.change(&[change]).unwrap();
-        host.take_over();
-        assert!(points.change(&[change]).is_err());
-        assert!(host.content() == before);
-    }
-
-    #[test]
-    fn points_over_other_handles_are_opened_anew_and_the_old_ones_end() {
-        let host = Host::new();
-        let points = host.open();
-        let lineage = Lineage::generate();
-        points.group.adopt(lineage, info(1)).unwrap();
-        assert!(Arc::ptr_eq(&points, &host.open()));
-        let journal = points.group.begin(lineage, 2).unwrap();
-        host.replicas.close(host.vm);
-        let again = host.open();
-        let fresh = again.group.begin(lineage, 2).unwrap();
-        drop(journal);
-        fresh.zero("root", 0, 4096).unwrap();
-        let mut digest = ChangeDigest::default();
-        digest.zero("root", 0, 4096);
-        again.group.commit(&fresh, info(2), digest.finish(), 3).unwrap();
-        again.group.apply().unwrap();
-        assert!(matches!(points.group.begin(lineage, 2), Err(PointError::Closed)));
-        assert_eq!(host.groups.points(host.vm).len(), 2);
-    }
-}
+mod tests;

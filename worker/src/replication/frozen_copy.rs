@@ -19,6 +19,7 @@ use crate::hypervisor::guest_agent::Quiescence;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{ClientError, NbdClient, Sink, States};
 use crate::node::Node;
+use crate::quota::{Full, Share};
 use crate::replica::cap::Cap;
 use crate::replica::store::free_bytes;
 
@@ -54,6 +55,17 @@ pub enum FrozenCopyError {
          raise replication.scratch_bytes in worker.toml, or give the link more bandwidth"
     )]
     ScratchFull {
+        /// The bound.
+        limit_bytes: u64,
+    },
+    /// All guests together wrote more than scratch may hold.
+    #[error(
+        "{used_bytes} of the {limit_bytes} bytes of scratch for all vms are used, and the guest overwrote more while a point was copied: \
+         raise replication.all_scratch_bytes in worker.toml, or give the link more bandwidth"
+    )]
+    AllScratchFull {
+        /// What all have.
+        used_bytes: u64,
         /// The bound.
         limit_bytes: u64,
     },
@@ -115,6 +127,14 @@ struct Bounds {
     folder: PathBuf,
     scratch_bytes: u64,
     reserve_bytes: u64,
+    /// In the scratch of all VMs.
+    share: Share<u64>,
+}
+
+impl Drop for Bounds {
+    fn drop(&mut self) {
+        self.share.give_back();
+    }
 }
 
 impl Bounds {
@@ -122,6 +142,8 @@ impl Bounds {
         if used_bytes > self.scratch_bytes {
             return Err(FrozenCopyError::ScratchFull { limit_bytes: self.scratch_bytes });
         }
+        let full = |Full { used_bytes, limit_bytes }| FrozenCopyError::AllScratchFull { used_bytes, limit_bytes };
+        self.share.take(used_bytes).map_err(full)?;
         let free_bytes = free_bytes(&self.folder).map_err(FrozenCopyError::LookAtScratch)?;
         let reserve_bytes = self.reserve_bytes;
         if free_bytes < reserve_bytes { Err(FrozenCopyError::NoSpace { free_bytes, reserve_bytes }) } else { Ok(()) }
@@ -146,6 +168,7 @@ impl FrozenCopy {
             folder: node.config.data_dir.clone(),
             scratch_bytes: limits.scratch_bytes,
             reserve_bytes: limits.reserve_bytes,
+            share: Share::new(node.scratch.clone(), rand::random()),
         };
         bounds.check(0)?;
         let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: node.scratch(qemu.id(), name) };

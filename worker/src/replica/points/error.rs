@@ -4,6 +4,24 @@ use std::io;
 
 use pageport_common::store::StoreError;
 
+/// Which of the bounds was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// For one VM, or the file system's.
+    OneVm,
+    /// For all of the host.
+    AllVms,
+}
+
+impl std::fmt::Display for Bound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::OneVm => "by this vm (replication.points_bytes)",
+            Self::AllVms => "by all vms (replication.all_points_bytes)",
+        })
+    }
+}
+
 /// Why a group of points did not do as told.
 #[derive(Debug, thiserror::Error)]
 pub enum PointError {
@@ -49,16 +67,18 @@ pub enum PointError {
     },
     /// No room, even without older points.
     #[error(
-        "no space for recovery points: {needed_bytes} bytes are needed, {used_bytes} of {limit_bytes} are used, and \
+        "no space for recovery points: {needed_bytes} bytes are needed, {bound} {used_bytes} of {limit_bytes} are used, and \
          {free_bytes} are free on the file system; raise the limit or free some space"
     )]
     NoSpace {
         /// What was to be written.
         needed_bytes: u64,
-        /// What journals and undo files of this VM occupy.
+        /// What journals and undo files occupy.
         used_bytes: u64,
         /// What they may.
         limit_bytes: u64,
+        /// Whose.
+        bound: Bound,
         /// What the file system has left.
         free_bytes: u64,
     },

@@ -19,6 +19,7 @@ use super::medium::{Cell, Disk, Folder, HostFolder, StoreCell};
 use super::reader::ReaderIndex;
 use super::record::{Phase, Record};
 use super::{FOLDER, GroupState, Limits, Lineage, PointInfo, record_key};
+use crate::quota::Share;
 use crate::replica::store::ReplicaDisk;
 
 /// What a group touches outside itself.
@@ -57,6 +58,8 @@ pub struct Group {
 pub(super) struct Inner {
     pub(super) medium: Medium,
     pub(super) limits: Limits,
+    /// In what the points of all VMs may occupy.
+    pub(super) share: Share<VmId>,
     core: Mutex<Core>,
     /// Locked for writing while what readers must look at changes. After `core`, never before.
     pub(super) shared: RwLock<Shared>,
@@ -127,17 +130,33 @@ impl Group {
         disks: BTreeMap<String, Arc<ReplicaDisk>>,
         limits: Limits,
     ) -> Result<Self, PointError> {
+        Self::open_within(store, folder, vm, disks, limits, Share::unlimited(vm))
+    }
+
+    /// As [`Self::open`], where the points of all VMs together are bounded, too.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_within(
+        store: Arc<Store>,
+        folder: &Path,
+        vm: VmId,
+        disks: BTreeMap<String, Arc<ReplicaDisk>>,
+        limits: Limits,
+        share: Share<VmId>,
+    ) -> Result<Self, PointError> {
         let disks = disks.into_iter().map(|(name, disk)| (name, disk as Arc<dyn Disk>)).collect();
         let folder = Box::new(HostFolder(folder.join(FOLDER)));
         let cell = Box::new(StoreCell { store, key: record_key(vm) });
-        Self::over(Medium { folder, cell, disks }, limits)
+        Self::over(Medium { folder, cell, disks }, limits, share)
     }
 
-    pub(super) fn over(mut medium: Medium, limits: Limits) -> Result<Self, PointError> {
+    pub(super) fn over(mut medium: Medium, limits: Limits, share: Share<VmId>) -> Result<Self, PointError> {
         medium.number_disks()?;
         let inner = Arc::new(Inner {
             medium,
             limits,
+            share,
             core: Mutex::default(),
             shared: RwLock::default(),
             status: RwLock::default(),
@@ -299,6 +318,7 @@ impl Inner {
 
     pub(super) fn count(&self, core: &Core) {
         self.used.store(core.used_bytes(), Ordering::Release);
+        self.share.note(core.used_bytes());
     }
 
     pub(super) fn sync_folder(&self) -> Result<(), PointError> {

@@ -53,7 +53,7 @@ use pageport_proto::VmId;
 use serde::{Deserialize, Serialize};
 
 pub use self::digest::ChangeDigest;
-pub use self::error::PointError;
+pub use self::error::{Bound, PointError};
 pub use self::group::Group;
 pub use self::journal::JournalWriter;
 pub use self::layer::{Change, Layer};

@@ -3,12 +3,13 @@
 use std::io;
 
 use super::FOLDER;
-use super::error::PointError;
+use super::error::{Bound, PointError};
 use super::format::{FileId, HEADER_BYTES};
 use super::group::{Core, Inner, file_error};
 use super::lease::LeaseEnd;
 use super::log_writer::LogWriter;
 use super::record::{Phase, Record};
+use crate::quota::Full;
 
 impl Inner {
     /// Sees to it that `needed_bytes` more may be written, giving up older points if they must.
@@ -18,12 +19,21 @@ impl Inner {
     pub(super) fn make_room(&self, core: &mut Core, needed_bytes: u64) -> Result<(), PointError> {
         loop {
             let free_bytes = self.medium.folder.free_bytes().map_err(file_error("look for space in", FOLDER))?;
-            let within = core.used_bytes().saturating_add(needed_bytes) <= self.limits.points_bytes;
-            if within && free_bytes >= needed_bytes.saturating_add(self.limits.reserve_bytes) {
-                return Ok(());
-            }
+            let used_bytes = core.used_bytes().saturating_add(needed_bytes);
+            let room = free_bytes >= needed_bytes.saturating_add(self.limits.reserve_bytes);
+            let refused = match self.share.take(used_bytes) {
+                Ok(()) if room && used_bytes <= self.limits.points_bytes => return Ok(()),
+                Ok(()) => {
+                    self.count(core);
+                    self.no_space(core, needed_bytes)
+                }
+                Err(Full { used_bytes, limit_bytes }) => {
+                    PointError::NoSpace { needed_bytes, used_bytes, limit_bytes, bound: Bound::AllVms, free_bytes }
+                }
+            };
+            // Its own, whoever else has more: nobody loses points to another VM.
             if !self.give_up_oldest(core)? {
-                return Err(self.no_space(core, needed_bytes));
+                return Err(refused);
             }
         }
     }
@@ -93,6 +103,7 @@ impl Inner {
             needed_bytes,
             used_bytes: core.used_bytes(),
             limit_bytes: self.limits.points_bytes,
+            bound: Bound::OneVm,
             free_bytes: self.medium.folder.free_bytes().unwrap_or_default(),
         }
     }

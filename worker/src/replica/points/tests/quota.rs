@@ -40,7 +40,7 @@ fn an_increment_that_cannot_fit_is_refused_with_the_numbers_and_the_newest_point
     driver.act(&increment(1, 5000)).unwrap();
     let big = increment(2, 60_000);
     let refused = driver.act(&big).unwrap_err();
-    let PointError::NoSpace { needed_bytes, used_bytes, limit_bytes: 20_000, free_bytes } = refused else {
+    let PointError::NoSpace { needed_bytes, used_bytes, limit_bytes: 20_000, free_bytes, .. } = refused else {
         panic!("{refused:?}");
     };
     assert!(needed_bytes > 20_000 && used_bytes < 20_000 && free_bytes > 20_000);

@@ -8,12 +8,14 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pageport_common::store::StoreError;
+use pageport_proto::VmId;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::super::group::{Group, Medium};
 use super::super::medium::{Cell, Disk, Folder, PointFile};
 use super::super::{Limits, PointError};
+use crate::quota::Share;
 
 const SECTOR_BYTES: usize = 512;
 const BLOCK_BYTES: usize = 4096;
@@ -104,7 +106,11 @@ impl Sim {
         let handle = |inode| Handle { sim: self.clone(), inode, life };
         let disks = self.state().disks.clone();
         let disks = disks.into_iter().map(|(name, inode)| (name, Arc::new(handle(inode)) as Arc<dyn Disk>)).collect();
-        Group::over(Medium { folder: Box::new(handle(usize::MAX)), cell: Box::new(handle(usize::MAX)), disks }, limits)
+        Group::over(
+            Medium { folder: Box::new(handle(usize::MAX)), cell: Box::new(handle(usize::MAX)), disks },
+            limits,
+            Share::unlimited(VmId::generate()),
+        )
     }
 
     pub(super) fn steps(&self) -> u64 {
