@@ -61,7 +61,20 @@ impl<'a> Written<'a> {
         let moment = found.moment.unwrap_or_else(|mixture| panic!("point {point} at {site}: {mixture}"));
         eprintln!("point {point} at {site} holds {moment} operations, of {before} to {after}");
         assert!(moment >= before.max(self.held) && moment <= after, "{moment}: {before} {} {after}", self.held);
+        self.assert_disks_of_the_point_before_do_not_fit(&images);
         self.held = moment;
+    }
+
+    /// With one disk as it was at the point before, nothing is of one moment: else nothing is shown by these stories.
+    fn assert_disks_of_the_point_before_do_not_fit(&self, images: &[PathBuf]) {
+        let earlier = |disk: usize| images[disk].with_extension("earlier.raw");
+        for disk in (1..images.len()).filter(|_| self.held > 0) {
+            let mut mixed = images.to_vec();
+            mixed[disk] = earlier(disk);
+            let mixture = image::examine(&mixed[0], &mixed[1..], self.seed).unwrap().moment.unwrap_err();
+            assert!(mixture.contains("block"), "{}: {mixture}", DISKS[disk]);
+        }
+        (1..images.len()).for_each(|disk| std::fs::rename(&images[disk], earlier(disk)).unwrap());
     }
 
     /// While the VM moves to b and what it writes goes into the replicas in place, the worker there is killed. What it leaves is recovered to the
