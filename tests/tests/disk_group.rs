@@ -7,17 +7,22 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use pageport_guest::protocol::{Reply, Request};
-use pageport_lab::lab::guest::SMALL;
+use pageport_lab::lab::guest::{GUEST_ADDRESS, SMALL};
 use pageport_lab::lab::{LabConfig, VmFile};
 use pageport_lab::netns;
+use pageport_lab::replication_faults::crash::{CrashedReplica, Recovered};
 use pageport_lab::replication_faults::image;
+use pageport_lab::replication_faults::ledger::Ledger;
 use pageport_worker::image::Format;
 use support::protected::{Protected, assert_sound, digest, number_of};
-use support::{PATIENCE, VM, ctl, wait_for};
+use support::{PATIENCE, VM, ctl, set_rate, wait_for};
 
 /// As the VM's file calls them: one with a file system, two without. The guest calls the others vdb and vdc.
 const DISKS: [&str; 3] = ["root", "data", "logs"];
 const DATA_BYTES: u64 = 32 << 20;
+/// A move of so much memory that does not compress, over such a link, takes a while.
+const MEMORY_BYTES: u64 = 64 << 20;
+const SLOW_BPS: u64 = 20_000_000;
 
 /// A history that the guest writes, of whose blocks a third lies on each disk.
 struct Written<'a> {
@@ -56,7 +61,65 @@ impl<'a> Written<'a> {
         let moment = found.moment.unwrap_or_else(|mixture| panic!("point {point} at {site}: {mixture}"));
         eprintln!("point {point} at {site} holds {moment} operations, of {before} to {after}");
         assert!(moment >= before.max(self.held) && moment <= after, "{moment}: {before} {} {after}", self.held);
+        self.assert_disks_of_the_point_before_do_not_fit(&images);
         self.held = moment;
+    }
+
+    /// With one disk as it was at the point before, nothing is of one moment: else nothing is shown by these stories.
+    fn assert_disks_of_the_point_before_do_not_fit(&self, images: &[PathBuf]) {
+        let earlier = |disk: usize| images[disk].with_extension("earlier.raw");
+        for disk in (1..images.len()).filter(|_| self.held > 0) {
+            let mut mixed = images.to_vec();
+            mixed[disk] = earlier(disk);
+            let mixture = image::examine(&mixed[0], &mixed[1..], self.seed).unwrap().moment.unwrap_err();
+            assert!(mixture.contains("block"), "{}: {mixture}", DISKS[disk]);
+        }
+        (1..images.len()).for_each(|disk| std::fs::rename(&images[disk], earlier(disk)).unwrap());
+    }
+
+    /// While the VM moves to b and what it writes goes into the replicas in place, the worker there is killed. What it leaves is recovered to the
+    /// newest point, of all disks, and replication goes on from there.
+    async fn assert_broken_off_move_leaves_the_newest_point(&mut self) {
+        let id = self.vm.vm_id().await;
+        let ledger = Ledger::start(self.vm.lab.guest("c", GUEST_ADDRESS).await.unwrap());
+        let memory = Request::StaticStart { bytes: MEMORY_BYTES, seed: self.seed };
+        assert_eq!(self.vm.guest.call(&memory, PATIENCE).await.unwrap(), Reply::Done);
+        let known = self.vm.point_from_now("b").await;
+        set_rate(&self.vm.lab, SLOW_BPS);
+        let migration = self.vm.order("b").await;
+        let (data, folder) = (self.vm.lab.worker_data("b"), self.vm.lab.folder().join("disks"));
+        let replicas = data.join("replicas").join(&id);
+        let layer = replicas.join("points/layer.undo");
+        wait_for("the replicas to be written in place", || async {
+            let seen = self.vm.lab.ctl_json(["migration", "get", &migration]).await.unwrap_or_default();
+            if layer.exists() { Ok(()) } else { Err(seen.to_string()) }
+        })
+        .await;
+        let enough = self.done(Request::HistoryStatus).await + 400;
+        while self.done(Request::HistoryStatus).await < enough {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        self.vm.lab.worker("b").kill().unwrap();
+        assert!(layer.exists(), "the move was over before");
+        let images = DISKS.map(|name| (name, replicas.join(format!("{name}.raw"))));
+        let crashed = CrashedReplica::copy(&data, &id, &images, &folder).unwrap();
+        self.vm.lab.worker("b").restart().unwrap();
+
+        let Recovered { newest, images, .. } = crashed.recover().unwrap();
+        let found = image::examine(&images[0], &images[1..], self.seed).unwrap();
+        assert_eq!(found.unsound, None);
+        let moment = found.moment.unwrap();
+        let (least, most) = (ledger.at_least(newest.taken_unix_ms), ledger.at_most(newest.taken_unix_ms).unwrap());
+        eprintln!(
+            "point {} was left, with {moment} operations, of {least} to {most}; {enough} were done",
+            newest.number
+        );
+        assert!(newest.number >= known && newest.disks == 3, "{newest:?}");
+        assert!(moment >= least && moment <= most && most < enough, "{moment}: {least} {most} {enough}");
+        let migration = self.vm.ended(&migration).await;
+        assert_eq!(migration["state"], "failed", "{migration}");
+        set_rate(&self.vm.lab, LabConfig::default().link.rate_bps);
+        self.assert_point_is_of_one_moment("b").await;
     }
 
     /// Stops; the replica becomes what the disks are, and holds everything.
@@ -141,6 +204,9 @@ async fn the_disks_of_a_vm_are_of_one_moment_at_every_point_there_and_back() {
     history.vm.lab.worker("a").kill().unwrap();
     history.vm.lab.worker("a").restart().unwrap();
     history.assert_point_is_of_one_moment("b").await;
+
+    eprintln!("a move is broken off");
+    history.assert_broken_off_move_leaves_the_newest_point().await;
 
     eprintln!("there");
     history.vm.moves("b").await;

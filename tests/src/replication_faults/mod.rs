@@ -22,11 +22,11 @@ use std::time::Instant;
 
 mod arena;
 mod case;
-mod crash;
+pub mod crash;
 mod cue;
 mod fault;
 pub mod image;
-mod ledger;
+pub mod ledger;
 mod plan;
 mod results;
 

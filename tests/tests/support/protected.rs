@@ -131,16 +131,25 @@ impl Protected {
         self.guest = guest;
     }
 
-    /// Moves; returns the migration.
-    pub async fn moves(&self, to: &str) -> Value {
+    /// Orders a move; returns its id.
+    pub async fn order(&self, to: &str) -> String {
         let moved = self.lab.ctl_json(["migrate", VM, "--to", to]).await.unwrap();
-        let id = moved["id"].as_str().unwrap().to_owned();
-        let migration = wait_for("the end of the move", || async {
-            let migration = self.lab.ctl_json(["migration", "get", &id]).await.unwrap_or_default();
+        moved["id"].as_str().unwrap().to_owned()
+    }
+
+    /// The migration, once it is over.
+    pub async fn ended(&self, id: &str) -> Value {
+        wait_for("the end of the move", || async {
+            let migration = self.lab.ctl_json(["migration", "get", id]).await.unwrap_or_default();
             let over = ["completed", "failed", "cancelled"].iter().any(|state| migration["state"] == *state);
             if over { Ok(migration) } else { Err(migration.to_string()) }
         })
-        .await;
+        .await
+    }
+
+    /// Moves; returns the migration.
+    pub async fn moves(&self, to: &str) -> Value {
+        let migration = self.ended(&self.order(to).await).await;
         assert_eq!(migration["state"], "completed", "{migration}");
         migration
     }
