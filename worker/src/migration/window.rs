@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use pageport_teleport::Retained;
 
 /// Raw bytes of the hypervisor's stream on their way, at most; the destination may have to hold them all.
-pub const RAW_LIMIT_BYTES: u64 = 160 << 20;
+/// More would not make a move faster: it would only wait, in memory that both sides would have to touch first.
+pub const RAW_LIMIT_BYTES: u64 = 64 << 20;
 /// Wire bytes on their way, at least, so that a slow start is not slower still.
 const WIRE_FLOOR_BYTES: u64 = 512 << 10;
 /// What the window holds beyond one round trip when the guest may stop any moment: it adds to the downtime.
