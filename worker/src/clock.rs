@@ -1,9 +1,10 @@
 //! The one clock that is compared between workers: monotonic, in nanoseconds since this process began to look.
 //!
-//! Two workers' clocks differ by a constant that the source measures ([`Offset`]); no wall clock is asked.
+//! Two workers' clocks differ by a constant that the source measures ([`Offset`]); no wall clock is asked for that. What people are shown, and what a
+//! record keeps, is by [`unix_ms`].
 
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 fn origin() -> Instant {
     static ORIGIN: OnceLock<Instant> = OnceLock::new();
@@ -23,6 +24,16 @@ pub fn now_ns() -> u64 {
 /// A moment of this process; those before the first look at the clock count as the first.
 pub fn at_ns(moment: Instant) -> u64 {
     moment.saturating_duration_since(origin()).as_nanos() as u64
+}
+
+/// A moment by this host's wall clock, in milliseconds since 1970; 0: before that.
+pub fn unix_ms(at: SystemTime) -> i64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+/// Now, as [`unix_ms`] has it.
+pub fn unix_ms_now() -> i64 {
+    unix_ms(SystemTime::now())
 }
 
 /// How far the peer's clock is ahead of ours, from probes that went there and back (Cristian's algorithm: the probe

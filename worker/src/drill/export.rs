@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use pageport_common::store::Store;
 use pageport_proto::v1::ExportedDisk;
@@ -20,6 +20,7 @@ use super::DrillError;
 use super::order::LONGEST_TIME;
 use super::record::Record;
 use super::target::PointTarget;
+use crate::clock::unix_ms_now;
 use crate::error::with_causes;
 use crate::nbd::{NbdServer, Place};
 use crate::replica::groups::Groups;
@@ -213,13 +214,8 @@ fn hold(grounds: &Grounds, record: &Record) -> Result<(Lease, Vec<Target>), Dril
     }
 }
 
-/// Milliseconds since 1970.
-pub fn unix_ms() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
-}
-
 /// The moment on the monotonic clock; however the other clock is set, no later than an export may last.
 fn deadline(until_unix_ms: i64) -> Instant {
-    let left_ms = u64::try_from(until_unix_ms.saturating_sub(unix_ms())).unwrap_or_default();
+    let left_ms = u64::try_from(until_unix_ms.saturating_sub(unix_ms_now())).unwrap_or_default();
     Instant::now() + Duration::from_millis(left_ms).min(LONGEST_TIME)
 }

@@ -9,9 +9,10 @@ use pageport_proto::v1::{ExportedDisk, PointExport, PointExportState};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::DrillError;
-use super::export::{Export, Grounds, Told, unix_ms};
+use super::export::{Export, Grounds, Told};
 use super::order::Order;
 use super::record::Record;
+use crate::clock::unix_ms_now;
 use crate::error::with_causes;
 use crate::replica::points::{LeaseEnd, PointInfo};
 
@@ -74,7 +75,7 @@ impl Exports {
     pub async fn open(&self, order: Order) -> Result<PointExport, DrillError> {
         let _turn = self.inner.turn.lock().await;
         let Order { vm, name, point, lasts, listen } = order;
-        let now = unix_ms();
+        let now = unix_ms_now();
         let until_unix_ms = now.saturating_add(lasts.as_millis() as i64);
         match self.running(vm, point) {
             Some((orders, record)) => {
@@ -121,7 +122,7 @@ impl Exports {
         let _turn = self.inner.turn.lock().await;
         let reason = match standing {
             Standing::Owned => LeaseEnd::Runs.to_string(),
-            Standing::Replica if record.until_unix_ms <= unix_ms() => {
+            Standing::Replica if record.until_unix_ms <= unix_ms_now() => {
                 "its time was over while the worker was away".to_owned()
             }
             Standing::Replica => match self.start(record.clone()).await {
@@ -212,7 +213,7 @@ impl Exports {
     }
 
     fn ended(&self, record: Record, point: Option<PointInfo>, disks: Vec<ExportedDisk>, reason: String) {
-        let state = State::Ended { at_unix_ms: unix_ms(), reason };
+        let state = State::Ended { at_unix_ms: unix_ms_now(), reason };
         let mut all = self.lock();
         all.insert((record.vm, record.point), Entry { record, point, disks, state });
         forget_oldest(&mut all);

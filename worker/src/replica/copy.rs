@@ -296,6 +296,15 @@ pub fn hello(node: &Node, vm: VmId, name: &str) -> Result<DiskHello, CopyError> 
     Ok(DiskHello { vm_id: vm.to_string(), disk, size_bytes, allocated_bytes, ..DiskHello::default() })
 }
 
+/// What the disk streams of a replication session begin with.
+///
+/// # Errors
+/// A disk's image cannot be looked at.
+pub fn hellos(node: &Node, vm: VmId, names: &[String], session: u64) -> Result<Vec<DiskHello>, CopyError> {
+    let hello = |name: &String| Ok(DiskHello { session, ..hello(node, vm, name)? });
+    tokio::task::block_in_place(|| names.iter().map(hello).collect())
+}
+
 impl DiskCopy {
     /// A session that ended says more than the mirror that it ended.
     fn explain(&self, error: HypervisorError) -> CopyError {

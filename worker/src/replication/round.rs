@@ -9,7 +9,7 @@
 //! a view that says what the replica's newest point holds; scratch stays within its bound.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -24,12 +24,13 @@ use super::mark::Mark;
 use super::plan::{Plan, disks_of};
 use super::scrub::pass::Difference;
 use super::throttle::Throttle;
+use crate::clock::unix_ms;
 use crate::hypervisor::freeze::{Consistency, Outcome};
 use crate::hypervisor::guest_agent::NotQuiesced;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::node::Node;
 use crate::replica::CopiesFrom;
-use crate::replica::copy::{CopyError, hello};
+use crate::replica::copy::{CopyError, hellos};
 use crate::replica::points::ChangeDigest;
 use crate::replica::session::{DiskSession, SessionError};
 use crate::replica::view::{ReplicaState, ReplicaView};
@@ -158,7 +159,7 @@ impl Round<'_> {
     ) -> Result<Taken, RoundError> {
         let session = rand::random::<u64>().max(1);
         let names = disks_of(self.qemu, self.spec).await?;
-        let hellos = self.hellos(&names, session)?;
+        let hellos = hellos(self.node, self.qemu.id(), &names, session)?;
         let (mut control, points) = Control::open(connection, session, &hellos, &self.order.places).await?;
         let plan = Plan::make(self.qemu, &names, &points, &self.order.peer_worker).await?;
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
@@ -265,12 +266,6 @@ impl Round<'_> {
         }
     }
 
-    /// What the disks' streams begin with.
-    fn hellos(&self, names: &[String], session: u64) -> Result<Vec<DiskHello>, RoundError> {
-        let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
-        tokio::task::block_in_place(|| names.iter().map(hello).collect())
-    }
-
     async fn open_streams(
         &self,
         connection: &PeerConnection,
@@ -317,8 +312,4 @@ fn explain(streams: &[DiskStream], error: FrozenCopyError) -> RoundError {
         Some((stream, reason)) => RoundError::Ended { disk: stream.name.clone(), reason },
         None => error.into(),
     }
-}
-
-fn unix_ms(at: SystemTime) -> i64 {
-    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }

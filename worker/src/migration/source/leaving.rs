@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Move, Order};
+use crate::clock::unix_ms;
 use crate::memory::arrived::Arrived;
 use crate::memory::keeping::Keeping;
 use crate::migration::outgoing::Outgoing;
@@ -37,8 +38,7 @@ impl Move {
         let migration = self.order.assignment.migration_id.parse().ok()?;
         let stopped = self.downtime_marks.first().map_or_else(Instant::now, |(_, at)| *at);
         let taken = SystemTime::now().checked_sub(stopped.elapsed()).unwrap_or(UNIX_EPOCH);
-        let taken_unix_ms = taken.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
-        Some(Adoption { lineage: lineage_of(migration), taken_unix_ms })
+        Some(Adoption { lineage: lineage_of(migration), taken_unix_ms: unix_ms(taken) })
     }
 
     /// Are the disks here raw? If not, what they are is noted before they are left, for when they are.

@@ -11,8 +11,6 @@
 //!
 //! Does not watch the clock: who took a lease releases it. One that nobody released is dropped when the points are opened after its time.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -21,6 +19,7 @@ use super::group::{Core, Group, Inner};
 use super::reader::PointReader;
 use super::record::Record;
 use super::{MAX_LEASES, PointInfo};
+use crate::clock::unix_ms_now;
 
 /// A lease in the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,7 +245,7 @@ impl Inner {
 
 /// The record without leases whose time is over.
 pub(super) fn without_overdue(mut record: Record) -> Record {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
+    let now = unix_ms_now();
     record.held.retain(|held| held.until_unix_ms > now);
     record.forget_useless_undo();
     record

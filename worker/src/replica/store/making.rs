@@ -78,18 +78,8 @@ fn make(path: &Path, size_bytes: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use pageport_common::store::Store;
-
+    use super::super::tests::setup;
     use super::*;
-
-    fn setup() -> (tempfile::TempDir, ReplicaStore) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
-        let replicas = ReplicaStore::new(store, folder.path());
-        (folder, replicas)
-    }
 
     #[test]
     fn a_disk_is_made_once_and_goes_with_the_vm_unless_its_place_was_given() {

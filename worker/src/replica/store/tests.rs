@@ -2,7 +2,8 @@
 
 use super::*;
 
-fn setup() -> (tempfile::TempDir, ReplicaStore) {
+/// A store of replicas below a folder of its own.
+pub(super) fn setup() -> (tempfile::TempDir, ReplicaStore) {
     let folder = tempfile::tempdir().unwrap();
     let store = Arc::new(Store::open(&folder.path().join("store")).unwrap());
     let replicas = ReplicaStore::new(store, folder.path());

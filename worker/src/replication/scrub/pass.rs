@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use pageport_proto::v1::{CompareBlocks, Compared, DiskHello, ReplicationAssignment, VmSpec};
+use pageport_proto::v1::{CompareBlocks, Compared, ReplicationAssignment, VmSpec};
 use pageport_teleport::BlockDigest;
 use pageport_teleport::index::IndexError;
 use tokio::task::spawn_blocking;
@@ -22,7 +22,7 @@ use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{Content, NbdClient, State};
 use crate::node::Node;
 use crate::replica::cap::Cap;
-use crate::replica::copy::{CopyError, hello};
+use crate::replica::copy::{CopyError, hellos};
 use crate::replica::store::BLOCK_BYTES;
 use crate::replica::view::ReplicaView;
 use crate::replication::control::{Control, ControlError};
@@ -135,7 +135,8 @@ impl Pass<'_> {
     ) -> Result<(), ScrubError> {
         let connection = self.node.endpoint.connect(&self.order.peer_worker, &self.order.peer_address).await?;
         let session = rand::random::<u64>().max(1);
-        let hellos = self.hellos(&disks_of(self.qemu, self.spec).await?, session)?;
+        let names = disks_of(self.qemu, self.spec).await?;
+        let hellos = hellos(self.node, self.qemu.id(), &names, session)?;
         let (mut control, points) = Control::open(&connection, session, &hellos, &[]).await?;
         let disks = Disks(hellos.into_iter().map(|hello| (hello.disk, hello.size_bytes)).collect());
         let plan = Plan::make(self.qemu, &disks.names(), &points, &self.order.peer_worker).await?;
@@ -154,11 +155,6 @@ impl Pass<'_> {
         connection.close("a part of a scrub ended");
         compared?;
         Ok(released?)
-    }
-
-    fn hellos(&self, names: &[String], session: u64) -> Result<Vec<DiskHello>, ScrubError> {
-        let hello = |name: &String| Ok(DiskHello { session, ..hello(self.node, self.qemu.id(), name)? });
-        tokio::task::block_in_place(|| names.iter().map(hello).collect())
     }
 
     async fn compare(

@@ -1,13 +1,12 @@
 //! How far a scrub is, and how the last one ended: durable, so that neither ends with the worker.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use pageport_common::store::{Batch, Store, StoreError};
 use pageport_proto::VmId;
 use pageport_proto::v1::ScrubStatus;
 use serde::{Deserialize, Serialize};
 
 use super::piece::Place;
+use crate::clock::unix_ms_now;
 
 /// The scrubs of one replica.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +97,7 @@ pub enum RecordError {
 impl Progress {
     /// Nothing is compared yet.
     pub fn begin(seq: u64) -> Self {
-        Self { seq, started_unix_ms: unix_ms(), place: Some(Place::default()), ..Self::default() }
+        Self { seq, started_unix_ms: unix_ms_now(), place: Some(Place::default()), ..Self::default() }
     }
 
     /// Whether nothing is left to compare.
@@ -108,7 +107,7 @@ impl Progress {
 
     /// It is complete.
     pub fn end(&mut self) {
-        self.ended_unix_ms = Some(unix_ms());
+        self.ended_unix_ms = Some(unix_ms_now());
     }
 }
 
@@ -130,8 +129,4 @@ impl From<&Progress> for ScrubStatus {
 
 fn key(vm: VmId, site: &str) -> String {
     format!("scrub/{vm}/{site}")
-}
-
-fn unix_ms() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
