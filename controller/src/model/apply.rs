@@ -43,11 +43,7 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
                 vm.removals.remove(&site);
             }
         }
-        Order::MigrationFailing { id, reason } => {
-            if let Some(migration) = state.migrations.get_mut(&id) {
-                migration.note_failure(reason);
-            }
-        }
+        Order::MigrationFailing { id, reason } => failing(state, id, reason),
         Order::MigrationRecord { id, record } => {
             if let Some(migration) = state.migrations.get_mut(&id) {
                 migration.take_record(record, now);
@@ -341,8 +337,31 @@ pub(super) fn settle(state: &mut State, id: MigrationId) {
     let Some(migration) = state.migrations.get(&id).filter(|migration| migration.is_over()) else { return };
     let Some(vm) = state.vms.get_mut(&migration.vm).filter(|vm| vm.migration == Some(id)) else { return };
     vm.migration = None;
-    if let Phase::Failed { reason, .. } = &migration.phase {
-        vm.problem = format!("migration to site \"{}\" failed: {reason}", migration.to.site);
+    if let Some(problem) = failure(migration) {
+        vm.problem = problem;
+    }
+}
+
+/// Notes why a move fails. When it has failed already, its VM shows the better reason too.
+fn failing(state: &mut State, id: MigrationId, reason: String) {
+    let Some(migration) = state.migrations.get_mut(&id) else { return };
+    let shown = failure(migration);
+    migration.note_failure(reason);
+    let Some(vm) = state.vms.get_mut(&migration.vm) else { return };
+    if shown.is_some_and(|shown| shown == vm.problem) {
+        vm.problem = failure(migration).unwrap_or_default();
+    }
+}
+
+/// What a failed move leaves at its VM.
+fn failure(migration: &Migration) -> Option<String> {
+    match &migration.phase {
+        Phase::Failed { reason, .. } => Some(format!("migration to site \"{}\" failed: {reason}", migration.to.site)),
+        Phase::Running { .. }
+        | Phase::Released { .. }
+        | Phase::Acquired { .. }
+        | Phase::Completed { .. }
+        | Phase::Cancelled { .. } => None,
     }
 }
 

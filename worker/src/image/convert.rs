@@ -184,6 +184,7 @@ fn share(line: &str) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
     use crate::image::Format;
@@ -199,6 +200,14 @@ mod tests {
         run("qemu-img", &["create", "-q", "-f", "qcow2", name, "8M"]);
         run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 4M 64k", name]);
         Image::open(&path, Format::Qcow2).unwrap()
+    }
+
+    /// A tool that takes any arguments, says nothing and never ends by itself.
+    fn endless_tool(folder: &Path) -> String {
+        let path = folder.join("endless");
+        std::fs::write(&path, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path.to_str().unwrap().to_owned()
     }
 
     #[tokio::test]
@@ -241,8 +250,8 @@ mod tests {
         let ended = convert("qemu-img", &image, &to, &cancelled, |_| Ok::<(), Infallible>(())).await;
         assert!(matches!(ended, Err(ConvertError::Cancelled)), "{ended:?}");
         let forbidden = |_| Err(io::Error::from(io::ErrorKind::StorageFull));
-        // A tool that never ends by itself.
-        let ended = convert("yes", &image, &to, &CancellationToken::new(), forbidden).await;
+        let tool = endless_tool(folder.path());
+        let ended = convert(&tool, &image, &to, &CancellationToken::new(), forbidden).await;
         assert!(matches!(ended, Err(ConvertError::Forbidden(_))), "{ended:?}");
     }
 
