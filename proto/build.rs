@@ -3,7 +3,7 @@
 use protox::prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files: Vec<String> = ["fleet", "replication", "migration", "worker_link", "cluster", "host", "peer"]
+    let files: Vec<String> = ["fleet", "replication", "quote", "migration", "worker_link", "cluster", "host", "peer"]
         .iter()
         .map(|name| format!("proto/pageport/v1/{name}.proto"))
         .collect();

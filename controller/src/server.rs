@@ -16,6 +16,7 @@ use pageport_common::tls::{CONTROLLER_NAME, Identity};
 use pageport_proto::v1::cluster_service_server::ClusterServiceServer;
 use pageport_proto::v1::fleet_service_server::FleetServiceServer;
 use pageport_proto::v1::migration_service_server::MigrationServiceServer;
+use pageport_proto::v1::quote_service_server::QuoteServiceServer;
 use pageport_proto::v1::raft_transport_service_server::RaftTransportServiceServer;
 use pageport_proto::v1::replication_service_server::ReplicationServiceServer;
 use pageport_proto::v1::worker_link_service_server::WorkerLinkServiceServer;
@@ -202,7 +203,8 @@ fn routes(
     let api = Api::new(consensus.clone(), hub.clone(), desk);
     let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
         .add_service(ReplicationServiceServer::new(api.clone()))
-        .add_service(MigrationServiceServer::new(api))
+        .add_service(MigrationServiceServer::new(api.clone()))
+        .add_service(QuoteServiceServer::new(api))
         .prepare()
         .into_axum_router();
     let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));

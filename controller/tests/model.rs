@@ -96,7 +96,7 @@ fn order() -> impl Strategy<Value = Order> {
         }),
         1 => (0..6_u8).prop_map(|number| Order::MigrationRecord {
             id: uuid(2, number),
-            record: Record(v1::MigrationRecord { total_time_ms: 7, ..v1::MigrationRecord::default() }),
+            record: Record(Box::new(v1::MigrationRecord { total_time_ms: 7, ..v1::MigrationRecord::default() })),
         }),
         1 => (0..6_u8).prop_map(|number| Order::MigrationComplete { id: uuid(2, number) }),
         1 => (0..6_u8, 0..3_usize)

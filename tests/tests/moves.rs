@@ -22,6 +22,8 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     }
     let mut story = Story::begin(LabConfig::default(), RATE_BPS).await;
     let session = story.busy_session().await;
+    let quoted = ctl(&story.lab, &["--json", "migration", "quote", VM, "--to", "b"]).await.unwrap();
+    let quote: serde_json::Value = serde_json::from_str(&quoted).unwrap();
     let sent_before = sent_to_peer(&story);
 
     let shown = ctl(&story.lab, &["--json", "migrate", VM, "--to", "b", "--watch"]).await.unwrap();
@@ -38,6 +40,16 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     assert!(!record["phases"].as_array().unwrap().is_empty());
     let cache_pages = story.before.page_cache_bytes / 4096;
     assert!(pages("teleported") * 100 >= cache_pages * 97, "{record} for {cache_pages} pages of clean page cache");
+    // Forecast and actual are side by side, and far from each other only by what a sample may miss.
+    assert_eq!(record["quote"], quote);
+    let within = |forecast: &str, actual: u64| {
+        let (low, high) = (quote[forecast]["low"].as_u64().unwrap(), quote[forecast]["high"].as_u64().unwrap());
+        assert!(low * 3 / 4 <= actual && actual <= high * 5 / 4, "{forecast}: {actual}, {quote}");
+    };
+    within("teleported_bytes", pages("teleported") * 4096);
+    within("zero_bytes", pages("zero") * 4096);
+    within("link_bps", RATE_BPS * 9 / 10);
+    assert_eq!(quote["memory_bytes"].as_u64().unwrap() % 4096, 0);
     // The worker's own count of what it sent is what came to the link, but for the headers below UDP.
     let carried = sent_to_peer(&story) - sent_before;
     let told = figure("wan_bytes") + figure("disk_wan_bytes");
@@ -46,6 +58,8 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
 
     let vm = story.wait_for_vm("running").await;
     assert_eq!(vm["owner_site"], "b");
+    let none = ctl(&story.lab, &["migration", "quote", VM, "--to", "b"]).await.unwrap_err();
+    assert!(none.contains("already runs") && none.lines().count() == 1, "{none}");
     let refused = ctl(&story.lab, &["migrate", VM, "--to", "b"]).await.unwrap_err();
     assert!(refused.contains("b") && refused.lines().count() == 1, "{refused}");
 

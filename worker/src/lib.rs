@@ -22,6 +22,7 @@ pub mod migration;
 pub mod nbd;
 pub mod node;
 pub mod quota;
+pub mod quote;
 pub mod replica;
 pub mod replication;
 pub mod store_identity;

@@ -15,6 +15,7 @@ use crate::hypervisor::QemuVersion;
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::quota::Quota;
+use crate::quote::Quotes;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
@@ -67,6 +68,8 @@ pub struct Node {
     pub vms: Vms,
     /// Migrations and seeds under way.
     pub registry: Registry,
+    /// Forecasts of moves.
+    pub quotes: Quotes,
     /// Notified when a report would differ from the one before.
     pub changed: Arc<Notify>,
     /// Notified when a VM needs a lease now.

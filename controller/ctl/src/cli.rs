@@ -161,6 +161,11 @@ Then on the host of the replica, with an URL that it has printed:
   qemu-img convert -O raw 'nbd+unix:///web/root?socket=...' root.raw
   pageportctl recovery-point close web 41";
 
+const QUOTE_EXAMPLE: &str = "\
+Example:
+  pageportctl migration quote web --to b
+  pageportctl migration quote web --to b --json | jq '.total_time_ms.high'    milliseconds at worst; absent: it would not end";
+
 const LINK_EXAMPLE: &str = "\
 Example:
   pageportctl link set a b --cap 100mbit    from a to b; the way back has a cap of its own
@@ -198,6 +203,7 @@ impl Command {
             Self::Link(LinkCommand::List) => "link list",
             Self::Link(LinkCommand::Set { .. }) => "link set",
             Self::Migrate { .. } => "migrate",
+            Self::Migration(MigrationCommand::Quote { .. }) => "migration quote",
             Self::Migration(MigrationCommand::Get { .. }) => "migration get",
             Self::Migration(MigrationCommand::List { .. }) => "migration list",
             Self::Migration(MigrationCommand::Watch { .. }) => "migration watch",
@@ -493,6 +499,18 @@ pub enum LinkCommand {
 /// `migration ...`
 #[derive(Debug, Subcommand)]
 pub enum MigrationCommand {
+    /// Forecast what a move of a running VM would take; nothing moves.
+    ///
+    /// Its worker looks at a few of the guest's pages and at how fast the guest changes them, and tries the link for a second and a half: about five
+    /// seconds in all. The guest goes on. The record of a move that follows within the hour has forecast and actual side by side.
+    #[command(after_help = QUOTE_EXAMPLE)]
+    Quote {
+        /// Name or id of the VM.
+        vm: String,
+        /// Destination site.
+        #[arg(long, value_name = "SITE")]
+        to: String,
+    },
     /// Show one migration, with its record when it has ended.
     Get {
         /// Id of the migration.

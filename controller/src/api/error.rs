@@ -100,6 +100,25 @@ pub enum ApiError {
     /// No fence.
     #[error(transparent)]
     Fence(#[from] FenceError),
+    /// A forecast cannot be made.
+    #[error("no quote of vm \"{name}\": {reason}")]
+    NoQuote {
+        /// The VM.
+        name: String,
+        /// The worker's words.
+        reason: String,
+    },
+    /// The worker does not answer a question in time.
+    #[error("worker \"{worker}\" has not answered within {} s: ask again, and look at its log", limit.as_secs())]
+    NoAnswer {
+        /// The worker.
+        worker: WorkerName,
+        /// How long was waited.
+        limit: std::time::Duration,
+    },
+    /// Too much is asked.
+    #[error("too many quotes are being made: ask again in a few seconds")]
+    TooManyQuestions,
     /// Not an id.
     #[error("{field}: {source}")]
     BadId {
@@ -179,12 +198,14 @@ impl ApiError {
             | Self::HolderAnswers { .. }
             | Self::WorkerAnswers { .. }
             | Self::DiskNotSeen { .. }
+            | Self::NoQuote { .. }
             | Self::NotGuarded { .. } => Code::FailedPrecondition,
             Self::Fence(error) => match error {
                 FenceError::NoAgent { .. } | FenceError::Agent(_) => Code::FailedPrecondition,
                 FenceError::Unsettled | FenceError::Busy | FenceError::Stopped => Code::Unavailable,
             },
-            Self::LeaderChanged => Code::Unavailable,
+            Self::LeaderChanged | Self::NoAnswer { .. } => Code::Unavailable,
+            Self::TooManyQuestions => Code::ResourceExhausted,
             Self::Consensus(error) => match error {
                 ConsensusError::NotLeader
                 | ConsensusError::Unknown

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
 //! | [`disks`] | orders about disks |
+//! | [`quote`] | forecasts, which workers make while their caller waits |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`], [`lag`] | state and observations into API messages: pure |
 //! | [`watch`] | streams of views |
@@ -25,6 +26,7 @@ pub mod fleet;
 pub mod forward;
 pub mod lag;
 pub mod migration;
+pub mod quote;
 pub mod replication;
 pub mod view;
 pub mod watch;

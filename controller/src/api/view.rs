@@ -254,7 +254,7 @@ impl<'a> View<'a> {
             ended_unix_ms: migration.ended_unix_ms().unwrap_or_default(),
             reason,
             progress: self.progress(migration),
-            record: migration.record.as_ref().map(|record| record.0.clone()),
+            record: migration.record.as_ref().map(|record| record.0.as_ref().clone()),
         }
     }
 

@@ -167,9 +167,16 @@ impl Telling {
         Self { seq, last: None }
     }
 
-    /// What to send now, if anything.
-    pub fn next(&mut self, state: &State, worker: &WorkerName, term: u64, say: Say) -> Option<v1::WorkerAssignment> {
-        let mut next = assignment(state, worker);
+    /// What to send now, if anything: what the state calls for, and what the worker is asked beside it.
+    pub fn next(
+        &mut self,
+        state: &State,
+        quotes: Vec<v1::QuoteAssignment>,
+        worker: &WorkerName,
+        term: u64,
+        say: Say,
+    ) -> Option<v1::WorkerAssignment> {
+        let mut next = v1::WorkerAssignment { quotes, ..assignment(state, worker) };
         let before = self.last.as_deref();
         next.term = before.map_or(0, |last| last.term);
         next.seq = before.map_or(0, |last| last.seq);

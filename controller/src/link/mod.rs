@@ -9,6 +9,7 @@
 //! | [`observation`] | what each worker last said; the hub that keeps it, in the leader's memory only |
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
+//! | [`questions`] | what workers are asked for somebody who waits for the answer |
 //! | [`leases`] | what the leader has granted to whom |
 //! | [`answers`] | what workers' questions are answered with |
 //! | [`failover`] | which VMs that fence themselves should run elsewhere |
@@ -23,5 +24,6 @@ pub mod driver;
 pub mod failover;
 pub mod leases;
 pub mod observation;
+pub mod questions;
 pub mod reconcile;
 pub mod service;

@@ -15,6 +15,7 @@ use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use super::questions::{self, Questions};
 use crate::model::protection::Point;
 
 /// A worker is connected while its last report is younger than this.
@@ -135,6 +136,7 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
     let lengths = [report.vms.len(), report.migrations.len(), report.seeds.len(), report.replications.len()];
     lengths.iter().all(|length| *length <= MAX_VMS)
         && report.vms.iter().all(|vm| vm.recovery_points.len() <= MAX_POINTS)
+        && report.quotes.len() <= questions::MAX_OPEN
         && report.point_exports.len() <= MAX_EXPORTS
         && report.point_exports.iter().all(|export| export.disks.len() <= MAX_EXPORTED_DISKS)
 }
@@ -142,6 +144,8 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
 /// To and from the hub.
 #[derive(Debug, Clone)]
 pub struct Hub {
+    /// What workers are asked, whose answers come in reports.
+    pub questions: Questions,
     reports: mpsc::Sender<(WorkerName, Observed)>,
     observations: watch::Receiver<Arc<Observations>>,
 }
@@ -173,5 +177,5 @@ pub fn hub() -> Hub {
             published.send_modify(|observations| Arc::make_mut(observations).put(worker, observed));
         }
     });
-    Hub { reports, observations }
+    Hub { questions: Questions::default(), reports, observations }
 }

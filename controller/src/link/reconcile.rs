@@ -199,7 +199,7 @@ fn moves(migration: &Migration, observations: &Observations, now: Now) -> Vec<Or
         if let Some(record) = &report.record
             && migration.record.is_none()
         {
-            orders.push(Order::MigrationRecord { id, record: Record(record.clone()) });
+            orders.push(Order::MigrationRecord { id, record: Record(Box::new(record.clone())) });
         }
         if !report.failure.is_empty() && migration.wants_reason() {
             orders.push(Order::MigrationFailing { id, reason: shorten(&report.failure) });

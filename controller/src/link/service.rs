@@ -160,6 +160,7 @@ impl Session {
         self.take(worker, first).await?;
         let mut state = self.link.consensus.watch_state();
         let mut status = self.link.consensus.watch_status();
+        let mut asked = self.link.hub.questions.watch();
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut last_report = Instant::now();
@@ -171,11 +172,15 @@ impl Session {
                     self.take(worker, report).await?;
                 }
                 changed = state.changed() => {
-                    changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
+                    changed.map_err(|_| stopping())?;
+                    self.send(worker, Say::News)?;
+                }
+                changed = asked.changed() => {
+                    changed.map_err(|_| stopping())?;
                     self.send(worker, Say::News)?;
                 }
                 changed = status.changed() => {
-                    changed.map_err(|_| Status::unavailable("this controller is stopping"))?;
+                    changed.map_err(|_| stopping())?;
                     if !status.borrow_and_update().serving {
                         return Err(self.link.not_leader());
                     }
@@ -208,7 +213,9 @@ impl Session {
     /// A worker that does not read its assignments gets the newest one once it does.
     fn send(&mut self, worker: &WorkerName, say: Say) -> Result<(), Status> {
         let term = self.link.consensus.status().term;
-        let Some(next) = self.telling.next(&self.link.consensus.applied(), worker, term, say) else { return Ok(()) };
+        let quotes = self.link.hub.questions.of(worker);
+        let next = self.telling.next(&self.link.consensus.applied(), quotes, worker, term, say);
+        let Some(next) = next else { return Ok(()) };
         match self.assignments.try_send(Ok(next.clone())) {
             Ok(()) => self.telling.sent(next),
             Err(mpsc::error::TrySendError::Full(_)) => {}
@@ -216,6 +223,10 @@ impl Session {
         }
         Ok(())
     }
+}
+
+fn stopping() -> Status {
+    Status::unavailable("this controller is stopping")
 }
 
 fn silent() -> Status {

@@ -218,7 +218,7 @@ impl Migration {
 
 /// The figures of a finished move, kept as they came.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Record(pub pageport_proto::v1::MigrationRecord);
+pub struct Record(pub Box<pageport_proto::v1::MigrationRecord>);
 
 impl Serialize for Record {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -229,6 +229,9 @@ impl Serialize for Record {
 impl<'de> Deserialize<'de> for Record {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let bytes = Vec::<u8>::deserialize(deserializer)?;
-        pageport_proto::v1::MigrationRecord::decode(bytes.as_slice()).map(Self).map_err(serde::de::Error::custom)
+        pageport_proto::v1::MigrationRecord::decode(bytes.as_slice())
+            .map(Box::new)
+            .map(Self)
+            .map_err(serde::de::Error::custom)
     }
 }

@@ -451,7 +451,7 @@ impl Member {
             if !self.status().serving {
                 return;
             }
-            if let Some(next) = telling.next(&self.state(), &worker, self.status().term, say)
+            if let Some(next) = telling.next(&self.state(), vec![], &worker, self.status().term, say)
                 && end.send(next.clone())
             {
                 telling.sent(next);

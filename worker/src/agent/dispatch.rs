@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_ownership::{Epoch, Event, Record};
-use pageport_proto::v1::{MigrationAssignment, MigrationRole, VmAssignment, WorkerAssignment};
+use pageport_proto::v1::{MigrationAssignment, MigrationRole, VmAssignment, VmSpec, WorkerAssignment};
 use pageport_proto::{MigrationId, VmId};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -38,6 +38,7 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             node.registry.retain_migrations(named);
             start_seeds(&node, assignment).await;
             replications.follow(&node, assignment);
+            node.quotes.follow(&node, &assignment.quotes, |vm| spec_of(assignment, vm));
             for removal in &assignment.replica_removals {
                 remove_replica(&node, &removal.vm_id).await;
             }
@@ -115,6 +116,7 @@ async fn keep(node: Arc<Node>, id: VmId, mut assigned: watch::Receiver<VmAssignm
             // However it left: what was known of its replicas, and of its memory elsewhere, is of no use any more.
             node.views.forget(id).await;
             node.memory.forget_arrived(id);
+            node.quotes.forget(id);
         }
         if !was_owned && owned {
             // However it came: what was kept of its memory has been used, or will not be.
@@ -157,8 +159,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
                 }
                 return;
             }
-            let spec = assignment.vms.iter().find(|it| it.vm_id == migration.vm_id).and_then(|it| it.spec.clone());
-            let Some(spec) = spec else { return };
+            let Some(spec) = spec_of(assignment, &migration.vm_id) else { return };
             let Some(entry) = node.registry.begin_migration(id, MigrationRole::Source) else { return };
             if migration.cancel || migration.over || !vm.may_prepare(epoch) {
                 let failure = give_up(&vm, epoch).await;
@@ -200,18 +201,17 @@ async fn give_up(vm: &Arc<crate::vms::ManagedVm>, epoch: Epoch) -> String {
     }
 }
 
+fn spec_of(assignment: &WorkerAssignment, vm_id: &str) -> Option<VmSpec> {
+    assignment.vms.iter().find(|vm| vm.vm_id == vm_id)?.spec.clone()
+}
+
 async fn start_seeds(node: &Arc<Node>, assignment: &WorkerAssignment) {
     node.registry.retain_seeds(|vm, site| {
         assignment.seeds.iter().any(|seed| seed.vm_id == vm.to_string() && seed.to_site == site)
     });
     for order in &assignment.seeds {
         let Ok(vm_id) = order.vm_id.parse::<VmId>() else { continue };
-        let (Some(vm), Some(spec)) = (
-            node.vms.get(vm_id),
-            assignment.vms.iter().find(|it| it.vm_id == order.vm_id).and_then(|it| it.spec.clone()),
-        ) else {
-            continue;
-        };
+        let (Some(vm), Some(spec)) = (node.vms.get(vm_id), spec_of(assignment, &order.vm_id)) else { continue };
         node.caps.towards(&order.to_site).set(order.cap_bps);
         let Some(entry) = node.registry.begin_seed(vm_id, &order.to_site, order.seed_seq) else { continue };
         tokio::spawn(seed::run(node.clone(), vm, spec, order.clone(), entry));

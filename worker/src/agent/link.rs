@@ -94,6 +94,7 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         seeds: node.registry.seed_reports(),
         replications: node.replications.reports(),
         point_exports: node.exports.reports(),
+        quotes: node.quotes.reports(),
         assignment_seq,
         store_id: node.store.id.to_string(),
         guarded: pageport_keeper::heartbeat::is_guarded(&config.runtime_dir),

@@ -40,6 +40,7 @@ use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
 use crate::quota::Quota;
+use crate::quote::Quotes;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
@@ -136,6 +137,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
         controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
         registry: Registry::new(changed.clone()),
+        quotes: Quotes::new(changed.clone()),
         groups,
         scratch: Arc::new(Quota::new(config.replication.all_scratch_bytes, HashMap::new())),
         flattenings,

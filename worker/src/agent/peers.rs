@@ -15,6 +15,7 @@ use crate::replica::points::LeaseEnd;
 use crate::replica::serve::{InPlace, serve_disk};
 use crate::replication;
 use crate::replication::serve::SessionDisk;
+use crate::transport::probe;
 use crate::transport::{MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection};
 
 /// A stream that says nothing for this long after it was opened is closed.
@@ -81,6 +82,11 @@ async fn serve(node: Arc<Node>, connection: PeerConnection) {
                     let span = tracing::info_span!("replication", vm_id = %replication.vm_id, role = "destination");
                     pageport_common::telemetry::adopt_traceparent(&span, &hello.traceparent);
                     replication::serve::serve(node, replication, reader, writer).instrument(span).await;
+                }
+                Some(stream_hello::Kind::Probe(_)) => {
+                    if let Err(error) = probe::answer(reader, writer).await {
+                        tracing::info!(error = %crate::error::with_causes(&error), "a probe of the path broke off");
+                    }
                 }
                 _ => connection.close("unexpected stream"),
             }

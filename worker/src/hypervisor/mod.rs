@@ -13,7 +13,7 @@
 //!   grow           disks that become larger                     attach  disks that are added
 //!   migrate        the two ends of a live migration        console   the serial port, for many viewers
 //!   guest_agent    the guest's file systems at rest for a moment
-//!   stats          counts of the guest's writes
+//!   stats          counts of the guest's writes                ram       its memory, looked at while it runs
 //! ```
 //!
 //! Guarantees: QEMU outlives the worker and is found again; its end is noticed whoever caused it; every command and every
@@ -38,6 +38,7 @@ pub mod mirror;
 mod paths;
 mod process;
 mod qmp;
+mod ram;
 pub mod stats;
 mod tap;
 mod vm;
@@ -57,5 +58,6 @@ pub use pageport_keeper::{BootTime, Lease};
 pub use paths::VmPaths;
 pub use process::end_writers_of;
 pub use qmp::QmpError;
+pub use ram::GuestRam;
 pub use stats::WriteCount;
 pub use vm::{Host, Marks, RunState, Vm, clean_up, list_running, remove};

@@ -191,6 +191,12 @@ impl Replications {
         self.lock().values().map(|entry| entry.state().report.clone()).collect()
     }
 
+    /// What a VM has written since the newest recovery point of its replica at a site; 0: it is not known.
+    pub fn lag_bytes(&self, vm: VmId, to_site: &str) -> u64 {
+        let entry = self.lock().get(&(vm, to_site.to_owned())).cloned();
+        entry.and_then(|entry| Some(entry.state().report.status.as_ref()?.lag_bytes)).unwrap_or_default()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(VmId, String), Arc<Entry>>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -7,11 +7,12 @@
 //! | memory | control (bidirectional), fallback, memory | in that order, highest first |
 //! | disks | one bidirectional stream per disk | all alike |
 //!
-//! A seed uses the disks connection alone. Every stream the source opens begins with a
+//! A seed uses the disks connection alone, a [`probe`] one of its own. Every stream the source opens begins with a
 //! [`StreamHello`](pageport_proto::v1::StreamHello). Nothing here knows what the messages mean.
 
 pub mod endpoint;
 pub mod message;
+pub mod probe;
 
 pub use endpoint::{PeerConnection, PeerEndpoint, TransportError};
 pub use message::{MessageError, MessageReader, MessageWriter};
@@ -27,4 +28,6 @@ pub mod priority {
     pub const FALLBACK: i32 = 10;
     /// The bulk of memory.
     pub const MEMORY: i32 = 0;
+    /// What only tries the path.
+    pub const PROBE: i32 = -10;
 }

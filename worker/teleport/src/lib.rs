@@ -34,6 +34,6 @@ pub use decoder::{DecodeError, Decoded, Decoder, ReplicaRead, Verified};
 pub use digest::{BatchDigest, BatchSummary, OutOfOrder, StreamDigest};
 pub use encoder::{EncodeError, EncodedBatch, Encoder, EncoderParams, Retained, encode_fallback};
 pub use index::{BlockIndex, BlockLookup, BlockRef, KEPT_MEMORY};
-pub use literals::Level;
+pub use literals::{Level, LiteralSizer};
 pub use page::{BlockDigest, PAGE_SIZE, Page, PageHash, ZERO_PAGE, is_zero};
 pub use wire::{Frame, FrameError, FrameKind, FrameReader};

@@ -116,6 +116,29 @@ impl Compressor {
     }
 }
 
+/// What literals would take on the wire, sent one after the other: for forecasts.
+#[derive(Debug)]
+pub struct LiteralSizer(Compressor);
+
+impl LiteralSizer {
+    /// At the level at which a migration starts.
+    ///
+    /// # Errors
+    /// zstd has no memory.
+    pub fn new() -> io::Result<Self> {
+        Compressor::new(Level::DEFAULT).map(Self)
+    }
+
+    /// Bytes on the wire of these, as a batch of their own.
+    ///
+    /// # Errors
+    /// zstd fails.
+    pub fn wire_bytes(&mut self, literals: &[u8]) -> io::Result<usize> {
+        self.0.add(literals)?;
+        Ok(self.0.flush()?.len())
+    }
+}
+
 /// Gives one step of zstd some room at the end of `output`.
 fn run(output: &mut Vec<u8>, step: impl FnOnce(&mut OutBuffer<'_, Vec<u8>>) -> io::Result<usize>) -> io::Result<usize> {
     output.reserve(OUTPUT_STEP);

@@ -1,20 +1,27 @@
-//! `migrate` and `migration get | list | watch | cancel`.
+//! `migrate` and `migration quote | get | list | watch | cancel`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::MigrationState;
 use pageport_proto::v1::migration_service_client::MigrationServiceClient;
+use pageport_proto::v1::quote_service_client::QuoteServiceClient;
 
 use super::{Context, ask, follow, now_unix_ms, request_id, required};
 use crate::cli::MigrationCommand;
 use crate::error::CtlError;
 use crate::render::screen::Screen;
-use crate::render::{lists, progress, record};
+use crate::render::{lists, progress, quote, record};
 use crate::trace::Traced;
 
 type Migrations = MigrationServiceClient<Traced>;
 
 pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(), CtlError> {
     match command {
+        MigrationCommand::Quote { vm, to } => {
+            let request = v1::QuoteMigrationRequest { vm, to_site: to };
+            let response = ask!(context, QuoteServiceClient<Traced>, quote_migration, request).await?;
+            let quote = required(response.quote, "QuoteMigration", "quote")?;
+            context.output.message(&quote, quote::page)
+        }
         MigrationCommand::Get { id } => {
             let response = ask!(context, Migrations, get_migration, v1::GetMigrationRequest { id }).await?;
             let migration = required(response.migration, "GetMigration", "migration")?;

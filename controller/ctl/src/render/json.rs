@@ -46,6 +46,7 @@ wire!(
     ListWorkersResponse,
     Migration,
     PointExport,
+    Quote,
     Replica,
     UnprotectVmResponse,
     Vm,

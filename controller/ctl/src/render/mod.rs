@@ -20,6 +20,7 @@ pub mod lists;
 pub mod point;
 pub mod progress;
 pub mod protection;
+pub mod quote;
 pub mod record;
 pub mod screen;
 pub mod sheet;

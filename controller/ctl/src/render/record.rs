@@ -3,6 +3,7 @@
 use pageport_proto::v1::{Migration, MigrationRecord, PageCounts, PhaseTiming};
 
 use super::progress::PAGE_BYTES;
+use super::quote;
 use super::table::{Align, Table};
 use super::units;
 use super::words;
@@ -35,6 +36,10 @@ pub fn summary(migration: &Migration) -> String {
         if !record.downtime_parts.is_empty() {
             text.push('\n');
             text.push_str(&timings("DOWNTIME", &record.downtime_parts));
+        }
+        if let Some(quote) = &record.quote {
+            text.push('\n');
+            text.push_str(&quote::beside(quote, record));
         }
     }
     text
@@ -117,6 +122,7 @@ pub(crate) mod tests {
                 ],
                 stream_digest: "ab12".into(),
                 downtime_parts: vec![timing("last pages", 200)],
+                quote: None,
             }),
             ..Default::default()
         }
