@@ -9,6 +9,8 @@
 //! | [`observation`] | what each worker last said; the hub that keeps it, in the leader's memory only |
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
+//! | [`fleet`], [`drain`], [`scheduling`] | the scheduler's view, and which commands its decisions call for: pure |
+//! | [`budget`] | what may be sent over a link, by moves and by replication: pure |
 //! | [`leases`] | what the leader has granted to whom |
 //! | [`answers`] | what workers' questions are answered with |
 //! | [`failover`] | which VMs that fence themselves should run elsewhere |
@@ -19,9 +21,13 @@
 
 pub mod answers;
 pub mod assignment;
+pub mod budget;
+pub mod drain;
 pub mod driver;
 pub mod failover;
+pub mod fleet;
 pub mod leases;
 pub mod observation;
 pub mod reconcile;
+pub mod scheduling;
 pub mod service;

@@ -21,6 +21,7 @@ pub mod point;
 pub mod progress;
 pub mod protection;
 pub mod record;
+pub mod schedule;
 pub mod screen;
 pub mod sheet;
 pub mod table;
