@@ -152,6 +152,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
     match migration.role() {
         MigrationRole::Source => {
             if let Some(entry) = node.registry.migration(id) {
+                entry.pace.set(migration.rate_bps, migration.paused);
                 if migration.cancel || migration.over {
                     entry.cancel.cancel();
                 }
@@ -160,6 +161,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
             let spec = assignment.vms.iter().find(|it| it.vm_id == migration.vm_id).and_then(|it| it.spec.clone());
             let Some(spec) = spec else { return };
             let Some(entry) = node.registry.begin_migration(id, MigrationRole::Source) else { return };
+            entry.pace.set(migration.rate_bps, migration.paused);
             if migration.cancel || migration.over || !vm.may_prepare(epoch) {
                 let failure = give_up(&vm, epoch).await;
                 entry.end(Err(failure));
