@@ -1,8 +1,8 @@
 //! What the scheduler is told: limits, links, and what is to be emptied; and how that stands.
 
+use pageport_proto::v1;
 use pageport_proto::v1::schedule_service_server::ScheduleService;
 use pageport_proto::v1::spot::Place;
-use pageport_proto::v1::{self};
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
