@@ -10,6 +10,7 @@
 //! | [`model`] | the state and the one function that changes it: pure |
 //! | [`consensus`] | raft: log, snapshots, peers |
 //! | [`link`] | reports from workers, assignments to them |
+//! | [`scheduler`] | what moves when, over which link, at what rate: pure |
 
 //! | [`fence`] | commands that turn a worker's host off, and what follows |
 //! | [`api`] | what clients see |
@@ -25,5 +26,6 @@ pub mod fence;
 pub mod link;
 pub mod model;
 pub mod peer;
+pub mod scheduler;
 pub mod server;
 pub mod web;

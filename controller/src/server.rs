@@ -1,8 +1,8 @@
 //! A controller, put together from its parts.
 //!
 //! ```text
-//!   api port, mTLS:  [forward] fleet, replication, migration · cluster · worker link · raft
-//!   web port:        gRPC-Web of the first four · UI
+//!   api port, mTLS:  [forward] fleet, replication, migration, schedule · cluster · worker link · raft
+//!   web port:        gRPC-Web of the first five · UI
 //! ```
 //! Guarantees: [`run`] returns only when both ports are closed and the log is at rest; it fails when the log cannot go on.
 
@@ -19,6 +19,7 @@ use pageport_proto::v1::migration_service_server::MigrationServiceServer;
 use pageport_proto::v1::quote_service_server::QuoteServiceServer;
 use pageport_proto::v1::raft_transport_service_server::RaftTransportServiceServer;
 use pageport_proto::v1::replication_service_server::ReplicationServiceServer;
+use pageport_proto::v1::schedule_service_server::ScheduleServiceServer;
 use pageport_proto::v1::worker_link_service_server::WorkerLinkServiceServer;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -204,7 +205,8 @@ fn routes(
     let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
         .add_service(ReplicationServiceServer::new(api.clone()))
         .add_service(MigrationServiceServer::new(api.clone()))
-        .add_service(QuoteServiceServer::new(api))
+        .add_service(QuoteServiceServer::new(api.clone()))
+        .add_service(ScheduleServiceServer::new(api))
         .prepare()
         .into_axum_router();
     let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));

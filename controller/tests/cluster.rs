@@ -111,10 +111,20 @@ async fn unknown_names_are_answered_with_what_would_be_right() {
     let seed = v1::SeedReplicaRequest { request_id: String::new(), vm: "web".into(), to_site: "x".into() };
     let refused = cluster.replication(node).seed_replica(seed).await.unwrap_err();
     assert_eq!(refused.message(), "site \"x\" is unknown; known sites: a");
-    let order = v1::CreateMigrationRequest { request_id: String::new(), vm: "nix".into(), to_site: "a".into() };
+    let order = v1::CreateMigrationRequest {
+        request_id: String::new(),
+        vm: "nix".into(),
+        to_site: "a".into(),
+        ..Default::default()
+    };
     let refused = cluster.migration(node).create_migration(order).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
-    let order = v1::CreateMigrationRequest { request_id: String::new(), vm: "web".into(), to_site: "a".into() };
+    let order = v1::CreateMigrationRequest {
+        request_id: String::new(),
+        vm: "web".into(),
+        to_site: "a".into(),
+        ..Default::default()
+    };
     let refused = cluster.migration(node).create_migration(order).await.unwrap_err();
     assert_eq!(refused.message(), "vm \"web\" already runs at site \"a\"");
     let mut bad = define("db", "a");

@@ -52,7 +52,12 @@ impl Lab {
     }
 
     async fn migrate(&self, site: &str) -> Result<v1::Migration, tonic::Status> {
-        let order = v1::CreateMigrationRequest { request_id: request_id(), vm: "web".into(), to_site: site.into() };
+        let order = v1::CreateMigrationRequest {
+            request_id: request_id(),
+            vm: "web".into(),
+            to_site: site.into(),
+            ..Default::default()
+        };
         let answer = self.cluster.migration(self.node).create_migration(order).await?;
         Ok(answer.into_inner().migration.unwrap())
     }

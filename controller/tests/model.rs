@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use pageport_controller::model::command::{ClientOrder, Halt};
-use pageport_controller::model::migration::Record;
+use pageport_controller::model::migration::{Phase, Record};
 use pageport_controller::model::protection::Places;
+use pageport_controller::model::schedule::{Change, DrainMove, Spot};
 use pageport_controller::model::state::{Power, ReplicaPhase, Worker};
 use pageport_controller::model::{Answer, Command, Order, Spec, State, Terms, apply};
 use pageport_ownership::{Epoch, Evidence, controller::Fact};
@@ -39,7 +40,7 @@ fn spec(number: u8) -> Box<Spec> {
 
 fn client_order() -> impl Strategy<Value = ClientOrder> {
     let site = |index: usize| SITES[index].parse().unwrap();
-    (0..10_u8, 0..2_u8, 0..3_usize, 0..6_u8).prop_map(move |(kind, number, index, move_number)| match kind {
+    (0..14_u8, 0..2_u8, 0..3_usize, 0..6_u8).prop_map(move |(kind, number, index, move_number)| match kind {
         0 => ClientOrder::DefineVm { id: vm(number), spec: spec(number), worker: worker(index) },
         1 => ClientOrder::SetPower { vm: vm(number), power: if index == 0 { Power::Stop } else { Power::Run } },
         2 => ClientOrder::SeedReplica { vm: vm(number), site: site(index), worker: worker(index) },
@@ -57,6 +58,20 @@ fn client_order() -> impl Strategy<Value = ClientOrder> {
         8 if move_number == 0 => {
             ClientOrder::SetLinkCap { from: site(index), to: site(usize::from(number)), cap_bps: 1_000_000 }
         }
+        9 | 10 => ClientOrder::QueueMigration {
+            id: uuid(2, move_number),
+            vm: vm(number),
+            site: site(index),
+            traceparent: String::new(),
+            terms: Box::default(),
+            admitted: (index == 0).then_some(u64::from(move_number)),
+        },
+        11 => ClientOrder::ChangeMigration {
+            id: uuid(2, move_number),
+            change: Change { priority: Some(move_number), rate_bps: None, paused: Some(index == 0) },
+        },
+        12 if move_number < 2 => ClientOrder::Drain { spot: Spot::Site(site(index)), to: None, priority: 50 },
+        12 => ClientOrder::Undrain { spot: Spot::Site(site(index)) },
         _ => ClientOrder::CreateMigration {
             id: uuid(2, move_number),
             vm: vm(number),
@@ -107,6 +122,16 @@ fn order() -> impl Strategy<Value = Order> {
             Order::VmHalted { vm: vm(number), power_seq, cause: Halt::Crashed, problem: "gone".into() }
         }),
         1 => (0..2_u8).prop_map(|number| Order::ForgetVm { vm: vm(number) }),
+        2 => (0..6_u8, 0..12_u64).prop_map(|(number, seq)| Order::Admit { ids: vec![uuid(2, number)], seq }),
+        1 => (0..6_u8).prop_map(|number| Order::GiveUp { id: uuid(2, number), reason: "too late".into() }),
+        1 => (0..2_u8, 0..3_usize, 0..6_u8).prop_map(|(number, index, move_number)| Order::QueueDrain {
+            spot: Spot::Site(SITES[index].parse().unwrap()),
+            moves: vec![DrainMove {
+                id: uuid(2, move_number),
+                vm: vm(number),
+                site: SITES[(index + 1) % SITES.len()].parse().unwrap(),
+            }],
+        }),
     ]
 }
 
@@ -128,8 +153,9 @@ fn check(before: &State, after: &State) {
             assert!(vm.ownership.owner().1 >= earlier.ownership.owner().1, "ownership went back in time");
         }
         assert!(vm.ownership.owner().1 <= vm.ownership.last());
-        let open: Vec<_> =
-            after.migrations.values().filter(|migration| migration.vm == *id && !migration.is_over()).collect();
+        let open = after.migrations.values().filter(|migration| migration.vm == *id && !migration.is_over());
+        let (queued, open): (Vec<_>, Vec<_>) = open.partition(|migration| migration.phase == Phase::Queued);
+        assert!(queued.len() <= 1, "two orders for one VM");
         assert_eq!(
             open.iter().map(|migration| migration.id).collect::<Vec<_>>(),
             vm.migration.into_iter().collect::<Vec<_>>()
@@ -147,6 +173,8 @@ fn check(before: &State, after: &State) {
         if before.migrations.get(id).is_some_and(|earlier| earlier.is_over()) {
             assert!(migration.is_over(), "an ended migration began again");
         }
+        let begun = before.migrations.get(id).is_some_and(|earlier| earlier.epoch != Epoch::ZERO);
+        assert!(!begun || migration.phase != Phase::Queued, "it was let begin, and waits again");
     }
 }
 

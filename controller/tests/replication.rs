@@ -61,7 +61,7 @@ impl Lab {
     }
 
     async fn cap(&self, from: &str, to: &str, cap_bps: u64) -> Result<v1::Link, tonic::Status> {
-        let link = v1::Link { from_site: from.into(), to_site: to.into(), cap_bps };
+        let link = v1::Link { from_site: from.into(), to_site: to.into(), cap_bps, ..Default::default() };
         let request = v1::SetLinkCapRequest { request_id: request_id(), link: Some(link) };
         Ok(self.cluster.replication(self.node).set_link_cap(request).await?.into_inner().link.unwrap())
     }
@@ -89,7 +89,12 @@ async fn a_protected_vm_has_points_at_its_site_and_at_the_one_it_left_after_a_mo
     assert_eq!(vm.replicas[0].wan_bytes, 4096);
     eventually("the holder's points", async || (!lab.points("b").await.ok()?.is_empty()).then_some(())).await;
 
-    let order = v1::CreateMigrationRequest { request_id: request_id(), vm: "web".into(), to_site: "b".into() };
+    let order = v1::CreateMigrationRequest {
+        request_id: request_id(),
+        vm: "web".into(),
+        to_site: "b".into(),
+        ..Default::default()
+    };
     let migration = lab.cluster.migration(lab.node).create_migration(order).await.unwrap().into_inner().migration;
     let id = migration.unwrap().id;
     eventually("the end of the move", async || {

@@ -25,6 +25,7 @@ use pageport_worker::hypervisor::{
 use pageport_worker::memory::arrived::Arrived;
 use pageport_worker::migration::incoming::{self, Incoming};
 use pageport_worker::migration::outgoing::{self, Outgoing};
+use pageport_worker::replica::cap::Cap;
 use pageport_worker::replica::store::{ReplicaDisk, ReplicaStore};
 use pageport_worker::replica::view::{Confirmed, ReplicaState, ReplicaView};
 use pageport_worker::transport::{MessageReader, PeerConnection, PeerEndpoint};
@@ -93,7 +94,8 @@ async fn the_memory_of_both_hypervisors_is_equal_when_a_busy_guest_has_moved() {
     let accepting = tokio::spawn(accept(receiving, destination.paths().incoming(), replica));
     let outgoing_socket = begin(&source).await;
     let held = outgoing::Held { disks: view, kept: None };
-    let mut outgoing = Outgoing::start(sending, "test", "", outgoing_socket, held, None).await.unwrap();
+    let mut outgoing =
+        Outgoing::start(sending, "test", "", outgoing_socket, held, None, Arc::new(Cap::none())).await.unwrap();
     let (mut incoming, mut answers) = accepting.await.unwrap();
     let acknowledging = outgoing.answers();
     tokio::spawn(async move {

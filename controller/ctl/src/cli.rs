@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::place::Place;
 use crate::quantity::{Cap, Span};
 use crate::size::Size;
+use crate::terms::{DrainArgs, SchedulerCommand, TermsArgs};
 
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
@@ -117,13 +118,23 @@ pub enum Command {
     /// What may be sent between sites.
     #[command(subcommand)]
     Link(LinkCommand),
+    /// How many migrations there may be at a time.
+    #[command(subcommand)]
+    Scheduler(SchedulerCommand),
     /// Move a running VM to another site.
+    ///
+    /// It begins at once unless the scheduler says that it has to wait: for a slot at a worker or link, for bandwidth, for memory at
+    /// the target, for what was ordered here. `migration list` says in one sentence for what.
+    #[command(after_help = MIGRATE_EXAMPLE)]
     Migrate {
         /// Name or id of the VM.
         vm: String,
         /// Destination site.
         #[arg(long, value_name = "SITE")]
         to: String,
+        /// On which terms.
+        #[command(flatten)]
+        terms: TermsArgs,
         /// Follow the move until it has ended.
         #[arg(long)]
         watch: bool,
@@ -135,6 +146,20 @@ pub enum Command {
     #[command(subcommand)]
     Cluster(ClusterCommand),
 }
+
+const MIGRATE_EXAMPLE: &str = "\
+Example:
+  pageportctl migrate web --to b --watch
+  pageportctl migrate db --to b --priority 80 --window 22:00-06:00 --deadline 24h
+  pageportctl migrate web --to b --after 0190...      once that migration has completed
+  pageportctl migration list                          REASON says what each one waits for
+  pageportctl migration set 0190... --rate 50mbit     also while it runs";
+
+const DRAIN_EXAMPLE: &str = "\
+Example:
+  pageportctl site drain a --dry-run             what would go where, and what cannot leave
+  pageportctl site drain a --to b --watch
+  pageportctl site undrain a";
 
 const PROTECT_EXAMPLE: &str = "\
 Example:
@@ -169,7 +194,8 @@ Example:
 const LINK_EXAMPLE: &str = "\
 Example:
   pageportctl link set a b --cap 100mbit    from a to b; the way back has a cap of its own
-  pageportctl link set a b --cap none";
+  pageportctl link set a b --cap none
+  pageportctl link set a b --budget 1gbit --migrations 2";
 
 impl Command {
     /// Its name for people who look at traces.
@@ -177,6 +203,12 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Site(SiteCommand::List) => "site list",
+            Self::Site(SiteCommand::Drain { .. }) => "site drain",
+            Self::Site(SiteCommand::Undrain { .. }) => "site undrain",
+            Self::Worker(WorkerCommand::Drain { .. }) => "worker drain",
+            Self::Worker(WorkerCommand::Undrain { .. }) => "worker undrain",
+            Self::Scheduler(SchedulerCommand::Get) => "scheduler get",
+            Self::Scheduler(SchedulerCommand::Set { .. }) => "scheduler set",
             Self::Worker(WorkerCommand::List) => "worker list",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
@@ -207,6 +239,9 @@ impl Command {
             Self::Migration(MigrationCommand::Get { .. }) => "migration get",
             Self::Migration(MigrationCommand::List { .. }) => "migration list",
             Self::Migration(MigrationCommand::Watch { .. }) => "migration watch",
+            Self::Migration(MigrationCommand::Set { .. }) => "migration set",
+            Self::Migration(MigrationCommand::Pause { .. }) => "migration pause",
+            Self::Migration(MigrationCommand::Resume { .. }) => "migration resume",
             Self::Migration(MigrationCommand::Cancel { .. }) => "migration cancel",
         }
     }
@@ -217,6 +252,23 @@ impl Command {
 pub enum SiteCommand {
     /// List the sites.
     List,
+    /// Move every running VM away from a site, each to a site with a replica.
+    ///
+    /// The largest go first; each goes where it fits and the least is to cross the link. It stays in force until it is undrained: what comes to
+    /// run there later leaves as well, and nothing is moved there. What cannot leave is listed with its reason; stopped VMs stay.
+    #[command(after_help = DRAIN_EXAMPLE)]
+    Drain {
+        /// Name of the site.
+        site: String,
+        /// How.
+        #[command(flatten)]
+        drain: DrainArgs,
+    },
+    /// End that a site is drained: what waits is cancelled, what is under way goes on.
+    Undrain {
+        /// Name of the site.
+        site: String,
+    },
 }
 
 /// `worker ...`
@@ -224,6 +276,19 @@ pub enum SiteCommand {
 pub enum WorkerCommand {
     /// List the workers.
     List,
+    /// Move every running VM away from a worker, each to another site with a replica; see `site drain`.
+    Drain {
+        /// Name of the worker.
+        worker: String,
+        /// How.
+        #[command(flatten)]
+        drain: DrainArgs,
+    },
+    /// End that a worker is drained: what waits is cancelled, what is under way goes on.
+    Undrain {
+        /// Name of the worker.
+        worker: String,
+    },
     /// Have a worker's host turned off by its fence agent, and start elsewhere what ran there.
     ///
     /// For a host that does not answer. The controllers grant its VMs to nobody, run the agent that controller.toml names
@@ -483,16 +548,24 @@ pub enum RecoveryPointCommand {
 pub enum LinkCommand {
     /// List the links between sites with their caps.
     List,
-    /// Cap what replication may send from one site to another; takes effect while it runs.
-    #[command(after_help = LINK_EXAMPLE)]
+    /// Bound what is sent from one site to another; takes effect while it runs.
+    ///
+    /// Migrations share the budget evenly, and replication gets what they leave, a fifth of it at least. The cap is of replication alone.
+    #[command(after_help = LINK_EXAMPLE, group = clap::ArgGroup::new("limits").required(true).multiple(true))]
     Set {
         /// Source site.
         from: String,
         /// Destination site.
         to: String,
-        /// Bits per second, like 100mbit or 1gbit (100kbit at least), or none.
-        #[arg(long, value_name = "RATE")]
-        cap: Cap,
+        /// Of each worker's replication and seeds, in bits per second, like 100mbit or 1gbit (100kbit at least), or none.
+        #[arg(long, value_name = "RATE", group = "limits")]
+        cap: Option<Cap>,
+        /// Of all, migrations and replication together, or none.
+        #[arg(long, value_name = "RATE", group = "limits")]
+        budget: Option<Cap>,
+        /// Migrations at a time (1 to 256); 0: as `scheduler get` says.
+        #[arg(long, value_name = "N", group = "limits", value_parser = clap::value_parser!(u32).range(0..=256))]
+        migrations: Option<u32>,
     },
 }
 
@@ -527,7 +600,29 @@ pub enum MigrationCommand {
         /// Id of the migration.
         id: String,
     },
-    /// Ask for a migration to be cancelled.
+    /// Change the priority or the rate of a migration that waits or runs.
+    #[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+    Set {
+        /// Id of the migration.
+        id: String,
+        /// 0 to 100; more is sooner.
+        #[arg(long, value_name = "N", group = "what", value_parser = clap::value_parser!(u32).range(0..=100))]
+        priority: Option<u32>,
+        /// What it may send at most, like 50mbit; none: its part of the link's budget.
+        #[arg(long, value_name = "RATE", group = "what")]
+        rate: Option<Cap>,
+    },
+    /// Hold a migration: one that waits does not begin, one that runs hardly sends and its guest is not stopped.
+    Pause {
+        /// Id of the migration.
+        id: String,
+    },
+    /// Let a migration go on that was paused.
+    Resume {
+        /// Id of the migration.
+        id: String,
+    },
+    /// Ask for a migration to be cancelled; one that waits is cancelled at once.
     Cancel {
         /// Id of the migration.
         id: String,
@@ -573,6 +668,18 @@ mod tests {
             assert!(parse(&["--place", wrong]).unwrap_err().to_string().contains("like root=/dev/vg0/web"));
         }
         assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());
+    }
+
+    #[test]
+    fn a_change_that_names_nothing_is_refused() {
+        let parse = |words: &[&str]| Cli::try_parse_from([&["pageportctl"], words].concat());
+        for nothing in [&["link", "set", "a", "b"][..], &["migration", "set", "m1"], &["scheduler", "set"]] {
+            assert!(parse(nothing).is_err(), "{nothing:?}");
+        }
+        parse(&["link", "set", "a", "b", "--budget", "1gbit", "--migrations", "2"]).unwrap();
+        parse(&["migration", "set", "m1", "--rate", "none"]).unwrap();
+        parse(&["scheduler", "set", "--per-link", "1", "--memory-percent", "90"]).unwrap();
+        assert!(parse(&["site", "drain", "a", "--dry-run", "--watch"]).is_err());
     }
 
     #[test]

@@ -28,6 +28,7 @@ pub mod reason;
 pub mod render;
 pub mod size;
 pub mod terminal;
+pub mod terms;
 pub mod trace;
 pub mod vmfile;
 pub mod watch;

@@ -78,6 +78,8 @@ struct VmFile {
     on_isolation: OnIsolation,
     #[serde(default)]
     start: Start,
+    #[serde(default)]
+    anti_affinity: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
@@ -219,6 +221,7 @@ impl VmFile {
                 Start::AsOrdered => v1::StartPolicy::AsOrdered.into(),
                 Start::Manual => v1::StartPolicy::Manual.into(),
             },
+            anti_affinity: self.anti_affinity,
         }
     }
 }

@@ -90,6 +90,20 @@ async fn a_disk_is_resized_and_its_size_is_shown() {
 }
 
 #[tokio::test]
+async fn the_terms_of_a_migration_are_changed_and_shown() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let set =
+        run(&authority, &at, &["migration", "set", "m1", "--priority", "80", "--rate", "50mbit"]).await.succeeded();
+    assert_eq!(set.stdout, "migration m1: web from  to , queued, priority 80, at most 50.0 Mbit/s\n");
+    let pause = run(&authority, &at, &["migration", "pause", "m1"]).await.succeeded();
+    assert_eq!(pause.stdout, "migration m1: web from  to , queued, paused\n");
+    let resume = run(&authority, &at, &["migration", "resume", "m1", "--json"]).await.succeeded();
+    assert_eq!(resume.lines()[0]["terms"]["paused"], false);
+}
+
+#[tokio::test]
 async fn a_disk_is_added_where_it_is_said() {
     let (authority, fake) = (Authority::new(), Fake::default());
     fake.script().vms = vec![vm("web")];

@@ -190,9 +190,12 @@ async fn recovery_points_and_links_are_listed_and_links_are_capped() {
     assert_eq!(points.lines()[0]["points"][1]["number"], 4);
 
     let set = run(&authority, &at, &["link", "set", "a", "b", "--cap", "100mbit"]).await.succeeded();
-    assert_eq!(set.stdout, "replication and seeds from a to b: at most 100 Mbit/s\n");
+    assert_eq!(
+        set.stdout,
+        "from a to b: budget of all none, cap of replication 100 Mbit/s, migrations at a time default\n"
+    );
     let list = run(&authority, &at, &["link", "list"]).await.succeeded();
-    assert_eq!(list.stdout, "FROM  TO         CAP\na     b   100 Mbit/s\n");
+    assert_eq!(list.stdout, "FROM  TO  BUDGET         CAP  MIGRATIONS\na     b     none  100 Mbit/s     default\n");
     let none = run(&authority, &at, &["link", "set", "a", "b", "--cap", "none", "--json"]).await.succeeded();
     assert_eq!(none.lines()[0]["cap_bps"], 0);
 }

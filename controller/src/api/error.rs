@@ -8,6 +8,7 @@ use crate::consensus::ConsensusError;
 use crate::fence::desk::FenceError;
 use crate::model::Rejection;
 use crate::model::protection::TermsError;
+use crate::model::schedule::ScheduleError;
 use crate::model::spec::SpecError;
 
 /// Why a request failed.
@@ -22,6 +23,9 @@ pub enum ApiError {
     /// What is asked of a replication or a link cannot be kept.
     #[error(transparent)]
     Terms(#[from] TermsError),
+    /// Terms or limits of moves cannot be.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// No agreement.
     #[error(transparent)]
     Consensus(#[from] ConsensusError),
@@ -158,14 +162,19 @@ impl ApiError {
                 | Rejection::MigrationUnknown { .. }
                 | Rejection::DiskUnknown { .. }
                 | Rejection::WorkerUnknown { .. } => Code::NotFound,
-                Rejection::NameTaken { .. } => Code::AlreadyExists,
+                Rejection::NameTaken { .. } | Rejection::MigrationKnown { .. } => Code::AlreadyExists,
                 Rejection::RequestReused { .. }
                 | Rejection::NoLink { .. }
+                | Rejection::SiteWithoutWorkers { .. }
                 | Rejection::Disk(_)
                 | Rejection::DiskSize { .. }
                 | Rejection::DiskShrinks { .. } => Code::InvalidArgument,
                 Rejection::AlreadyThere { .. }
                 | Rejection::AlreadyMigrating { .. }
+                | Rejection::AlreadyQueued { .. }
+                | Rejection::BeingCancelled { .. }
+                | Rejection::HandedOver { .. }
+                | Rejection::NotDrained { .. }
                 | Rejection::NotConfirmed { .. }
                 | Rejection::NotRunning { .. }
                 | Rejection::StillRunning { .. }
@@ -188,6 +197,7 @@ impl ApiError {
             },
             Self::Spec(_)
             | Self::Terms(_)
+            | Self::Schedule(_)
             | Self::BadId { .. }
             | Self::Missing { .. }
             | Self::NotConfirmed { .. }

@@ -10,9 +10,12 @@ use tracing::{Instrument, info_span};
 use super::changes::Changes;
 use super::error::ApiError;
 use super::watch::{View, Views, views};
-use super::{Api, Moment, Rehearsal, request_id};
+use super::{Api, Moment, request_id, unix_ms};
 use crate::model::command::ClientOrder;
+use crate::model::schedule::{Change, MAX_AFTER, ScheduleError, Terms, valid_priority, valid_rate};
 use crate::model::{Answer, Rejection};
+use crate::scheduler::plan::DEFAULT_PRIORITY;
+use crate::scheduler::{Decision, Window};
 
 /// Ended migrations that a watch of all of them shows, the newest.
 const PAST_WATCHED: usize = 100;
@@ -26,7 +29,7 @@ fn migration_id(text: &str) -> Result<MigrationId, ApiError> {
 fn migration_of(moment: &Moment, id: MigrationId) -> Result<v1::Migration, ApiError> {
     let migration = moment.state.migrations.get(&id);
     let migration = migration.ok_or_else(|| Rejection::MigrationUnknown { id: id.to_string() })?;
-    Ok(moment.view().migration(migration))
+    Ok(moment.migration(migration))
 }
 
 impl Api {
@@ -35,13 +38,19 @@ impl Api {
         let moment = self.read().await?;
         let (vm_id, vm) = moment.vm(&request.vm)?;
         let site = moment.site(&request.to_site)?;
-        let order = ClientOrder::CreateMigration {
-            id: MigrationId::generate(),
+        let migration = MigrationId::generate();
+        let terms = Box::new(terms(&request)?);
+        let traceparent = telemetry::traceparent_of(&tracing::Span::current());
+        let order = |admitted| ClientOrder::QueueMigration {
+            id: migration,
             vm: vm_id,
             site: site.clone(),
-            traceparent: telemetry::traceparent_of(&tracing::Span::current()),
+            traceparent: traceparent.clone(),
+            terms: terms.clone(),
+            admitted,
         };
-        if self.rehearse(&moment, id, &order)? == Rehearsal::New {
+        let mut admitted = None;
+        if let Some(queued) = self.rehearsed(&moment, id, &order(None))? {
             moment.must_run(vm_id, vm)?;
             let to = vm.replicas.get(&site).map(|replica| replica.worker.clone());
             if let Some(worker) = to {
@@ -50,13 +59,50 @@ impl Api {
                 }
                 moment.must_be_guarded(&worker, &vm.spec)?;
             }
+            // Decided before the order is given, so that one that need not wait begins with it.
+            let begins = queued.decisions().get(&migration) == Some(&Decision::Admit);
+            admitted = begins.then_some(queued.state.schedule.seq);
         }
-        let (answer, after) = self.order(id, order).await?;
+        let (answer, after) = self.order(id, order(admitted)).await?;
         match answer {
             Answer::Migration(migration) => migration_of(&after, migration),
             Answer::Done | Answer::Vm(_) | Answer::Replica(..) => Err(Rejection::RequestReused { request: id }.into()),
         }
     }
+
+    async fn change(&self, request: v1::ChangeMigrationRequest) -> Result<v1::Migration, ApiError> {
+        let request_id = request_id(&request.request_id)?;
+        let id = migration_id(&request.id)?;
+        let change = Change {
+            priority: request.priority.map(valid_priority).transpose()?,
+            rate_bps: request.rate_bps.map(|bps| valid_rate("a migration's rate", bps)).transpose()?,
+            paused: request.paused,
+        };
+        let (_, after) = self.order(request_id, ClientOrder::ChangeMigration { id, change }).await?;
+        migration_of(&after, id)
+    }
+}
+
+/// The terms of an order, as they may be.
+fn terms(request: &v1::CreateMigrationRequest) -> Result<Terms, ApiError> {
+    let deadline = Some(request.deadline_unix_ms).filter(|deadline| *deadline != 0);
+    if deadline.is_some_and(|deadline| deadline <= unix_ms()) {
+        return Err(ScheduleError::Deadline.into());
+    }
+    if request.after_ids.len() > MAX_AFTER {
+        return Err(ScheduleError::After { count: request.after_ids.len() }.into());
+    }
+    let after = request.after_ids.iter().map(|id| migration_id(id)).collect::<Result<_, _>>()?;
+    let window = Some(&request.window).filter(|window| !window.is_empty());
+    Ok(Terms {
+        priority: valid_priority(request.priority.unwrap_or(DEFAULT_PRIORITY.into()))?,
+        rate_bps: valid_rate("a migration's rate", request.rate_bps)?,
+        deadline_unix_ms: deadline,
+        window: window.map(|window| window.parse::<Window>()).transpose().map_err(ScheduleError::from)?,
+        after,
+        paused: false,
+        drains: false,
+    })
 }
 
 #[tonic::async_trait]
@@ -85,7 +131,7 @@ impl MigrationService for Api {
         let name = request.into_inner().vm;
         let only = if name.is_empty() { None } else { Some(moment.vm(&name)?.0) };
         let chosen = moment.state.migrations.values().filter(|migration| only.is_none_or(|vm| migration.vm == vm));
-        let migrations = chosen.map(|migration| moment.view().migration(migration)).collect();
+        let migrations = chosen.map(|migration| moment.migration(migration)).collect();
         Ok(Response::new(v1::ListMigrationsResponse { migrations }))
     }
 
@@ -97,7 +143,7 @@ impl MigrationService for Api {
         let mut last = None;
         let render = move |moment: &Moment| {
             let Some(migration) = moment.state.migrations.get(&id) else { return View::End };
-            let shown = Some(moment.view().migration(migration));
+            let shown = Some(moment.migration(migration));
             let response = v1::WatchMigrationResponse { migration: shown.clone() };
             if migration.is_over() {
                 return View::Last(response);
@@ -117,14 +163,13 @@ impl MigrationService for Api {
         self.read().await?;
         let mut changes = Changes::default();
         let render = move |moment: &Moment| {
-            let view = moment.view();
             let mut past = 0;
             // Ids grow with time: the newest come first.
             let shown = moment.state.migrations.values().rev().filter(|migration| {
                 past += usize::from(migration.is_over());
                 !migration.is_over() || past <= PAST_WATCHED
             });
-            changes.next(shown.map(|migration| (migration.id.to_string(), view.migration(migration))))
+            changes.next(shown.map(|migration| (migration.id.to_string(), moment.migration(migration))))
         };
         Ok(Response::new(views(self.clone(), render)))
     }
@@ -138,5 +183,13 @@ impl MigrationService for Api {
         let id = migration_id(&request.id)?;
         let (_, after) = self.order(request_id, ClientOrder::CancelMigration { id }).await?;
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(migration_of(&after, id)?) }))
+    }
+
+    async fn change_migration(
+        &self,
+        request: Request<v1::ChangeMigrationRequest>,
+    ) -> Reply<v1::ChangeMigrationResponse> {
+        let migration = self.change(request.into_inner()).await?;
+        Ok(Response::new(v1::ChangeMigrationResponse { migration: Some(migration) }))
     }
 }

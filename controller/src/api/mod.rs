@@ -8,6 +8,7 @@
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
 //! | [`disks`] | orders about disks |
 //! | [`quote`] | forecasts, which workers make while their caller waits |
+//! | [`schedule`] | what the scheduler is told, and how drains stand |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`], [`lag`] | state and observations into API messages: pure |
 //! | [`watch`] | streams of views |
@@ -28,23 +29,28 @@ pub mod lag;
 pub mod migration;
 pub mod quote;
 pub mod replication;
+pub mod schedule;
 pub mod view;
 pub mod watch;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pageport_ownership::Policy;
-use pageport_proto::v1::VmState;
-use pageport_proto::{RequestId, SiteName, VmId, WorkerName};
+use pageport_proto::v1::{self, VmState};
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
 use crate::consensus::Consensus;
 use crate::fence::Desk;
+use crate::link::fleet::decisions;
 use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
+use crate::model::migration::Phase;
 use crate::model::state::Vm;
-use crate::model::{Answer, Command, Order, Rejection, Spec, State, apply};
+use crate::model::{Answer, Command, Migration, Order, Rejection, Spec, State, apply};
+use crate::scheduler::Decision;
 use error::ApiError;
 use view::View;
 
@@ -76,9 +82,30 @@ pub struct Moment {
     pub observations: Arc<Observations>,
     /// When.
     pub now: Instant,
+    decisions: Arc<OnceLock<BTreeMap<MigrationId, Decision>>>,
 }
 
 impl Moment {
+    fn new(state: Arc<State>, observations: Arc<Observations>) -> Self {
+        Self { state, observations, now: Instant::now(), decisions: Arc::default() }
+    }
+
+    /// One move; of a queued one with the reason why it waits.
+    pub fn migration(&self, migration: &Migration) -> v1::Migration {
+        let mut shown = self.view().migration(migration);
+        if migration.phase == Phase::Queued
+            && let Some(Decision::Wait(wait)) = self.decisions().get(&migration.id)
+        {
+            shown.reason = wait.to_string();
+        }
+        shown
+    }
+
+    /// What the scheduler decides now. Looked at once.
+    fn decisions(&self) -> &BTreeMap<MigrationId, Decision> {
+        self.decisions.get_or_init(|| decisions(&self.state, &self.observations, self.now, unix_ms()))
+    }
+
     /// For views.
     pub fn view(&self) -> View<'_> {
         View::new(&self.state, &self.observations, self.now)
@@ -199,12 +226,12 @@ impl Api {
     /// No quorum, or this node does not lead.
     pub async fn read(&self) -> Result<Moment, ApiError> {
         let state = self.consensus.read().await?;
-        Ok(Moment { state, observations: self.hub.now(), now: Instant::now() })
+        Ok(Moment::new(state, self.hub.now()))
     }
 
     /// State as applied here, and observations.
     pub fn glance(&self) -> Moment {
-        Moment { state: self.consensus.applied(), observations: self.hub.now(), now: Instant::now() }
+        Moment::new(self.consensus.applied(), self.hub.now())
     }
 
     /// Commits a client's order.
@@ -222,11 +249,20 @@ impl Api {
     /// # Errors
     /// What [`crate::model::apply()`] rejects.
     pub fn rehearse(&self, moment: &Moment, request: RequestId, order: &ClientOrder) -> Result<Rehearsal, ApiError> {
+        Ok(match self.rehearsed(moment, request, order)? {
+            Some(_) => Rehearsal::New,
+            None => Rehearsal::Repeated,
+        })
+    }
+
+    /// The moment as it would be after this order; [`None`]: the request was seen before, and gets its old answer.
+    fn rehearsed(&self, moment: &Moment, request: RequestId, order: &ClientOrder) -> Result<Option<Moment>, ApiError> {
         if moment.state.answers.get(&request).is_some() {
-            return Ok(Rehearsal::Repeated);
+            return Ok(None);
         }
-        apply(&mut State::clone(&moment.state), command(request, order.clone()))?;
-        Ok(Rehearsal::New)
+        let mut state = State::clone(&moment.state);
+        apply(&mut state, command(request, order.clone()))?;
+        Ok(Some(Moment::new(Arc::new(state), moment.observations.clone())))
     }
 }
 

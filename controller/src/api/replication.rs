@@ -79,8 +79,15 @@ fn replica_of(moment: &Moment, id: VmId, site: &SiteName) -> Option<v1::Replica>
     Some(moment.view().replica(id, vm, site, vm.replicas.get(site)?))
 }
 
-fn link(state: &State, from: &SiteName, to: &SiteName) -> v1::Link {
-    v1::Link { from_site: from.to_string(), to_site: to.to_string(), cap_bps: state.links.cap_bps(from, to) }
+pub(super) fn link(state: &State, from: &SiteName, to: &SiteName) -> v1::Link {
+    let limits = state.schedule.link(from, to);
+    v1::Link {
+        from_site: from.to_string(),
+        to_site: to.to_string(),
+        cap_bps: state.links.cap_bps(from, to),
+        budget_bps: limits.budget_bps,
+        migrations: limits.migrations,
+    }
 }
 
 /// What the worker that holds the replica says: nobody else knows. Where a replica was, what ended with it is still told.

@@ -3,11 +3,12 @@
 //! What a VM does is told by its owner's last report while that worker is connected; else it is *unknown*, or, past the
 //! commit point of a move, *in doubt*.
 
-use pageport_ownership::{Policy, Proof};
+use pageport_ownership::{Epoch, Policy, Proof};
 use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
 use pageport_proto::{SiteName, VmId, WorkerName};
 use tokio::time::Instant;
 
+use crate::link::budget;
 use crate::link::observation::Observations;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::protection::told_places;
@@ -62,6 +63,7 @@ impl<'a> View<'a> {
             last_seen_unix_ms: self.observations.last(name).map_or(0, |observed| observed.at_unix_ms),
             memory_total_bytes: worker.memory_total_bytes,
             guarded: self.observations.guarded(name, self.now),
+            drained: self.state.schedule.is_drained(name, &worker.site),
         });
         workers.collect()
     }
@@ -234,6 +236,7 @@ impl<'a> View<'a> {
             Cancel::NotAsked => String::new(),
         };
         let (state, reason) = match &migration.phase {
+            Phase::Queued => (MigrationState::Requested, String::new()),
             Phase::Running { cancel: Cancel::NotAsked } => (MigrationState::Running, self.waits_for(migration)),
             Phase::Running { cancel: Cancel::Asked } => (MigrationState::Cancelling, self.waits_for(migration)),
             Phase::Released { .. } => (MigrationState::Committed, self.waits_for(migration)),
@@ -255,6 +258,9 @@ impl<'a> View<'a> {
             reason,
             progress: self.progress(migration),
             record: migration.record.as_ref().map(|record| record.0.as_ref().clone()),
+            terms: Some(terms(migration)),
+            started_unix_ms: started(migration),
+            rate_bps: budget::rate_bps(self.state, migration),
         }
     }
 
@@ -273,6 +279,25 @@ impl<'a> View<'a> {
         let of = |worker| self.observations.last(worker)?.migration(migration.id)?.progress.clone();
         of(&migration.from.worker).or_else(|| of(&migration.to.worker))
     }
+}
+
+fn terms(migration: &Migration) -> v1::MigrationTerms {
+    let terms = &migration.terms;
+    v1::MigrationTerms {
+        priority: terms.priority.into(),
+        rate_bps: terms.rate_bps,
+        deadline_unix_ms: terms.deadline_unix_ms.unwrap_or_default(),
+        window: terms.window.map(|window| window.to_string()).unwrap_or_default(),
+        after_ids: terms.after.iter().map(ToString::to_string).collect(),
+        paused: terms.paused,
+        drains: terms.drains,
+    }
+}
+
+/// When it began. A move that never did has no epoch; one without a time of its own began when it was ordered.
+fn started(migration: &Migration) -> i64 {
+    let begun = migration.epoch != Epoch::ZERO;
+    migration.started_unix_ms.unwrap_or(if begun { migration.created_unix_ms } else { 0 })
 }
 
 /// What was seen, and where the disk comes from.

@@ -4,12 +4,14 @@
 //! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
 //! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pageport_ownership::Ownership;
 use pageport_proto::v1::{self, vm_assignment};
 use pageport_proto::{SiteName, VmId, WorkerName};
 
+use super::budget;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::protection::told_places;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
@@ -22,14 +24,15 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
         migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
         ..v1::WorkerAssignment::default()
     };
+    let caps = caps(state, worker);
     for (id, vm) in mine {
         out.vms.push(vm_for(*id, vm));
         if vm.life == Life::Deleted {
             continue;
         }
         if vm.ownership.owner().0 == worker {
-            out.seeds.extend(seeds_for(state, *id, vm));
-            out.replications.extend(replications_for(state, *id, vm));
+            out.seeds.extend(seeds_for(state, *id, vm, &caps));
+            out.replications.extend(replications_for(state, *id, vm, &caps));
         }
         if vm.removals.values().any(|holder| holder == worker) {
             out.replica_removals.push(v1::ReplicaRemoval { vm_id: id.to_string() });
@@ -83,9 +86,10 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
     } else {
         return None;
     };
-    if ended {
+    if ended || migration.phase == Phase::Queued {
         return None;
     }
+    let is_source = role == v1::MigrationRole::Source;
     Some(v1::MigrationAssignment {
         migration_id: migration.id.to_string(),
         vm_id: migration.vm.to_string(),
@@ -95,13 +99,14 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
         peer_address: state.workers.get(peer).map(|peer| peer.peer_address.clone()).unwrap_or_default(),
         cancel: matches!(migration.phase, Phase::Running { cancel: Cancel::Asked }),
         traceparent: migration.traceparent.clone(),
-        ordered_unix_ms: migration.created_unix_ms,
+        ordered_unix_ms: migration.started_unix_ms.unwrap_or(migration.created_unix_ms),
         over: migration.is_over(),
+        rate_bps: if is_source { budget::rate_bps(state, migration) } else { 0 },
+        paused: is_source && migration.terms.paused,
     })
 }
 
-fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
-    let from = state.site_of_vm(vm);
+fn seeds_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::SeedAssignment> {
     // A replica that is kept up to date gets its first copy that way, too.
     let wanted = |replica: &Replica| replica.phase == ReplicaPhase::Seeding && replica.protection.is_none();
     let seeding = vm.replicas.iter().filter(|(_, replica)| wanted(replica));
@@ -114,15 +119,14 @@ fn seeds_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::SeedAssignment> {
                 peer_worker: replica.worker.to_string(),
                 peer_address: peer.peer_address.clone(),
                 seed_seq: replica.seed_seq,
-                cap_bps: cap_bps(state, from, site),
+                cap_bps: caps.get(site).copied().unwrap_or_default(),
             })
         })
         .collect()
 }
 
 /// Every protected replica, whatever its phase: the owner says how far it is, also while the VM moves.
-fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssignment> {
-    let from = state.site_of_vm(vm);
+fn replications_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::ReplicationAssignment> {
     let replications = vm.replicas.iter().filter_map(|(site, replica)| {
         let protection = replica.protection?;
         let peer = state.workers.get(&replica.worker)?;
@@ -133,7 +137,7 @@ fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssi
             peer_address: peer.peer_address.clone(),
             protect_seq: protection.seq,
             protection: Some(protection.terms.into()),
-            cap_bps: cap_bps(state, from, site),
+            cap_bps: caps.get(site).copied().unwrap_or_default(),
             scrub_seq: protection.scrub_seq,
             places: told_places(vm.places.get(site)),
         })
@@ -141,8 +145,13 @@ fn replications_for(state: &State, id: VmId, vm: &Vm) -> Vec<v1::ReplicationAssi
     replications.collect()
 }
 
-fn cap_bps(state: &State, from: Option<&SiteName>, to: &SiteName) -> u64 {
-    from.map(|from| state.links.cap_bps(from, to)).unwrap_or_default()
+/// What a worker's replication and seeds may send to each site, in bits per second; 0: no cap.
+type Caps = BTreeMap<SiteName, u64>;
+
+fn caps(state: &State, worker: &WorkerName) -> Caps {
+    let Some(from) = state.site_of(worker) else { return Caps::new() };
+    let others = state.sites().into_iter().filter(|to| to != from);
+    others.map(|to| (to.clone(), budget::replication_bps(state, from, &to))).collect()
 }
 
 /// Is there something to say?

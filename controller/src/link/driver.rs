@@ -1,4 +1,4 @@
-//! Runs [`reconcile`](super::reconcile::reconcile) and [`Failovers`] at the leader whenever state or reports change, and
+//! Runs [`reconcile`](super::reconcile::reconcile), [`schedule`](super::scheduling::schedule) and [`Failovers`] at the leader whenever state or reports change, and
 //! proposes what they find.
 //!
 //! An order that fails to commit is simply found again. Does nothing on other nodes.
@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_proto::MigrationId;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +14,7 @@ use super::failover::{Failovers, Proposed};
 use super::leases::Leases;
 use super::observation::Hub;
 use super::reconcile::{Now, reconcile};
+use super::scheduling::schedule;
 use crate::api::unix_ms;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::{Command, Order, Outcome};
@@ -33,6 +35,10 @@ pub async fn drive(consensus: Consensus, hub: Hub, leases: Arc<Leases>, stop: Ca
         if status.borrow_and_update().serving {
             let now = Now { instant: Instant::now(), unix_ms: unix_ms() };
             for order in reconcile(&consensus.applied(), &hub.now(), now) {
+                propose(&consensus, order).await;
+            }
+            let now = Now { instant: Instant::now(), unix_ms: unix_ms() };
+            for order in schedule(&consensus.applied(), &hub.now(), now, MigrationId::generate) {
                 propose(&consensus, order).await;
             }
             take_over(&mut takeovers, &leases, &consensus, &hub).await;
@@ -66,10 +72,10 @@ async fn propose(consensus: &Consensus, order: Order) {
 
 fn tell(command: &Command, outcome: Result<Outcome, ConsensusError>) -> Proposed {
     match outcome {
-        Ok(Ok(_)) => tracing::info!(order = ?command.order, "a report was recorded"),
-        Ok(Err(rejection)) => tracing::warn!(%rejection, order = ?command.order, "a report was not recorded"),
+        Ok(Ok(_)) => tracing::info!(order = ?command.order, "recorded"),
+        Ok(Err(rejection)) => tracing::warn!(%rejection, order = ?command.order, "not recorded"),
         Err(error) => {
-            tracing::info!(%error, "a report could not be recorded yet");
+            tracing::info!(%error, "could not be recorded yet");
             if matches!(error, ConsensusError::Unknown | ConsensusError::Stopped) {
                 return Proposed::Unknown;
             }

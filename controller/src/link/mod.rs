@@ -10,6 +10,8 @@
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
 //! | [`questions`] | what workers are asked for somebody who waits for the answer |
+//! | [`fleet`], [`drain`], [`scheduling`] | the scheduler's view, and which commands its decisions call for: pure |
+//! | [`budget`] | what may be sent over a link, by moves and by replication: pure |
 //! | [`leases`] | what the leader has granted to whom |
 //! | [`answers`] | what workers' questions are answered with |
 //! | [`failover`] | which VMs that fence themselves should run elsewhere |
@@ -20,10 +22,14 @@
 
 pub mod answers;
 pub mod assignment;
+pub mod budget;
+pub mod drain;
 pub mod driver;
 pub mod failover;
+pub mod fleet;
 pub mod leases;
 pub mod observation;
 pub mod questions;
 pub mod reconcile;
+pub mod scheduling;
 pub mod service;

@@ -8,8 +8,10 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
 use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
 use super::disks;
-use super::migration::{Cancel, Migration, Phase, Place, Turn};
-use super::protection::{self, has_point, turn_round};
+use super::migration::{Cancel, Migration, Phase, Turn};
+use super::protection::{self, turn_round};
+use super::queue::{self, Wanted};
+use super::schedule::{self, Terms};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
 use super::takeover::{self, take_over};
@@ -43,6 +45,9 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
                 vm.removals.remove(&site);
             }
         }
+        Order::Admit { ids, seq } => queue::admit(state, &ids, seq, now),
+        Order::GiveUp { id, reason } => queue::give_up(state, id, reason, now),
+        Order::QueueDrain { spot, moves } => queue::queue_drain(state, &spot, moves, now),
         Order::MigrationFailing { id, reason } => failing(state, id, reason),
         Order::MigrationRecord { id, record } => {
             if let Some(migration) = state.migrations.get_mut(&id) {
@@ -93,8 +98,26 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::DeleteReplica { vm, site } => delete_replica(state, vm, site),
         ClientOrder::ResizeDisk { vm, disk, size_bytes } => disks::resize(state, vm, &disk, size_bytes),
         ClientOrder::AddDisk { vm, disk, path, size_bytes } => disks::add(state, vm, disk, path, size_bytes),
-        ClientOrder::CreateMigration { id, vm, site, traceparent } => migrate(state, id, vm, site, traceparent, now),
-        ClientOrder::CancelMigration { id } => cancel(state, id),
+        ClientOrder::QueueMigration { id, vm, site, traceparent, terms, admitted } => {
+            let wanted = Wanted { id, vm, site, traceparent, terms: *terms };
+            let queued = queue::enqueue(state, wanted, now)?;
+            if let Some(seq) = admitted {
+                queue::admit(state, &[id], seq, now);
+            }
+            Ok(queued)
+        }
+        ClientOrder::ChangeMigration { id, change } => queue::change(state, id, change),
+        ClientOrder::SetLinkLimits { from, to, limits } => schedule::set_link_limits(state, from, to, limits),
+        ClientOrder::SetLimits { limits } => schedule::set_limits(state, limits),
+        ClientOrder::Drain { spot, to, priority } => queue::drain(state, spot, to, priority, now),
+        ClientOrder::Undrain { spot } => queue::undrain(state, &spot, now),
+        ClientOrder::CreateMigration { id, vm, site, traceparent } => {
+            let wanted = Wanted { id, vm, site, traceparent, terms: Terms::default() };
+            let queued = queue::enqueue(state, wanted, now)?;
+            queue::start(state, id, now);
+            Ok(queued)
+        }
+        ClientOrder::CancelMigration { id } => cancel(state, id, now),
     }?;
     state.answers.put(request, answer.clone());
     Ok(answer)
@@ -104,12 +127,16 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
 fn answers(order: &ClientOrder, answer: &Answer) -> bool {
     match (order, answer) {
         (ClientOrder::DefineVm { .. }, Answer::Vm(_))
-        | (ClientOrder::CreateMigration { .. }, Answer::Migration(_))
+        | (ClientOrder::CreateMigration { .. } | ClientOrder::QueueMigration { .. }, Answer::Migration(_))
         | (
             ClientOrder::DeleteVm { .. }
             | ClientOrder::DeleteReplica { .. }
             | ClientOrder::Unprotect { .. }
-            | ClientOrder::SetLinkCap { .. },
+            | ClientOrder::SetLinkCap { .. }
+            | ClientOrder::SetLinkLimits { .. }
+            | ClientOrder::SetLimits { .. }
+            | ClientOrder::Drain { .. }
+            | ClientOrder::Undrain { .. },
             Answer::Done,
         ) => true,
         (
@@ -119,7 +146,10 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
             | ClientOrder::Resolve(takeover::Order { vm, .. }),
             Answer::Vm(answered),
         ) => vm == answered,
-        (ClientOrder::CancelMigration { id }, Answer::Migration(answered)) => id == answered,
+        (
+            ClientOrder::CancelMigration { id } | ClientOrder::ChangeMigration { id, .. },
+            Answer::Migration(answered),
+        ) => id == answered,
         (
             ClientOrder::SeedReplica { vm, site, .. }
             | ClientOrder::Protect { vm, site, .. }
@@ -232,66 +262,13 @@ fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
     }
 }
 
-fn migrate(state: &mut State, id: MigrationId, vm_id: VmId, site: SiteName, traceparent: String, now: i64) -> Outcome {
-    let from_site = state.vms.get(&vm_id).and_then(|vm| state.site_of_vm(vm)).cloned();
-    let to_store = state.vms.get(&vm_id).and_then(|vm| vm.replicas.get(&site));
-    let to_store = to_store.and_then(|replica| state.workers.get(&replica.worker)).and_then(|worker| worker.store);
-    let vm = vm_mut(state, vm_id)?;
-    let name = vm.spec.name.clone();
-    not_migrating(vm)?;
-    let from_worker = vm.ownership.owner().0.clone();
-    let Some(from_site) = from_site else { return Err(Rejection::WorkerUnknown { worker: from_worker }) };
-    if from_site == site {
-        return Err(Rejection::AlreadyThere { name, site });
-    }
-    if vm.power != Power::Run {
-        return Err(Rejection::NotRunning { name });
-    }
-    let replica =
-        vm.replicas.get(&site).ok_or_else(|| Rejection::NoReplica { name: name.clone(), site: site.clone() })?;
-    has_point(vm, &site, replica)?;
-    disks::has_all_disks(vm, &site, replica)?;
-    match replica.phase {
-        ReplicaPhase::Seeded | ReplicaPhase::Mixed => {}
-        ReplicaPhase::Seeding | ReplicaPhase::Outdated | ReplicaPhase::Failed { .. } => {
-            return Err(Rejection::ReplicaNotSeeded { name, site });
-        }
-    }
-    let to = Place { site: site.clone(), worker: replica.worker.clone() };
-    let Some(ownership) = vm.ownership.order(to.worker.clone()) else {
-        return Err(Rejection::NotConfirmed { name, worker: from_worker });
-    };
-    let migration = Migration {
-        id,
-        vm: vm_id,
-        vm_name: name,
-        from: Place { site: from_site, worker: from_worker },
-        to_store,
-        to,
-        epoch: ownership.last(),
-        created_unix_ms: now,
-        traceparent,
-        phase: Phase::Running { cancel: Cancel::NotAsked },
-        failure: None,
-        record: None,
-        source_ended: false,
-        destination_ended: false,
-    };
-    vm.ownership = ownership;
-    let unprotected = |replica: &&mut Replica| replica.protection.is_none();
-    if let Some(replica) = vm.replicas.get_mut(&migration.to.site).filter(unprotected) {
-        replica.phase = ReplicaPhase::Mixed;
-    }
-    vm.migration = Some(id);
-    vm.problem.clear();
-    state.migrations.insert(id, migration);
-    forget_old_migrations(state);
-    Ok(Answer::Migration(id))
-}
-
-fn cancel(state: &mut State, id: MigrationId) -> Outcome {
+fn cancel(state: &mut State, id: MigrationId, now: i64) -> Outcome {
     let migration = state.migrations.get_mut(&id).ok_or_else(|| Rejection::MigrationUnknown { id: id.to_string() })?;
     match &mut migration.phase {
+        Phase::Queued => {
+            migration.leave_queue(Phase::Cancelled { at_unix_ms: now });
+            Ok(Answer::Migration(id))
+        }
         Phase::Running { cancel } => {
             *cancel = Cancel::Asked;
             Ok(Answer::Migration(id))
@@ -326,6 +303,7 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
             let protection = turn_round(&mut state.protect_seq, arrived.as_ref());
             let left = Replica::new(migration.from.worker.clone(), 0, ReplicaPhase::Seeded, protection);
             vm.replicas.insert(migration.from.site.clone(), left);
+            state.schedule.has_left(&migration.from.worker, &migration.from.site);
         }
         Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack | Turn::TakenOver => {}
     }
@@ -357,7 +335,8 @@ fn failing(state: &mut State, id: MigrationId, reason: String) {
 fn failure(migration: &Migration) -> Option<String> {
     match &migration.phase {
         Phase::Failed { reason, .. } => Some(format!("migration to site \"{}\" failed: {reason}", migration.to.site)),
-        Phase::Running { .. }
+        Phase::Queued
+        | Phase::Running { .. }
         | Phase::Released { .. }
         | Phase::Acquired { .. }
         | Phase::Completed { .. }
@@ -365,9 +344,15 @@ fn failure(migration: &Migration) -> Option<String> {
     }
 }
 
-fn forget_old_migrations(state: &mut State) {
+pub(super) fn forget_old_migrations(state: &mut State) {
+    if state.migrations.len() <= MAX_MIGRATIONS {
+        return;
+    }
+    let awaited = queue::awaited(state);
     while state.migrations.len() > MAX_MIGRATIONS {
-        let done = |migration: &Migration| migration.is_over() && migration.source_ended && migration.destination_ended;
+        let ended =
+            |migration: &Migration| migration.is_over() && migration.source_ended && migration.destination_ended;
+        let done = |migration: &Migration| ended(migration) && !awaited.contains(&migration.id);
         let oldest = state.migrations.values().filter(|migration| done(migration));
         match oldest.min_by_key(|migration| (migration.created_unix_ms, migration.id)).map(|migration| migration.id) {
             Some(id) => state.migrations.remove(&id),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::migration::Record;
 use super::protection::{Places, Terms};
+use super::schedule::{self, Change, DrainMove, Limits, LinkLimits, Spot};
 use super::spec::Spec;
 use super::state::{Power, Worker};
 use super::takeover;
@@ -89,6 +90,27 @@ pub enum Order {
         vm: VmId,
         /// Where.
         site: SiteName,
+    },
+    /// The scheduler lets moves begin.
+    Admit {
+        /// The moves, in this order.
+        ids: Vec<MigrationId>,
+        /// The schedule's number when that was decided.
+        seq: u64,
+    },
+    /// The scheduler gives a queued move up.
+    GiveUp {
+        /// The move.
+        id: MigrationId,
+        /// Why.
+        reason: String,
+    },
+    /// Moves that empty a site or worker.
+    QueueDrain {
+        /// What is emptied.
+        spot: Spot,
+        /// The moves.
+        moves: Vec<DrainMove>,
     },
     /// A worker gave the reason why it gives a move up.
     MigrationFailing {
@@ -244,7 +266,57 @@ pub enum ClientOrder {
         /// Where.
         site: SiteName,
     },
-    /// Move a VM.
+    /// Move a VM when the scheduler lets it.
+    QueueMigration {
+        /// Id of the move.
+        id: MigrationId,
+        /// The VM.
+        vm: VmId,
+        /// Where to.
+        site: SiteName,
+        /// W3C trace context of the order.
+        traceparent: String,
+        /// On which terms.
+        terms: Box<schedule::Terms>,
+        /// The scheduler has let it begin, when this was the schedule's number; [`None`]: it has not.
+        admitted: Option<u64>,
+    },
+    /// Change the terms of a move that has not ended.
+    ChangeMigration {
+        /// The move.
+        id: MigrationId,
+        /// What is to be another one.
+        change: Change,
+    },
+    /// Set what a link carries.
+    SetLinkLimits {
+        /// From where.
+        from: SiteName,
+        /// To where.
+        to: SiteName,
+        /// What it carries.
+        limits: LinkLimits,
+    },
+    /// Set the limits of all moves.
+    SetLimits {
+        /// The limits.
+        limits: Limits,
+    },
+    /// Move everything away.
+    Drain {
+        /// From where.
+        spot: Spot,
+        /// The only site that will do.
+        to: Option<SiteName>,
+        /// Of the moves.
+        priority: u8,
+    },
+    /// Move no more away.
+    Undrain {
+        /// From where.
+        spot: Spot,
+    },
+    /// Move a VM at once, as versions before there was a queue ordered it.
     CreateMigration {
         /// Id of the move.
         id: MigrationId,
@@ -320,6 +392,46 @@ pub enum Rejection {
         name: String,
         /// The move that is under way.
         id: MigrationId,
+    },
+    /// An id for two moves.
+    #[error("migration {id} exists already: choose a new id")]
+    MigrationKnown {
+        /// The id.
+        id: MigrationId,
+    },
+    /// One order at a time.
+    #[error(
+        "vm \"{name}\" has a migration queued already ({id}): change it (\"pageportctl migration set {id}\") or cancel it"
+    )]
+    AlreadyQueued {
+        /// The VM.
+        name: String,
+        /// The move that waits.
+        id: MigrationId,
+    },
+    /// It is being given up.
+    #[error("migration {id} is being cancelled: its terms cannot be changed any more")]
+    BeingCancelled {
+        /// The move.
+        id: MigrationId,
+    },
+    /// The guest has changed hands.
+    #[error("the terms of migration {id} cannot be changed any more: the source has already handed the vm over")]
+    HandedOver {
+        /// The move.
+        id: MigrationId,
+    },
+    /// Nothing to empty.
+    #[error("site \"{site}\" has no workers; \"pageportctl site list\" shows all sites")]
+    SiteWithoutWorkers {
+        /// The site.
+        site: SiteName,
+    },
+    /// Nothing to end.
+    #[error("{spot} is not being drained")]
+    NotDrained {
+        /// What was asked for.
+        spot: Spot,
     },
     /// It has just been given to its worker.
     #[error("vm \"{name}\" was given to worker \"{worker}\", which has not confirmed it yet: try again in a moment")]

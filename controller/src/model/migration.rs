@@ -1,12 +1,13 @@
 //! [`Migration`]: one live move as the controllers see it.
 //!
 //! ```text
-//!             ┌────────── cancel asked ──────────┐
-//!   Running ──┤                                  ├─▶ Released ──▶ Acquired ──▶ Completed
-//!             └─▶ revoked: Cancelled or Failed ◀─┘        │
-//!                                                         └─▶ refused too: Failed
+//!                          ┌────────── cancel asked ──────────┐
+//!   Queued ── admitted ──▶ Running                            ├─▶ Released ──▶ Acquired ──▶ Completed
+//!     │                    └─▶ revoked: Cancelled or Failed ◀─┘        │
+//!     └─ cancelled: Cancelled; given up: Failed                        └─▶ refused too: Failed
 //! ```
-//! Every edge but the cancel request, the noted failure and the record is a worker's durable ownership record
+//! Only [`super::queue`] takes a move out of the queue. From then on
+//! every edge but the cancel request, the noted failure and the record is a worker's durable ownership record
 //! ([`pageport_ownership`] decides which): nothing here guesses. The record of figures may come before or after the
 //! owner has changed, and never holds it up.
 
@@ -14,6 +15,8 @@ use pageport_ownership::Epoch;
 use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
 use prost::Message as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::schedule::Terms;
 
 /// One end of a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,16 +40,22 @@ pub struct Migration {
     pub from: Place,
     /// Where it goes.
     pub to: Place,
-    /// The epoch that was authorised for the move.
+    /// The epoch that was authorised for the move; none before it has begun.
     pub epoch: Epoch,
-    /// The destination's store when the move was ordered. One that is younger has forgotten what the destination may have
+    /// The destination's store when the move began. One that is younger has forgotten what the destination may have
     /// refused since, so the move is not authorised to it.
     #[serde(default)]
     pub to_store: Option<StoreId>,
     /// When it was ordered.
     pub created_unix_ms: i64,
+    /// When it was let begin; [`None`]: it has not begun, or began when it was ordered.
+    #[serde(default)]
+    pub started_unix_ms: Option<i64>,
     /// W3C trace context of the order.
     pub traceparent: String,
+    /// On which terms.
+    #[serde(default)]
+    pub terms: Terms,
     /// How far it is.
     pub phase: Phase,
     /// The first failure that a worker gave.
@@ -71,6 +80,8 @@ pub enum Cancel {
 /// How far a move is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Phase {
+    /// Ordered; it has not begun. Why it waits is not kept: [`crate::scheduler`] says.
+    Queued,
     /// Authorised; before the commit point as far as is known.
     Running {
         /// Was it asked to be given up?
@@ -130,7 +141,7 @@ impl Migration {
     /// Has it ended, one way or another?
     pub fn is_over(&self) -> bool {
         match self.phase {
-            Phase::Running { .. } | Phase::Released { .. } | Phase::Acquired { .. } => false,
+            Phase::Queued | Phase::Running { .. } | Phase::Released { .. } | Phase::Acquired { .. } => false,
             Phase::Completed { .. } | Phase::Failed { .. } | Phase::Cancelled { .. } => true,
         }
     }
@@ -144,7 +155,7 @@ impl Migration {
     pub fn wants_reason(&self) -> bool {
         let failing = match self.phase {
             Phase::Running { .. } | Phase::Released { .. } | Phase::Failed { .. } => true,
-            Phase::Acquired { .. } | Phase::Completed { .. } | Phase::Cancelled { .. } => false,
+            Phase::Queued | Phase::Acquired { .. } | Phase::Completed { .. } | Phase::Cancelled { .. } => false,
         };
         failing && self.failure.is_none()
     }
@@ -163,7 +174,7 @@ impl Migration {
     /// When it ended.
     pub fn ended_unix_ms(&self) -> Option<i64> {
         match self.phase {
-            Phase::Running { .. } | Phase::Released { .. } | Phase::Acquired { .. } => None,
+            Phase::Queued | Phase::Running { .. } | Phase::Released { .. } | Phase::Acquired { .. } => None,
             Phase::Completed { at_unix_ms, .. }
             | Phase::Failed { at_unix_ms, .. }
             | Phase::Cancelled { at_unix_ms } => Some(at_unix_ms),
@@ -195,11 +206,34 @@ impl Migration {
             | (Phase::Released { .. }, Turn::Released) => {
                 return;
             }
-            (Phase::Acquired { .. } | Phase::Completed { .. } | Phase::Failed { .. } | Phase::Cancelled { .. }, _) => {
-                return;
-            }
+            (
+                Phase::Queued
+                | Phase::Acquired { .. }
+                | Phase::Completed { .. }
+                | Phase::Failed { .. }
+                | Phase::Cancelled { .. },
+                _,
+            ) => return,
         };
         self.phase = next;
+    }
+
+    /// Is it between the two workers?
+    pub fn is_under_way(&self) -> bool {
+        match self.phase {
+            Phase::Running { .. } | Phase::Released { .. } => true,
+            Phase::Queued
+            | Phase::Acquired { .. }
+            | Phase::Completed { .. }
+            | Phase::Failed { .. }
+            | Phase::Cancelled { .. } => false,
+        }
+    }
+
+    /// It ends before it has begun: no worker has heard of it.
+    pub(super) fn leave_queue(&mut self, ended: Phase) {
+        self.phase = ended;
+        (self.source_ended, self.destination_ended) = (true, true);
     }
 
     /// Takes the figures; the first ones stay.

@@ -3,6 +3,8 @@
 //! Guarantees: every length has a limit, names fit into device ids, memory is whole MiB, and empty fields have their
 //! defaults. It does not look at any host: whether an image exists is the worker's business.
 
+use std::collections::BTreeSet;
+
 use pageport_ownership::Policy;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1;
@@ -16,6 +18,7 @@ const MAX_MEMORY_BYTES: u64 = 16 << 40;
 const MAX_VCPUS: u32 = 64;
 const MAX_DISKS: usize = 8;
 const MAX_NICS: usize = 8;
+const MAX_GROUPS: usize = 16;
 const MAX_DISK_NAME_BYTES: usize = 20;
 const MAX_PATH_BYTES: usize = 1024;
 const MAX_CMDLINE_BYTES: usize = 2048;
@@ -38,6 +41,9 @@ pub struct Spec {
     /// What happens when its worker is cut off.
     pub on_isolation: Policy,
     start: StartPolicy,
+    /// Names of groups; VMs of one group are not moved to the same worker.
+    #[serde(default)]
+    anti_affinity: BTreeSet<String>,
 }
 
 /// What happens when the VM's host has rebooted.
@@ -161,11 +167,22 @@ impl TryFrom<v1::VmSpec> for Spec {
             cpu: spec.cpu,
             disks,
             boot,
+            anti_affinity: groups(spec.anti_affinity)?,
         })
     }
 }
 
 impl Spec {
+    /// What it has of its host's memory, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Names of groups; VMs of one group are not moved to the same worker.
+    pub fn anti_affinity(&self) -> &BTreeSet<String> {
+        &self.anti_affinity
+    }
+
     /// Names of the disks, in the order of their numbers.
     pub fn disk_names(&self) -> impl Iterator<Item = &str> {
         self.disks.iter().map(|disk| disk.name.as_str())
@@ -227,6 +244,16 @@ impl Spec {
             known.size_bytes = size_bytes;
         }
     }
+}
+
+fn groups(names: Vec<String>) -> Result<BTreeSet<String>, SpecError> {
+    if names.len() > MAX_GROUPS {
+        return bad("anti_affinity", format!("{} groups are too many: at most {MAX_GROUPS}", names.len()));
+    }
+    if let Some(name) = names.iter().find(|name| !is_name(name)) {
+        return bad("anti_affinity", format!("\"{name}\" is not a group's name: use 1 to 40 of a-z, 0-9 and \"-\""));
+    }
+    Ok(names.into_iter().collect())
 }
 
 /// A word of QEMU's command line: nothing that could end the option it stands in.
@@ -354,6 +381,7 @@ impl From<&Spec> for v1::VmSpec {
                 StartPolicy::AsOrdered => v1::StartPolicy::AsOrdered.into(),
                 StartPolicy::Manual => v1::StartPolicy::Manual.into(),
             },
+            anti_affinity: spec.anti_affinity.iter().cloned().collect(),
         }
     }
 }
@@ -401,7 +429,7 @@ pub(crate) mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Break = fn(&mut v1::VmSpec);
-        let cases: [(&str, Break); 14] = [
+        let cases: [(&str, Break); 16] = [
             ("name", |s| s.name = "Web".into()),
             ("memory", |s| s.memory_bytes = 15 * MIB),
             ("memory", |s| s.memory_bytes += 1),
@@ -415,6 +443,8 @@ pub(crate) mod tests {
             ("disks[0].path", |s| s.disks[0].path = "web.raw".into()),
             ("nics[0].mac", |s| s.nics[0].mac = "53:54:00:12:34:56".into()),
             ("nics[0].mac", |s| s.nics[0].mac = "52:54:0:12:34:56".into()),
+            ("anti_affinity", |s| s.anti_affinity = vec!["Data Base".into()]),
+            ("anti_affinity", |s| s.anti_affinity = (0..17).map(|number| format!("group{number}")).collect()),
             ("nics[0].bridge", |s| s.nics[0].bridge = "a bridge".into()),
         ];
         for (field, damage) in cases {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::command::Answer;
 use super::migration::Migration;
 use super::protection::{Links, Places, Protection};
+use super::schedule::Schedule;
 use super::spec::Spec;
 use super::takeover::Takeover;
 
@@ -225,6 +226,9 @@ pub struct State {
     /// Caps of links.
     #[serde(default)]
     pub links: Links,
+    /// What the scheduler is told.
+    #[serde(default)]
+    pub schedule: Schedule,
     /// Answers to repeated requests.
     pub answers: Answers,
 }

@@ -1,8 +1,26 @@
 import { create } from "@bufbuild/protobuf";
 import { expect, test } from "vitest";
 
-import { MigrationProgressSchema, MigrationSchema, MigrationState, PageCountsSchema } from "../gen/pageport/v1/migration_pb.ts";
-import { byAge, classShares, convergenceWarning, fractionOf, liveFigures, phaseOf, recordFigures, stepOf, unlisted } from "./migration.ts";
+import {
+  MigrationProgressSchema,
+  MigrationSchema,
+  MigrationState,
+  MigrationTermsSchema,
+  PageCountsSchema,
+} from "../gen/pageport/v1/migration_pb.ts";
+import {
+  byAge,
+  classShares,
+  convergenceWarning,
+  fractionOf,
+  isQueued,
+  liveFigures,
+  phaseOf,
+  recordFigures,
+  stepOf,
+  termsOf,
+  unlisted,
+} from "./migration.ts";
 
 const memory = create(MigrationProgressSchema, {
   phase: "memory",
@@ -39,7 +57,7 @@ test("the fraction follows the phase's own measure", () => {
 test("the phase shows while it runs, the state otherwise", () => {
   expect(phaseOf(create(MigrationSchema, { state: MigrationState.RUNNING, progress: memory }))).toBe("memory");
   expect(phaseOf(create(MigrationSchema, { state: MigrationState.CANCELLING, progress: memory }))).toBe("cancelling");
-  expect(phaseOf(create(MigrationSchema, { state: MigrationState.REQUESTED }))).toBe("requested");
+  expect(phaseOf(create(MigrationSchema, { state: MigrationState.REQUESTED }))).toBe("queued");
 });
 
 test("time left is shown only when it is known", () => {
@@ -86,4 +104,15 @@ test("past the commit point the last step is marked, and a cancel keeps the one 
   expect(step(MigrationState.RUNNING, "memory")).toBe("memory");
   expect(step(MigrationState.CANCELLING, "memory")).toBe("memory");
   expect(step(MigrationState.COMMITTED, "switchover")).toBe("hand-over");
+});
+
+test("only what was asked for beyond the usual is told of the terms", () => {
+  const queued = (terms: object) => create(MigrationSchema, { terms: create(MigrationTermsSchema, { priority: 50, ...terms }) });
+  expect(termsOf(create(MigrationSchema))).toBe("");
+  expect(termsOf(queued({}))).toBe("");
+  expect(termsOf(queued({ priority: 80, window: "22:00-06:00", rateBps: 50_000_000n, drains: true }))).toBe(
+    "priority 80 · 22:00-06:00 UTC · at most 50.0 Mbit/s · empties its place",
+  );
+  expect(isQueued(MigrationState.REQUESTED)).toBe(true);
+  expect(isQueued(MigrationState.RUNNING)).toBe(false);
 });

@@ -113,3 +113,20 @@ export function unlisted(known: Iterable<string>, listed: Migration[]): string[]
 export function byAge(migrations: Iterable<Migration>): Migration[] {
   return [...migrations].sort((a, b) => Number(b.createdUnixMs - a.createdUnixMs) || b.id.localeCompare(a.id));
 }
+
+/** Has the scheduler not let it begin? */
+export const isQueued = (state: MigrationState): boolean => state === MigrationState.REQUESTED;
+
+const USUAL_PRIORITY = 50;
+
+/** What was asked for beyond the usual; empty when nothing was. */
+export function termsOf({ terms }: Migration): string {
+  if (terms === undefined) return "";
+  const parts = [
+    terms.priority === USUAL_PRIORITY ? "" : `priority ${terms.priority}`,
+    terms.window === "" ? "" : `${terms.window} UTC`,
+    terms.rateBps === 0n ? "" : `at most ${rate(terms.rateBps)}`,
+    terms.drains ? "empties its place" : "",
+  ];
+  return parts.filter((part) => part !== "").join(" · ");
+}

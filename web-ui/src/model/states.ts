@@ -25,7 +25,7 @@ const VM = {
 
 const MIGRATION = {
   [MigrationState.UNSPECIFIED]: { word: "?", tone: "warn" },
-  [MigrationState.REQUESTED]: { word: "requested", tone: "busy" },
+  [MigrationState.REQUESTED]: { word: "queued", tone: "quiet" },
   [MigrationState.RUNNING]: { word: "running", tone: "busy" },
   [MigrationState.CANCELLING]: { word: "cancelling", tone: "warn" },
   [MigrationState.COMMITTED]: { word: "committed", tone: "busy" },

@@ -154,6 +154,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
     match migration.role() {
         MigrationRole::Source => {
             if let Some(entry) = node.registry.migration(id) {
+                entry.pace.set(migration.rate_bps, migration.paused);
                 if migration.cancel || migration.over {
                     entry.cancel.cancel();
                 }
@@ -161,6 +162,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
             }
             let Some(spec) = spec_of(assignment, &migration.vm_id) else { return };
             let Some(entry) = node.registry.begin_migration(id, MigrationRole::Source) else { return };
+            entry.pace.set(migration.rate_bps, migration.paused);
             if migration.cancel || migration.over || !vm.may_prepare(epoch) {
                 let failure = give_up(&vm, epoch).await;
                 entry.end(Err(failure));

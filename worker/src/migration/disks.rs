@@ -1,5 +1,6 @@
 //! How the disks of a migration come to the destination: from its standing replica, or by comparing them whole.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::hypervisor::Vm;
@@ -31,19 +32,24 @@ pub enum Disks {
 }
 
 impl Disks {
-    /// Begins, from the standing replica where there is one.
+    /// Begins, from the standing replica where there is one. What is sent is taken from `cap`.
     ///
     /// # Errors
     /// Nothing is left running.
-    pub async fn start(node: &Node, qemu: &Vm, spec: &VmSpec, order: &MigrationAssignment) -> Result<Self, DisksError> {
+    pub async fn start(
+        node: &Node,
+        qemu: &Vm,
+        spec: &VmSpec,
+        order: &MigrationAssignment,
+        cap: Arc<Cap>,
+    ) -> Result<Self, DisksError> {
         let (peer, address, id) = (&order.peer_worker, &order.peer_address, &order.migration_id);
         if !spec.disks.is_empty()
-            && let Some(moving) = MovingDisks::start(node, qemu, spec, peer, address, id).await?
+            && let Some(moving) = MovingDisks::start(node, qemu, spec, peer, address, id, cap.clone()).await?
         {
             return Ok(Self::Standing(Box::new(moving)));
         }
-        let uncapped = Cap::none().into();
-        Ok(Self::Compared(DiskCopies::start(node, qemu, spec, peer, address, id, uncapped).await?))
+        Ok(Self::Compared(DiskCopies::start(node, qemu, spec, peer, address, id, cap).await?))
     }
 
     /// Waits until the replicas keep up with the disks, or will before memory has moved.

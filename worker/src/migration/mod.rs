@@ -24,6 +24,7 @@ pub mod destination;
 pub mod disks;
 pub mod incoming;
 pub mod outgoing;
+pub mod pace;
 pub mod registry;
 pub mod source;
 pub mod stream;

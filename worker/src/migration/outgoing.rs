@@ -23,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::window::{Outstanding, Window};
 use crate::memory::arrived::{Arrived, Both};
 use crate::memory::keeping::Keeping;
+use crate::replica::cap::Cap;
 use crate::replica::view::ReplicaView;
 use crate::transport::{MessageError, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority};
 
@@ -143,7 +144,7 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Starts to send what comes from `socket` (the hypervisor's, blocking).
+    /// Starts to send what comes from `socket` (the hypervisor's, blocking), as fast as `cap` permits.
     ///
     /// # Errors
     /// The streams could not be opened.
@@ -154,6 +155,7 @@ impl Outgoing {
         socket: UnixStream,
         held: Held,
         keeping: Option<Keeping>,
+        cap: Arc<Cap>,
     ) -> Result<Self, OutgoingError> {
         let hello = |kind| StreamHello {
             protocol_version: PROTOCOL_VERSION,
@@ -170,7 +172,7 @@ impl Outgoing {
         let (batches, encoded) = mpsc::channel(1);
         let reading = socket.try_clone().map_err(OutgoingError::Hypervisor)?;
         let encoding = tokio::task::spawn_blocking(move || encode(reading, &held, keeping, &batches));
-        let sending = send(shared.clone(), connection.clone(), memory.into_stream(), encoded);
+        let sending = send(shared.clone(), connection.clone(), memory.into_stream(), encoded, cap);
         let sending = tokio::spawn(async move {
             let sent = sending.await;
             // Once nobody takes batches the encoder ends too; its own error says more than ours.
@@ -292,12 +294,14 @@ async fn send(
     connection: PeerConnection,
     mut stream: quinn::SendStream,
     mut encoded: mpsc::Receiver<EncodedBatch>,
+    cap: Arc<Cap>,
 ) -> Result<(), OutgoingError> {
     stream.write_all(&wire::stream_header()).await?;
     loop {
         wait_for_room(&shared, &connection).await;
         let Some(batch) = encoded.recv().await else { break };
         let (raw_bytes, wire_bytes) = (u64::from(batch.summary.raw_length), batch.frame.len() as u64);
+        cap.take(wire_bytes).await;
         let on_its_way =
             Outstanding { raw_bytes, wire_bytes, teleported_pages: batch.counts.teleported, retained: batch.retained };
         shared.window().sent(batch.summary.sequence, on_its_way);

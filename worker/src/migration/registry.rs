@@ -8,6 +8,8 @@ use pageport_proto::{MigrationId, VmId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::pace::Pace;
+
 /// One migration's side at this worker.
 #[derive(Debug)]
 pub struct MigrationEntry {
@@ -15,6 +17,8 @@ pub struct MigrationEntry {
     role: MigrationRole,
     /// Asks the side to give up while it can.
     pub cancel: CancellationToken,
+    /// How fast it may go.
+    pub pace: Pace,
     state: Mutex<MigrationState>,
     changed: Arc<Notify>,
 }
@@ -114,7 +118,8 @@ impl Registry {
             return None;
         }
         let (cancel, changed) = (CancellationToken::new(), self.changed.clone());
-        let entry = Arc::new(MigrationEntry { id, role, cancel, state: Mutex::default(), changed });
+        let entry =
+            Arc::new(MigrationEntry { id, role, cancel, pace: Pace::default(), state: Mutex::default(), changed });
         migrations.insert(id, entry.clone());
         Some(entry)
     }

@@ -289,7 +289,7 @@ impl Move {
         }
         let order = &self.order;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
-        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment);
+        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment, order.entry.pace.cap());
         let (copies, offset) = tokio::join!(copies, control.probe_clock(CLOCK_LIMIT));
         let disks = self.disks.insert(copies?);
         self.offset = offset?;
@@ -341,7 +341,9 @@ impl Move {
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());
         let migration_id = self.order.assignment.migration_id.clone();
         let (held, keeping) = (Held { disks, kept }, self.begin_keeping());
-        let outgoing = Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, held, keeping).await?;
+        let cap = self.order.entry.pace.cap();
+        let outgoing =
+            Outgoing::start(connection.clone(), &migration_id, &traceparent, socket, held, keeping, cap).await?;
         if let Some(control) = &self.control {
             control.attach(outgoing.answers());
         }
@@ -375,10 +377,11 @@ impl Move {
         let disk_lag_bytes = disk_lag_bytes + last_increment_bytes;
         let disks_lag = waits::disks_lag(disk_lag_bytes, carried);
         // Planned for nothing, memory does not converge under a guest that writes.
-        qemu.set_switchover_bandwidth(if disks_lag { 0 } else { carried }).await?;
+        let paused = self.order.entry.pace.is_paused();
+        qemu.set_switchover_bandwidth(if disks_lag || paused { 0 } else { carried }).await?;
         let info = qemu.migration_info().await?;
         let Some(ram) = info.ram else { return Ok(()) };
-        let hold = waits::holds_memory(ram.remaining, last_increment_bytes);
+        let hold = paused || waits::holds_memory(ram.remaining, last_increment_bytes);
         if std::mem::replace(&mut self.memory_held, hold) != hold {
             qemu.hold_memory(hold).await?;
         }
@@ -393,10 +396,14 @@ impl Move {
             rate_bps: lately * 8,
             remaining_bytes: ram.remaining,
             dirty_rate_bps: dirty_bytes_per_s * 8,
-            eta_ms: foreseeable.then_some((rest_s * 1000.0) as u64),
+            eta_ms: (foreseeable && !paused).then_some((rest_s * 1000.0) as u64),
             not_converging,
             disk_lag_bytes,
-            waits_for: if disks_lag { waits::for_disks(disk_lag_bytes) } else { waits::for_memory(ram.remaining) },
+            waits_for: match (paused, disks_lag) {
+                (true, _) => waits::for_an_operator(),
+                (false, true) => waits::for_disks(disk_lag_bytes),
+                (false, false) => waits::for_memory(ram.remaining),
+            },
             round: ram.dirty_sync_count as u32,
             ..MigrationProgress::default()
         }));
@@ -413,6 +420,7 @@ impl Move {
     async fn switch_over_in_time(&mut self, qemu: &Vm) -> Result<Switched, SourceError> {
         let stopped = qemu.marks().borrow().stopped.map_or_else(Instant::now, |at| at.received);
         self.downtime_marks.push(("stop", stopped));
+        self.order.entry.pace.lift();
         if let Some(disks) = &mut self.disks {
             disks.finish().await?;
         }

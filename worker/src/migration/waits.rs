@@ -31,6 +31,11 @@ pub fn for_memory(remaining_bytes: u64) -> String {
     format!("memory: {} to send", mega(remaining_bytes))
 }
 
+/// While it is paused.
+pub fn for_an_operator() -> String {
+    "an operator, who has paused it".to_owned()
+}
+
 /// While memory is held back because of the disks.
 pub fn for_disks(lag_bytes: u64) -> String {
     format!("the disks: {} of the guest's writes to copy", mega(lag_bytes))

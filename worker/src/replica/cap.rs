@@ -1,7 +1,8 @@
-//! What replication and seeds may send to a site: a cap on bits per second, shared by all, changeable while they run.
+//! What replication and seeds may send to a site, and what a move may: a cap on bits per second, shared by all that it bounds, changeable
+//! while they run.
 //!
 //! A token bucket that may go into debt: a message goes out whole once the debt of those before it is paid, so messages larger than
-//! the bucket are no special case. Migrations are not capped.
+//! the bucket are no special case.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

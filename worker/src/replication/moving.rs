@@ -80,6 +80,7 @@ impl MovingDisks {
         peer: &str,
         address: &str,
         migration_id: &str,
+        cap: Arc<Cap>,
     ) -> Result<Option<Self>, MovingError> {
         let connection = node.endpoint.connect(peer, address).await?;
         let session = rand::random::<u64>().max(1);
@@ -103,7 +104,7 @@ impl MovingDisks {
         let view = node.views.of(qemu.id(), peer).await;
         let copies = DiskCopies::over(connection);
         let mut moving = Self { copies, view, attempt: None, last: None, _control: control };
-        match moving.begin(node, qemu, peer, hellos, &plan).await {
+        match moving.begin(node, qemu, peer, hellos, &plan, &cap).await {
             Ok(()) => Ok(Some(moving)),
             Err(error) => {
                 moving.cancel().await;
@@ -119,11 +120,12 @@ impl MovingDisks {
         peer: &str,
         hellos: Vec<DiskHello>,
         plan: &Plan,
+        cap: &Arc<Cap>,
     ) -> Result<(), MovingError> {
         let mut sessions = vec![];
         for (number, hello) in (0u16..).zip(hellos) {
             let name = hello.disk.clone();
-            let session = self.copies.open(number, hello, self.view.clone(), Arc::new(Cap::none())).await?;
+            let session = self.copies.open(number, hello, self.view.clone(), cap.clone()).await?;
             sessions.push((name, session));
         }
         // Only now: what the sessions learned while they opened is true whatever becomes of the migration.

@@ -1,4 +1,4 @@
-//! `migrate` and `migration quote | get | list | watch | cancel`.
+//! `migrate` and `migration quote | get | list | watch | set | pause | resume | cancel`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::MigrationState;
@@ -33,6 +33,13 @@ pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(),
             context.output.message(&response, |response| lists::migrations(response, now_unix_ms()))
         }
         MigrationCommand::Watch { id } => watch(context, id).await,
+        MigrationCommand::Set { id, priority, rate } => {
+            let rate_bps = rate.map(|rate| rate.0);
+            let request = v1::ChangeMigrationRequest { request_id: request_id(), id, priority, rate_bps, paused: None };
+            change(context, request).await
+        }
+        MigrationCommand::Pause { id } => change(context, hold(id, true)).await,
+        MigrationCommand::Resume { id } => change(context, hold(id, false)).await,
         MigrationCommand::Cancel { id } => {
             let request = v1::CancelMigrationRequest { request_id: request_id(), id };
             let response = ask!(context, Migrations, cancel_migration, request).await?;
@@ -42,8 +49,13 @@ pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(),
     }
 }
 
-pub async fn migrate(context: &mut Context, vm: String, to_site: String, follow: bool) -> Result<(), CtlError> {
-    let request = v1::CreateMigrationRequest { request_id: request_id(), vm, to_site };
+async fn change(context: &mut Context, request: v1::ChangeMigrationRequest) -> Result<(), CtlError> {
+    let response = ask!(context, Migrations, change_migration, request).await?;
+    let migration = required(response.migration, "ChangeMigration", "migration")?;
+    context.output.message(&migration, lists::migration_line)
+}
+
+pub async fn migrate(context: &mut Context, request: v1::CreateMigrationRequest, follow: bool) -> Result<(), CtlError> {
     let response = ask!(context, Migrations, create_migration, request).await?;
     let migration = required(response.migration, "CreateMigration", "migration")?;
     if follow {
@@ -54,6 +66,11 @@ pub async fn migrate(context: &mut Context, vm: String, to_site: String, follow:
         };
         context.output.message(&migration, line)
     }
+}
+
+fn hold(id: String, paused: bool) -> v1::ChangeMigrationRequest {
+    let paused = Some(paused);
+    v1::ChangeMigrationRequest { request_id: request_id(), id, paused, ..v1::ChangeMigrationRequest::default() }
 }
 
 fn describe(migration: &v1::Migration) -> String {

@@ -10,6 +10,7 @@ mod migration;
 mod point;
 mod protection;
 mod replica;
+mod schedule;
 mod vm;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +21,7 @@ use crate::cli::{ClusterCommand, Command, LinkCommand, ReplicationCommand, SiteC
 use crate::client::Controllers;
 use crate::error::CtlError;
 use crate::render::Output;
+use crate::terms;
 
 /// Where commands ask and where they show.
 struct Context {
@@ -35,6 +37,17 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
     let mut context = Context { controllers, output };
     match command {
         Command::Site(SiteCommand::List) => fleet::sites(&mut context).await,
+        Command::Site(SiteCommand::Drain { site, drain }) => {
+            schedule::drain(&mut context, terms::site(site), drain).await
+        }
+        Command::Site(SiteCommand::Undrain { site }) => schedule::undrain(&mut context, terms::site(site)).await,
+        Command::Worker(WorkerCommand::Drain { worker, drain }) => {
+            schedule::drain(&mut context, terms::worker(worker), drain).await
+        }
+        Command::Worker(WorkerCommand::Undrain { worker }) => {
+            schedule::undrain(&mut context, terms::worker(worker)).await
+        }
+        Command::Scheduler(command) => schedule::run(&mut context, command).await,
         Command::Worker(WorkerCommand::List) => fleet::workers(&mut context).await,
         Command::Worker(WorkerCommand::Fence { worker, confirm: _, reason: _, check: true }) => {
             fence::check(&mut context, worker).await
@@ -65,10 +78,13 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         }
         Command::RecoveryPoint(command) => point::run(&mut context, command).await,
         Command::Link(LinkCommand::List) => protection::links(&mut context).await,
-        Command::Link(LinkCommand::Set { from, to, cap }) => {
-            protection::cap(&mut context, v1::Link { from_site: from, to_site: to, cap_bps: cap.0 }).await
+        Command::Link(LinkCommand::Set { from, to, cap, budget, migrations }) => {
+            schedule::set_link(&mut context, (from, to), cap, budget, migrations).await
         }
-        Command::Migrate { vm, to, watch } => migration::migrate(&mut context, vm, to, watch).await,
+        Command::Migrate { vm, to, terms, watch } => {
+            let request = terms.order(request_id(), vm, to, now_unix_ms());
+            migration::migrate(&mut context, request, watch).await
+        }
         Command::Migration(command) => migration::run(&mut context, command).await,
     }
 }

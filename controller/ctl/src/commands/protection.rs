@@ -126,9 +126,9 @@ pub async fn links(context: &mut Context) -> Result<(), CtlError> {
     context.output.message(&response, protection::links)
 }
 
-pub async fn cap(context: &mut Context, link: v1::Link) -> Result<(), CtlError> {
+/// Caps replication over a link.
+pub async fn cap(context: &mut Context, link: v1::Link) -> Result<v1::Link, CtlError> {
     let request = v1::SetLinkCapRequest { request_id: request_id(), link: Some(link) };
     let response = ask!(context, Replication, set_link_cap, request).await?;
-    let link = required(response.link, "SetLinkCap", "link")?;
-    context.output.message(&link, protection::link_line)
+    required(response.link, "SetLinkCap", "link")
 }

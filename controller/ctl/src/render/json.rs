@@ -34,8 +34,10 @@ wire!(
     ClosePointResponse,
     DeleteReplicaResponse,
     DeleteVmResponse,
+    DrainStatus,
     FenceWorkerResponse,
     GetClusterStatusResponse,
+    Limits,
     Link,
     ListLinksResponse,
     ListMigrationsResponse,
@@ -48,6 +50,7 @@ wire!(
     PointExport,
     Quote,
     Replica,
+    UndrainResponse,
     UnprotectVmResponse,
     Vm,
 );
@@ -195,7 +198,10 @@ mod tests {
         assert_eq!(line(&v1::ClosePointResponse {}).unwrap(), "{}");
         assert_eq!(parsed(&v1::PointExport { state: 1, ..Default::default() })["state"], "open");
         assert_eq!(line(&v1::ListLinksResponse::default()).unwrap(), r#"{"links":[]}"#);
-        assert_eq!(line(&v1::Link::default()).unwrap(), r#"{"from_site":"","to_site":"","cap_bps":0}"#);
+        assert_eq!(
+            line(&v1::Link::default()).unwrap(),
+            r#"{"from_site":"","to_site":"","cap_bps":0,"budget_bps":0,"migrations":0}"#
+        );
         assert_eq!(parsed(&v1::Replica { state: 2, ..Default::default() })["state"], "seeded");
         assert_eq!(parsed(&v1::GetClusterStatusResponse { term: 7, ..Default::default() })["term"], 7);
     }

@@ -13,6 +13,8 @@ use super::words::{or_dash, yes_no};
 use super::{progress, units, words};
 
 const LABEL_CELLS: usize = 12;
+/// Of a migration that names no priority.
+const USUAL_PRIORITY: u32 = 50;
 
 /// `site list`
 pub fn sites(response: &ListSitesResponse) -> String {
@@ -128,6 +130,7 @@ pub fn vm(vm: &Vm, now_unix_ms: i64) -> String {
         optional("initrd", &boot.initrd);
         optional("cmdline", &boot.cmdline);
     }
+    optional("apart from", &spec.anti_affinity.join(", "));
     optional("migration", &vm.migration_id);
     optional("in doubt", &vm.doubt);
     optional("problem", &vm.problem);
@@ -253,7 +256,31 @@ pub fn migrations(response: &ListMigrationsResponse, now_unix_ms: i64) -> String
 /// One line after a command about a migration.
 pub fn migration_line(migration: &Migration) -> String {
     let Migration { id, vm_name, from_site, to_site, .. } = migration;
-    format!("migration {id}: {vm_name} from {from_site} to {to_site}, {}", words::migration_state(migration.state))
+    let state = words::migration_state(migration.state);
+    let terms = terms(migration);
+    let why = if migration.reason.is_empty() { String::new() } else { format!("\n{}", migration.reason) };
+    format!("migration {id}: {vm_name} from {from_site} to {to_site}, {state}{terms}{why}")
+}
+
+/// What was asked for beyond the usual.
+fn terms(migration: &Migration) -> String {
+    let Some(terms) = &migration.terms else { return String::new() };
+    let mut parts = vec![];
+    if terms.priority != USUAL_PRIORITY {
+        parts.push(format!("priority {}", terms.priority));
+    }
+    if migration.rate_bps > 0 {
+        parts.push(format!("at most {}", units::rate(migration.rate_bps)));
+    } else if terms.rate_bps > 0 {
+        parts.push(format!("at most {}", units::rate(terms.rate_bps)));
+    }
+    if !terms.window.is_empty() {
+        parts.push(format!("window {} UTC", terms.window));
+    }
+    if terms.paused {
+        parts.push("paused".to_owned());
+    }
+    parts.into_iter().map(|part| format!(", {part}")).collect()
 }
 
 /// `cluster status`

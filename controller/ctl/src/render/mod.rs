@@ -22,6 +22,7 @@ pub mod progress;
 pub mod protection;
 pub mod quote;
 pub mod record;
+pub mod schedule;
 pub mod screen;
 pub mod sheet;
 pub mod table;

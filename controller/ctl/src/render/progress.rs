@@ -253,9 +253,9 @@ mod tests {
         let connect = MigrationProgress { phase: "connect".into(), elapsed_ms: 52, ..Default::default() };
         assert_eq!(migration(&running(connect)), "connect     52 ms so far");
         let requested = Migration { state: MigrationState::Requested.into(), ..Default::default() };
-        assert_eq!(migration(&requested), "requested");
+        assert_eq!(migration(&requested), "queued");
         let waits = Migration { reason: "another VM is first".into(), ..requested };
-        assert_eq!(migration(&waits), "requested   another VM is first");
+        assert_eq!(migration(&waits), "queued      another VM is first");
     }
 
     #[test]

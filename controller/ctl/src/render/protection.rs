@@ -1,10 +1,11 @@
 //! How protected VMs stand, and links. Pure: messages in, text out.
 
 use pageport_proto::v1::{
-    Link, ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, ScrubStatus, Vm,
+    ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, ScrubStatus, Vm,
 };
 
 use super::progress::time_left;
+use super::schedule::{rate, slots};
 use super::table::Align::{Left, Right};
 use super::table::Table;
 use super::units;
@@ -159,27 +160,18 @@ pub fn protect_line(vm: &str, replica: &Replica) -> String {
 
 /// `link list`
 pub fn links(response: &ListLinksResponse) -> String {
-    let mut table = Table::new([("FROM", Left), ("TO", Left), ("CAP", Right)]);
+    let mut table =
+        Table::new([("FROM", Left), ("TO", Left), ("BUDGET", Right), ("CAP", Right), ("MIGRATIONS", Right)]);
     for link in &response.links {
-        table.row([link.from_site.clone(), link.to_site.clone(), cap(link)]);
+        let (budget, cap) = (rate(link.budget_bps), rate(link.cap_bps));
+        table.row([link.from_site.clone(), link.to_site.clone(), budget, cap, slots(link)]);
     }
     table.render("no links: they join the sites of workers that have connected")
 }
 
-/// One line after `link set`.
-pub fn link_line(link: &Link) -> String {
-    let Link { from_site, to_site, cap_bps } = link;
-    let limit = if *cap_bps == 0 { "no cap".to_owned() } else { format!("at most {}", cap(link)) };
-    format!("replication and seeds from {from_site} to {to_site}: {limit}")
-}
-
-fn cap(link: &Link) -> String {
-    if link.cap_bps == 0 { "none".to_owned() } else { units::rate(link.cap_bps) }
-}
-
 #[cfg(test)]
 mod tests {
-    use pageport_proto::v1::{RecoveryPoint, VmSpec};
+    use pageport_proto::v1::{Link, RecoveryPoint, VmSpec};
 
     use super::*;
     use crate::render::progress;
@@ -306,12 +298,10 @@ mod tests {
         let terms = Protection { rpo_ms: 30_000, keep_points: 10, quiesce: true };
         let quiesced = Replica { protection: Some(terms), ..vms.vms[0].replicas[0].clone() };
         assert!(protect_line("web", &quiesced).ends_with("10 are kept, quiesced where the guest's agent answers"));
-        let link = |cap_bps| Link { from_site: "a".into(), to_site: "b".into(), cap_bps };
-        assert_eq!(link_line(&link(0)), "replication and seeds from a to b: no cap");
-        assert_eq!(link_line(&link(100_000_000)), "replication and seeds from a to b: at most 100 Mbit/s");
+        let link = |cap_bps| Link { from_site: "a".into(), to_site: "b".into(), cap_bps, ..Link::default() };
         assert_eq!(
             links(&ListLinksResponse { links: vec![link(100_000_000)] }),
-            "FROM  TO         CAP\na     b   100 Mbit/s\n"
+            "FROM  TO  BUDGET         CAP  MIGRATIONS\na     b     none  100 Mbit/s     default\n"
         );
     }
 }

@@ -27,7 +27,7 @@ pub fn vm_state(state: i32) -> &'static str {
 pub fn migration_state(state: i32) -> &'static str {
     match MigrationState::try_from(state) {
         Ok(MigrationState::Unspecified) | Err(_) => UNKNOWN_TO_US,
-        Ok(MigrationState::Requested) => "requested",
+        Ok(MigrationState::Requested) => "queued",
         Ok(MigrationState::Running) => "running",
         Ok(MigrationState::Cancelling) => "cancelling",
         Ok(MigrationState::Committed) => "committed",

@@ -357,7 +357,7 @@ impl MigrationService for Fake {
         &self,
         request: Request<v1::CreateMigrationRequest>,
     ) -> Reply<v1::CreateMigrationResponse> {
-        let v1::CreateMigrationRequest { request_id, vm, to_site } = request.into_inner();
+        let v1::CreateMigrationRequest { request_id, vm, to_site, .. } = request.into_inner();
         self.command(&request_id)?;
         self.vm(&vm)?;
         if to_site == "nowhere" {
@@ -415,6 +415,24 @@ impl MigrationService for Fake {
         let state = v1::MigrationState::Cancelling.into();
         let migration = v1::Migration { id, vm_name: "web".into(), state, ..Default::default() };
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(migration) }))
+    }
+
+    async fn change_migration(
+        &self,
+        request: Request<v1::ChangeMigrationRequest>,
+    ) -> Reply<v1::ChangeMigrationResponse> {
+        let request = request.into_inner();
+        self.command(&request.request_id)?;
+        let (id, vm_name) = (request.id.clone(), "web".into());
+        let terms = v1::MigrationTerms {
+            priority: request.priority.unwrap_or(50),
+            rate_bps: request.rate_bps.unwrap_or_default(),
+            paused: request.paused.unwrap_or_default(),
+            ..Default::default()
+        };
+        let state = v1::MigrationState::Requested.into();
+        let migration = v1::Migration { id, vm_name, state, terms: Some(terms), ..Default::default() };
+        Ok(Response::new(v1::ChangeMigrationResponse { migration: Some(migration) }))
     }
 }
 

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/migration.proto.
  */
 export const file_pageport_v1_migration: GenFile = /*@__PURE__*/
-  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCKHAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJQgkKB19ldGFfbXMigAMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBAUIICgZfcXVvdGUi2AIKCU1pZ3JhdGlvbhIKCgJpZBgBIAEoCRINCgV2bV9pZBgCIAEoCRIPCgd2bV9uYW1lGAMgASgJEhEKCWZyb21fc2l0ZRgEIAEoCRIPCgd0b19zaXRlGAUgASgJEioKBXN0YXRlGAYgASgOMhsucGFnZXBvcnQudjEuTWlncmF0aW9uU3RhdGUSDQoFZXBvY2gYByABKAQSFwoPY3JlYXRlZF91bml4X21zGAggASgDEhUKDWVuZGVkX3VuaXhfbXMYCSABKAMSDgoGcmVhc29uGAogASgJEjUKCHByb2dyZXNzGAsgASgLMh4ucGFnZXBvcnQudjEuTWlncmF0aW9uUHJvZ3Jlc3NIAIgBARIxCgZyZWNvcmQYDCABKAsyHC5wYWdlcG9ydC52MS5NaWdyYXRpb25SZWNvcmRIAYgBAUILCglfcHJvZ3Jlc3NCCQoHX3JlY29yZCJJChZDcmVhdGVNaWdyYXRpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCSJEChdDcmVhdGVNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIQoTR2V0TWlncmF0aW9uUmVxdWVzdBIKCgJpZBgBIAEoCSJBChRHZXRNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0EgoKAnZtGAEgASgJIkQKFkxpc3RNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiIjChVXYXRjaE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQwoWV2F0Y2hNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iGAoWV2F0Y2hNaWdyYXRpb25zUmVxdWVzdCJcChdXYXRjaE1pZ3JhdGlvbnNSZXNwb25zZRIqCgptaWdyYXRpb25zGAEgAygLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uEhUKDWZvcmdvdHRlbl9pZHMYAiADKAkiOAoWQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJIkQKF0NhbmNlbE1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiqGAgoOTWlncmF0aW9uU3RhdGUSHwobTUlHUkFUSU9OX1NUQVRFX1VOU1BFQ0lGSUVEEAASHQoZTUlHUkFUSU9OX1NUQVRFX1JFUVVFU1RFRBABEhsKF01JR1JBVElPTl9TVEFURV9SVU5OSU5HEAISHgoaTUlHUkFUSU9OX1NUQVRFX0NBTkNFTExJTkcQAxIdChlNSUdSQVRJT05fU1RBVEVfQ09NTUlUVEVEEAQSHQoZTUlHUkFUSU9OX1NUQVRFX0NPTVBMRVRFRBAFEhoKFk1JR1JBVElPTl9TVEFURV9GQUlMRUQQBhIdChlNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTEVEEAcyuwQKEE1pZ3JhdGlvblNlcnZpY2USXAoPQ3JlYXRlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNyZWF0ZU1pZ3JhdGlvblJlc3BvbnNlElMKDEdldE1pZ3JhdGlvbhIgLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlcXVlc3QaIS5wYWdlcG9ydC52MS5HZXRNaWdyYXRpb25SZXNwb25zZRJZCg5MaXN0TWlncmF0aW9ucxIiLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVzcG9uc2USWwoOV2F0Y2hNaWdyYXRpb24SIi5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlcXVlc3QaIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlc3BvbnNlMAESXgoPV2F0Y2hNaWdyYXRpb25zEiMucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uc1Jlc3BvbnNlMAESXAoPQ2FuY2VsTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNhbmNlbE1pZ3JhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_pageport_v1_quote]);
+  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCKHAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJQgkKB19ldGFfbXMigAMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBAUIICgZfcXVvdGUirwMKCU1pZ3JhdGlvbhIKCgJpZBgBIAEoCRINCgV2bV9pZBgCIAEoCRIPCgd2bV9uYW1lGAMgASgJEhEKCWZyb21fc2l0ZRgEIAEoCRIPCgd0b19zaXRlGAUgASgJEioKBXN0YXRlGAYgASgOMhsucGFnZXBvcnQudjEuTWlncmF0aW9uU3RhdGUSDQoFZXBvY2gYByABKAQSFwoPY3JlYXRlZF91bml4X21zGAggASgDEhUKDWVuZGVkX3VuaXhfbXMYCSABKAMSDgoGcmVhc29uGAogASgJEjUKCHByb2dyZXNzGAsgASgLMh4ucGFnZXBvcnQudjEuTWlncmF0aW9uUHJvZ3Jlc3NIAIgBARIxCgZyZWNvcmQYDCABKAsyHC5wYWdlcG9ydC52MS5NaWdyYXRpb25SZWNvcmRIAYgBARIqCgV0ZXJtcxhkIAEoCzIbLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblRlcm1zEhcKD3N0YXJ0ZWRfdW5peF9tcxhlIAEoAxIQCghyYXRlX2JwcxhmIAEoBEILCglfcHJvZ3Jlc3NCCQoHX3JlY29yZCKRAQoOTWlncmF0aW9uVGVybXMSEAoIcHJpb3JpdHkYASABKA0SEAoIcmF0ZV9icHMYAiABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxgDIAEoAxIOCgZ3aW5kb3cYBCABKAkSEQoJYWZ0ZXJfaWRzGAUgAygJEg4KBnBhdXNlZBgGIAEoCBIOCgZkcmFpbnMYByABKAgivAEKFkNyZWF0ZU1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEhUKCHByaW9yaXR5GGQgASgNSACIAQESEAoIcmF0ZV9icHMYZSABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxhmIAEoAxIOCgZ3aW5kb3cYZyABKAkSEQoJYWZ0ZXJfaWRzGGggAygJQgsKCV9wcmlvcml0eSJEChdDcmVhdGVNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIQoTR2V0TWlncmF0aW9uUmVxdWVzdBIKCgJpZBgBIAEoCSJBChRHZXRNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0EgoKAnZtGAEgASgJIkQKFkxpc3RNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiIjChVXYXRjaE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQwoWV2F0Y2hNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iGAoWV2F0Y2hNaWdyYXRpb25zUmVxdWVzdCJcChdXYXRjaE1pZ3JhdGlvbnNSZXNwb25zZRIqCgptaWdyYXRpb25zGAEgAygLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uEhUKDWZvcmdvdHRlbl9pZHMYAiADKAkiOAoWQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJIkQKF0NhbmNlbE1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiKgAQoWQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJEhUKCHByaW9yaXR5GAMgASgNSACIAQESFQoIcmF0ZV9icHMYBCABKARIAYgBARITCgZwYXVzZWQYBSABKAhIAogBAUILCglfcHJpb3JpdHlCCwoJX3JhdGVfYnBzQgkKB19wYXVzZWQiRAoXQ2hhbmdlTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uKoYCCg5NaWdyYXRpb25TdGF0ZRIfChtNSUdSQVRJT05fU1RBVEVfVU5TUEVDSUZJRUQQABIdChlNSUdSQVRJT05fU1RBVEVfUkVRVUVTVEVEEAESGwoXTUlHUkFUSU9OX1NUQVRFX1JVTk5JTkcQAhIeChpNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTElORxADEh0KGU1JR1JBVElPTl9TVEFURV9DT01NSVRURUQQBBIdChlNSUdSQVRJT05fU1RBVEVfQ09NUExFVEVEEAUSGgoWTUlHUkFUSU9OX1NUQVRFX0ZBSUxFRBAGEh0KGU1JR1JBVElPTl9TVEFURV9DQU5DRUxMRUQQBzKZBQoQTWlncmF0aW9uU2VydmljZRJcCg9DcmVhdGVNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DcmVhdGVNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVzcG9uc2USUwoMR2V0TWlncmF0aW9uEiAucGFnZXBvcnQudjEuR2V0TWlncmF0aW9uUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlc3BvbnNlElkKDkxpc3RNaWdyYXRpb25zEiIucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0GiMucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXNwb25zZRJbCg5XYXRjaE1pZ3JhdGlvbhIiLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVzcG9uc2UwARJeCg9XYXRjaE1pZ3JhdGlvbnMSIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvbnNSZXF1ZXN0GiQucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVzcG9uc2UwARJcCg9DYW5jZWxNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DYW5jZWxNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVzcG9uc2USXAoPQ2hhbmdlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNoYW5nZU1pZ3JhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_pageport_v1_quote]);
 
 /**
  * @generated from message pageport.v1.PageCounts
@@ -329,6 +329,25 @@ export type Migration = Message<"pageport.v1.Migration"> & {
    * @generated from field: optional pageport.v1.MigrationRecord record = 12;
    */
   record?: MigrationRecord | undefined;
+
+  /**
+   * @generated from field: pageport.v1.MigrationTerms terms = 100;
+   */
+  terms?: MigrationTerms | undefined;
+
+  /**
+   * When the scheduler let it begin; 0: it has not.
+   *
+   * @generated from field: int64 started_unix_ms = 101;
+   */
+  startedUnixMs: bigint;
+
+  /**
+   * What it may send now, in bits per second: its part of the link's budget, or what was ordered; 0: no bound, or it does not run.
+   *
+   * @generated from field: uint64 rate_bps = 102;
+   */
+  rateBps: bigint;
 };
 
 /**
@@ -337,6 +356,69 @@ export type Migration = Message<"pageport.v1.Migration"> & {
  */
 export const MigrationSchema: GenMessage<Migration> = /*@__PURE__*/
   messageDesc(file_pageport_v1_migration, 4);
+
+/**
+ * On which terms a migration is made.
+ *
+ * @generated from message pageport.v1.MigrationTerms
+ */
+export type MigrationTerms = Message<"pageport.v1.MigrationTerms"> & {
+  /**
+   * 0 to 100; more is sooner. One that waits gains one point a minute.
+   *
+   * @generated from field: uint32 priority = 1;
+   */
+  priority: number;
+
+  /**
+   * What it may send at most, in bits per second; 0: its part of the link's budget.
+   *
+   * @generated from field: uint64 rate_bps = 2;
+   */
+  rateBps: bigint;
+
+  /**
+   * It is to begin before this, and is given up otherwise; 0: no deadline.
+   *
+   * @generated from field: int64 deadline_unix_ms = 3;
+   */
+  deadlineUnixMs: bigint;
+
+  /**
+   * It begins only in this time of the day, in UTC, like "22:00-06:00"; empty: at any time.
+   *
+   * @generated from field: string window = 4;
+   */
+  window: string;
+
+  /**
+   * Ids of migrations that are to complete first. If one of them does not, this one is given up.
+   *
+   * @generated from field: repeated string after_ids = 5;
+   */
+  afterIds: string[];
+
+  /**
+   * A queued one does not begin. One that runs goes on with hardly any bandwidth, and its guest is not stopped.
+   *
+   * @generated from field: bool paused = 6;
+   */
+  paused: boolean;
+
+  /**
+   * It was ordered to empty a site or worker.
+   *
+   * @generated from field: bool drains = 7;
+   */
+  drains: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.MigrationTerms.
+ * Use `create(MigrationTermsSchema)` to create a new message.
+ */
+export const MigrationTermsSchema: GenMessage<MigrationTerms> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 5);
 
 /**
  * @generated from message pageport.v1.CreateMigrationRequest
@@ -356,6 +438,35 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
    * @generated from field: string to_site = 3;
    */
   toSite: string;
+
+  /**
+   * Absent: 50.
+   *
+   * @generated from field: optional uint32 priority = 100;
+   */
+  priority?: number | undefined;
+
+  /**
+   * As in MigrationTerms.
+   *
+   * @generated from field: uint64 rate_bps = 101;
+   */
+  rateBps: bigint;
+
+  /**
+   * @generated from field: int64 deadline_unix_ms = 102;
+   */
+  deadlineUnixMs: bigint;
+
+  /**
+   * @generated from field: string window = 103;
+   */
+  window: string;
+
+  /**
+   * @generated from field: repeated string after_ids = 104;
+   */
+  afterIds: string[];
 };
 
 /**
@@ -363,7 +474,7 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
  * Use `create(CreateMigrationRequestSchema)` to create a new message.
  */
 export const CreateMigrationRequestSchema: GenMessage<CreateMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 5);
+  messageDesc(file_pageport_v1_migration, 6);
 
 /**
  * @generated from message pageport.v1.CreateMigrationResponse
@@ -380,7 +491,7 @@ export type CreateMigrationResponse = Message<"pageport.v1.CreateMigrationRespon
  * Use `create(CreateMigrationResponseSchema)` to create a new message.
  */
 export const CreateMigrationResponseSchema: GenMessage<CreateMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 6);
+  messageDesc(file_pageport_v1_migration, 7);
 
 /**
  * @generated from message pageport.v1.GetMigrationRequest
@@ -397,7 +508,7 @@ export type GetMigrationRequest = Message<"pageport.v1.GetMigrationRequest"> & {
  * Use `create(GetMigrationRequestSchema)` to create a new message.
  */
 export const GetMigrationRequestSchema: GenMessage<GetMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 7);
+  messageDesc(file_pageport_v1_migration, 8);
 
 /**
  * @generated from message pageport.v1.GetMigrationResponse
@@ -414,7 +525,7 @@ export type GetMigrationResponse = Message<"pageport.v1.GetMigrationResponse"> &
  * Use `create(GetMigrationResponseSchema)` to create a new message.
  */
 export const GetMigrationResponseSchema: GenMessage<GetMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 8);
+  messageDesc(file_pageport_v1_migration, 9);
 
 /**
  * @generated from message pageport.v1.ListMigrationsRequest
@@ -433,7 +544,7 @@ export type ListMigrationsRequest = Message<"pageport.v1.ListMigrationsRequest">
  * Use `create(ListMigrationsRequestSchema)` to create a new message.
  */
 export const ListMigrationsRequestSchema: GenMessage<ListMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 9);
+  messageDesc(file_pageport_v1_migration, 10);
 
 /**
  * @generated from message pageport.v1.ListMigrationsResponse
@@ -450,7 +561,7 @@ export type ListMigrationsResponse = Message<"pageport.v1.ListMigrationsResponse
  * Use `create(ListMigrationsResponseSchema)` to create a new message.
  */
 export const ListMigrationsResponseSchema: GenMessage<ListMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 10);
+  messageDesc(file_pageport_v1_migration, 11);
 
 /**
  * @generated from message pageport.v1.WatchMigrationRequest
@@ -467,7 +578,7 @@ export type WatchMigrationRequest = Message<"pageport.v1.WatchMigrationRequest">
  * Use `create(WatchMigrationRequestSchema)` to create a new message.
  */
 export const WatchMigrationRequestSchema: GenMessage<WatchMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 11);
+  messageDesc(file_pageport_v1_migration, 12);
 
 /**
  * @generated from message pageport.v1.WatchMigrationResponse
@@ -484,7 +595,7 @@ export type WatchMigrationResponse = Message<"pageport.v1.WatchMigrationResponse
  * Use `create(WatchMigrationResponseSchema)` to create a new message.
  */
 export const WatchMigrationResponseSchema: GenMessage<WatchMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 12);
+  messageDesc(file_pageport_v1_migration, 13);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsRequest
@@ -497,7 +608,7 @@ export type WatchMigrationsRequest = Message<"pageport.v1.WatchMigrationsRequest
  * Use `create(WatchMigrationsRequestSchema)` to create a new message.
  */
 export const WatchMigrationsRequestSchema: GenMessage<WatchMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 13);
+  messageDesc(file_pageport_v1_migration, 14);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsResponse
@@ -523,7 +634,7 @@ export type WatchMigrationsResponse = Message<"pageport.v1.WatchMigrationsRespon
  * Use `create(WatchMigrationsResponseSchema)` to create a new message.
  */
 export const WatchMigrationsResponseSchema: GenMessage<WatchMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 14);
+  messageDesc(file_pageport_v1_migration, 15);
 
 /**
  * @generated from message pageport.v1.CancelMigrationRequest
@@ -545,7 +656,7 @@ export type CancelMigrationRequest = Message<"pageport.v1.CancelMigrationRequest
  * Use `create(CancelMigrationRequestSchema)` to create a new message.
  */
 export const CancelMigrationRequestSchema: GenMessage<CancelMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 15);
+  messageDesc(file_pageport_v1_migration, 16);
 
 /**
  * @generated from message pageport.v1.CancelMigrationResponse
@@ -562,7 +673,65 @@ export type CancelMigrationResponse = Message<"pageport.v1.CancelMigrationRespon
  * Use `create(CancelMigrationResponseSchema)` to create a new message.
  */
 export const CancelMigrationResponseSchema: GenMessage<CancelMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 16);
+  messageDesc(file_pageport_v1_migration, 17);
+
+/**
+ * @generated from message pageport.v1.ChangeMigrationRequest
+ */
+export type ChangeMigrationRequest = Message<"pageport.v1.ChangeMigrationRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string id = 2;
+   */
+  id: string;
+
+  /**
+   * What is absent stays as it is.
+   *
+   * @generated from field: optional uint32 priority = 3;
+   */
+  priority?: number | undefined;
+
+  /**
+   * 0: its part of the link's budget.
+   *
+   * @generated from field: optional uint64 rate_bps = 4;
+   */
+  rateBps?: bigint | undefined;
+
+  /**
+   * @generated from field: optional bool paused = 5;
+   */
+  paused?: boolean | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ChangeMigrationRequest.
+ * Use `create(ChangeMigrationRequestSchema)` to create a new message.
+ */
+export const ChangeMigrationRequestSchema: GenMessage<ChangeMigrationRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 18);
+
+/**
+ * @generated from message pageport.v1.ChangeMigrationResponse
+ */
+export type ChangeMigrationResponse = Message<"pageport.v1.ChangeMigrationResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Migration migration = 1;
+   */
+  migration?: Migration | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.ChangeMigrationResponse.
+ * Use `create(ChangeMigrationResponseSchema)` to create a new message.
+ */
+export const ChangeMigrationResponseSchema: GenMessage<ChangeMigrationResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 19);
 
 /**
  * @generated from enum pageport.v1.MigrationState
@@ -574,7 +743,7 @@ export enum MigrationState {
   UNSPECIFIED = 0,
 
   /**
-   * Committed, not yet authorised.
+   * Queued: the scheduler has not let it begin. `reason` says why.
    *
    * @generated from enum value: MIGRATION_STATE_REQUESTED = 1;
    */
@@ -679,6 +848,16 @@ export const MigrationService: GenService<{
     methodKind: "unary";
     input: typeof CancelMigrationRequestSchema;
     output: typeof CancelMigrationResponseSchema;
+  },
+  /**
+   * Changes the terms of a migration that is queued or runs. Refused once the source has handed the VM over.
+   *
+   * @generated from rpc pageport.v1.MigrationService.ChangeMigration
+   */
+  changeMigration: {
+    methodKind: "unary";
+    input: typeof ChangeMigrationRequestSchema;
+    output: typeof ChangeMigrationResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_migration, 0);
