@@ -14,6 +14,7 @@
 //! | [`fence`] | commands that turn a worker's host off, and what follows |
 //! | [`api`] | what clients see |
 //! | [`web`] | the same for browsers, and the UI |
+//! | [`dial`] | the ways to the other controllers |
 //! | [`peer`] | who is at the other end |
 //! | [`config`] | the configuration, validated |
 //! | [`server`] | all of it, put together |
@@ -21,6 +22,7 @@
 pub mod api;
 pub mod config;
 pub mod consensus;
+pub mod dial;
 pub mod fence;
 pub mod link;
 pub mod model;

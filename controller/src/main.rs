@@ -1,6 +1,8 @@
 //! `pageport-controller`: entry point. Everything else is the library's.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
@@ -10,6 +12,9 @@ use pageport_controller::config::Config;
 use pageport_controller::server::{Listeners, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// Exit code of a controller that was removed: the unit does not start it again. (`EX_CONFIG` of sysexits.)
+const EXIT_REMOVED: u8 = 78;
 
 /// The replicated brain of Pageport.
 #[derive(Debug, Parser)]
@@ -24,12 +29,12 @@ struct Args {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
     let config = Config::load(&args.config)?;
     let identity = Identity::load(&config.tls)?;
     if args.check_config {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let _telemetry = telemetry::init("pageport-controller", &config.id.to_string(), &config.telemetry)?;
     let stop = CancellationToken::new();
@@ -45,6 +50,12 @@ async fn main() -> anyhow::Result<()> {
         stopping.cancel();
     });
     let listeners = Listeners::bind(&config).await?;
-    run(config, &identity, listeners, stop).await?;
-    Ok(())
+    match run(config, &identity, listeners, stop).await {
+        Err(error) if error.is_final() => {
+            // When standard error is closed nobody reads it.
+            let _ = writeln!(std::io::stderr(), "Error: {:?}", anyhow::Error::from(error));
+            Ok(ExitCode::from(EXIT_REMOVED))
+        }
+        ended => Ok(ended.map(|()| ExitCode::SUCCESS)?),
+    }
 }

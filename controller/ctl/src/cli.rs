@@ -175,6 +175,9 @@ impl Command {
             Self::Worker(WorkerCommand::List) => "worker list",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
+            Self::Cluster(ClusterCommand::Add { .. }) => "cluster add",
+            Self::Cluster(ClusterCommand::Remove { .. }) => "cluster remove",
+            Self::Cluster(ClusterCommand::TransferLeader { .. }) => "cluster transfer-leader",
             Self::Vm(VmCommand::Define { .. }) => "vm define",
             Self::Vm(VmCommand::List) => "vm list",
             Self::Vm(VmCommand::Get { .. }) => "vm get",
@@ -242,8 +245,72 @@ pub enum WorkerCommand {
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
     /// Members, leader and log positions.
+    ///
+    /// When the leader answers (name its address with --controllers): also what each member lacks of the log, and for how long it has
+    /// been silent.
     Status,
+    /// Add a controller, and follow it until it votes; or give one that is there another address.
+    ///
+    /// The new controller first only receives the log. When it has caught up it gets its vote, which is when this command ends. Interrupted, or
+    /// when the new controller does not answer, it stays without a vote: give the same command again, or take it back with `cluster remove`.
+    /// Everything else goes on meanwhile. Three or five controllers at as many sites are what to aim for: an even number tolerates no more failures
+    /// than one fewer.
+    #[command(after_help = ADD_MEMBER_EXAMPLE)]
+    Add {
+        /// Number of the controller, as in its configuration; none that was ever used.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        id: u64,
+        /// Its site.
+        #[arg(long, value_name = "SITE")]
+        site: String,
+        /// Where the other controllers, the workers and pageportctl reach it.
+        #[arg(long, value_name = "HOST:PORT")]
+        address: String,
+    },
+    /// Remove a controller for good.
+    ///
+    /// It stops with a message, and its number is never given again. If it leads another takes over first. Refused when fewer than a majority
+    /// of those that are left answer: nothing could be decided any more.
+    #[command(after_help = REMOVE_MEMBER_EXAMPLE)]
+    Remove {
+        /// Number of the controller.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        id: u64,
+        /// Also when fewer than a majority of those that are left answer.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make another controller lead, and wait until it does.
+    ///
+    /// For a planned stop of the leader's host: without it the others elect a leader only after 1.5 to 3 s of silence. Commands
+    /// that come meanwhile wait for the new leader; migrations, replication and guests go on. Refused when the member does not
+    /// vote, does not answer or lacks much of the log; then nothing has changed.
+    #[command(after_help = TRANSFER_EXAMPLE)]
+    TransferLeader {
+        /// Number of the member; left out: the one with the most complete log.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        member: Option<u64>,
+    },
 }
+
+const ADD_MEMBER_EXAMPLE: &str = "\
+Example, a fourth controller that takes the place of controller 2, whose host is lost:
+  on its host: controller.toml with id = 4, join = true, the three [[members]] that there are; then
+  systemctl start pageport-controller
+  pageportctl cluster add 4 --site b --address 192.0.2.4:7400
+  pageportctl cluster remove 2
+  pageportctl cluster status";
+
+const REMOVE_MEMBER_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster remove 2
+Then stop its service for good and delete its data_dir. Take its address out of the lists of controllers in worker.toml and ctl.toml.";
+
+const TRANSFER_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster status                 who leads
+  pageportctl cluster transfer-leader        someone else, before its host is stopped
+  pageportctl cluster transfer-leader 2";
 
 /// `vm ...`
 #[derive(Debug, Subcommand)]
@@ -555,6 +622,32 @@ mod tests {
             assert!(parse(&["--place", wrong]).unwrap_err().to_string().contains("like root=/dev/vg0/web"));
         }
         assert!(Cli::try_parse_from(["pageportctl", "link", "set", "a", "b", "--cap", "100MB"]).is_err());
+    }
+
+    #[test]
+    fn a_controller_is_added_with_its_site_and_address() {
+        let parse = |more: &[&str]| Cli::try_parse_from([&["pageportctl", "cluster"], more].concat());
+        let whole = ["add", "4", "--site", "b", "--address", "192.0.2.4:7400"];
+        let Command::Cluster(ClusterCommand::Add { id, site, address }) = parse(&whole).unwrap().command else {
+            panic!()
+        };
+        assert_eq!((id, site.as_str(), address.as_str()), (4, "b", "192.0.2.4:7400"));
+        for wrong in [&whole[..2], &whole[..4], &["remove"], &["remove", "0"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_leader_is_named_by_its_number_or_left_to_be_chosen() {
+        let parse =
+            |more: &[&str]| Cli::try_parse_from([&["pageportctl", "cluster", "transfer-leader"], more].concat());
+        for (given, expected) in [(&[][..], None), (&["2"], Some(2))] {
+            let Command::Cluster(ClusterCommand::TransferLeader { member }) = parse(given).unwrap().command else {
+                panic!()
+            };
+            assert_eq!(member, expected);
+        }
+        assert!(parse(&["0"]).is_err() && parse(&["controller-2"]).is_err());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! ```
 //! | module | what |
 //! |---|---|
-//! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
+//! | [`fleet`], [`replication`], [`migration`], [`cluster`], [`membership`] | the services |
 //! | [`disks`] | orders about disks |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`], [`lag`] | state and observations into API messages: pure |
@@ -24,6 +24,7 @@ pub mod fence;
 pub mod fleet;
 pub mod forward;
 pub mod lag;
+pub mod membership;
 pub mod migration;
 pub mod replication;
 pub mod view;

@@ -2,7 +2,6 @@
 //!
 //! Gives the node time and inputs, and publishes what it has applied and where it stands. A disk that fails ends it.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,6 +11,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::disk::FileDisk;
+use super::membership::Membership;
 use super::node::{Node, NodeConfig, NodeError, Outlet, TICK};
 use super::peers::Peers;
 use super::storage::{LogError, LogStorage};
@@ -44,8 +44,8 @@ pub enum CoreError {
 pub struct CoreConfig {
     /// This node.
     pub id: u64,
-    /// All members, this node included.
-    pub voters: BTreeSet<u64>,
+    /// The members, as long as log and snapshot do not say who they are.
+    pub first: Membership,
     /// Where log and snapshot lie.
     pub folder: PathBuf,
     /// A snapshot is made after so many entries.
@@ -84,13 +84,15 @@ pub fn start(
     peers: Peers,
     stop: CancellationToken,
 ) -> Result<(Consensus, oneshot::Receiver<Result<(), CoreError>>), CoreError> {
-    let (storage, state) = LogStorage::open(&config.folder, config.voters.iter().copied().collect())?;
+    let (storage, state) = LogStorage::open(&config.folder, config.first.clone())?;
     let (published, state_watch) = watch::channel(Arc::new(state.clone()));
     let settings =
         NodeConfig { id: config.id, snapshot_every: config.snapshot_every, keep_entries: config.keep_entries };
-    let node = Node::new(&settings, storage, state, Outside { peers, published })?;
+    let (members, members_watch) = watch::channel(storage.membership().clone());
+    let node = Node::new(&settings, storage, state, Outside { peers, published, members })?;
     let (status, status_watch) = watch::channel(node.status());
-    let consensus = Consensus { inbox: inbox.sender, status: status_watch, state: state_watch };
+    let consensus =
+        Consensus { inbox: inbox.sender, status: status_watch, state: state_watch, membership: members_watch };
     let core = Core { node, inbox: inbox.receiver, status };
     let (done, ended) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
@@ -140,6 +142,7 @@ impl Core {
 struct Outside {
     peers: Peers,
     published: watch::Sender<Arc<State>>,
+    members: watch::Sender<Arc<Membership>>,
 }
 
 impl Outlet for Outside {
@@ -149,5 +152,10 @@ impl Outlet for Outside {
 
     fn publish(&mut self, state: &Arc<State>) {
         self.published.send_replace(state.clone());
+    }
+
+    fn regroup(&mut self, membership: &Arc<Membership>) {
+        self.peers.follow(membership);
+        self.members.send_replace(membership.clone());
     }
 }

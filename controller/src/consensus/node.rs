@@ -6,24 +6,28 @@
 //!  2 install a snapshot, if one came: file, then log, then state
 //!  3 persist entries and hard state, one batch, synced
 //!  4 send persisted_messages()  (votes and acknowledgements: only what is on disk may be promised)
-//!  5 apply committed entries, publish the state, then answer the proposers
+//!  5 apply committed entries, publish the state, then answer the proposers; a change of the members is made durable before
+//!    this node acts on it
 //!  6 advance; the same for what that brings
 //! ```
 //! Guarantees: nothing is promised before it is durable, nothing answered before it is applied and published. A disk
 //! that fails ends the node: what it holds is unknown until it is opened again. Reads no clock and waits for nothing but its
 //! disk: [`super::core`] drives it in the daemon, the simulator drives it in its own time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prost_011::Message as _;
-use raft::eraftpb::{Entry, EntryType, Message};
+use raft::eraftpb::{ConfChange, Entry, EntryType, Message};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
 use tokio::sync::oneshot;
 
 use super::disk::Disk;
+use super::membership::{ChangeError, Membership, Order, Plan};
 use super::pending::{Proposals, Reads};
 use super::snapshot::{self, SnapshotError};
+use super::standing::{Peer, Role, Standing, TransferError};
 use super::storage::{LogError, LogStorage, Place};
 use super::{ConsensusError, Delivered, Input, Status, log};
 use crate::model::{Command, Outcome, State, apply};
@@ -48,6 +52,33 @@ pub enum NodeError {
     /// A snapshot that came cannot be used.
     #[error("a peer's snapshot cannot be used")]
     Snapshot(#[from] SnapshotError),
+    /// This node is no member any more.
+    #[error(
+        "controller {id} was removed from the cluster (\"pageportctl cluster remove {id}\"): stop its service for good and \
+         delete its data_dir; to use this host again add it under another number"
+    )]
+    Removed {
+        /// This node.
+        id: u64,
+    },
+    /// An entry that changes the members cannot be read.
+    #[error("decode entry {index} of the replicated log, which changes the members")]
+    Members {
+        /// The entry.
+        index: u64,
+        /// Why.
+        #[source]
+        source: ChangeError,
+    },
+    /// An entry that changes the members is damaged.
+    #[error("decode entry {index} of the replicated log, which changes the members")]
+    MembersDamaged {
+        /// The entry.
+        index: u64,
+        /// Why.
+        #[source]
+        source: prost_011::DecodeError,
+    },
     /// raft refuses its configuration or its log.
     #[error("start raft")]
     Start(#[source] raft::Error),
@@ -80,6 +111,9 @@ pub trait Outlet {
 
     /// The state has changed; called before those who asked for the change are answered.
     fn publish(&mut self, state: &Arc<State>);
+
+    /// These are the members from now on; called once at the start, then before those who asked for the change are answered.
+    fn regroup(&mut self, membership: &Arc<Membership>);
 }
 
 /// One member of the cluster.
@@ -90,17 +124,28 @@ pub struct Node<D: Disk, O: Outlet> {
     state: Arc<State>,
     applied: u64,
     proposals: Proposals<Result<Outcome, ConsensusError>>,
+    changes: Proposals<Result<Arc<Membership>, ChangeError>>,
     reads: Reads<Result<Arc<State>, ConsensusError>>,
     snapshot_every: u64,
     keep_entries: u64,
+    /// Since the start.
+    ticks: u32,
+    /// When each member was last heard.
+    heard: BTreeMap<u64, u32>,
+    /// A peer said that this node was removed.
+    removed: bool,
 }
 
 impl<D: Disk, O: Outlet> Node<D, O> {
     /// Takes up the log where it ends, with the state of its last snapshot.
     ///
     /// # Errors
-    /// [`NodeError::Start`].
-    pub fn new(config: &NodeConfig, storage: LogStorage<D>, state: State, outlet: O) -> Result<Self, NodeError> {
+    /// [`NodeError::Start`], [`NodeError::Removed`].
+    pub fn new(config: &NodeConfig, storage: LogStorage<D>, state: State, mut outlet: O) -> Result<Self, NodeError> {
+        if storage.membership().removed.contains(&config.id) {
+            return Err(NodeError::Removed { id: config.id });
+        }
+        outlet.regroup(storage.membership());
         let applied = storage.snapshot_place().index;
         let raft_config = Config {
             id: config.id,
@@ -124,14 +169,19 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             state: Arc::new(state),
             applied,
             proposals: Proposals::default(),
+            changes: Proposals::default(),
             reads: Reads::default(),
             snapshot_every: config.snapshot_every,
             keep_entries: config.keep_entries,
+            ticks: 0,
+            heard: BTreeMap::new(),
+            removed: false,
         })
     }
 
     /// [`TICK`] has passed.
     pub fn tick(&mut self) {
+        self.ticks = self.ticks.saturating_add(1);
         self.raft.tick();
         self.reads.tick(READ_PATIENCE_TICKS);
     }
@@ -141,6 +191,9 @@ impl<D: Disk, O: Outlet> Node<D, O> {
     /// # Errors
     /// [`NodeError`]: what the disk holds is unknown until it is opened again, and the node must end.
     pub fn settle(&mut self) -> Result<(), NodeError> {
+        if self.removed {
+            return Err(NodeError::Removed { id: self.raft.raft.id });
+        }
         self.start_read_round();
         while self.raft.has_ready() {
             self.handle_ready()?;
@@ -160,6 +213,20 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             committed: raft.raft_log.committed,
             applied: self.applied,
         }
+    }
+
+    /// How far the others are, as far as this node, which leads, knows.
+    fn standing(&self) -> Standing {
+        let raft = &self.raft.raft;
+        let learners = &raft.prs().conf().learners();
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let peers = others.map(|(id, progress)| Peer {
+            id: *id,
+            role: if learners.contains(id) { Role::Learner } else { Role::Voter },
+            matched: progress.matched,
+            silent: self.heard.get(id).map(|at| TICK * (self.ticks - at)),
+        });
+        Standing { leader: raft.id, last: raft.raft_log.last_index(), peers: peers.collect() }
     }
 
     /// The applied state.
@@ -189,8 +256,21 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             Input::Read { answer } if self.leads() => self.reads.wait(answer),
             // Whoever asked may have stopped waiting: then nobody needs the answer.
             Input::Read { answer } => drop(answer.send(Err(ConsensusError::NotLeader))),
+            Input::Change { order, answer } => self.change(&order, answer),
+            Input::Inspect { answer } => {
+                let standing = if self.leads() { Ok(self.standing()) } else { Err(ConsensusError::NotLeader) };
+                drop(answer.send(standing));
+            }
+            Input::Removed { by } => {
+                tracing::warn!(by, "a peer says that this controller was removed");
+                self.removed = true;
+            }
+            Input::TransferLeadership { to, answer } => drop(answer.send(self.transfer_leadership(to))),
             Input::Step { message } => match Message::decode(message.as_slice()) {
                 Ok(message) => {
+                    if self.raft.raft.prs().get(message.from).is_some() {
+                        self.heard.insert(message.from, self.ticks);
+                    }
                     if let Err(error) = self.raft.step(message) {
                         tracing::debug!(%error, "a peer's message was not taken");
                     }
@@ -230,6 +310,47 @@ impl<D: Disk, O: Outlet> Node<D, O> {
                 drop(answer.send(Err(ConsensusError::NotLeader)));
             }
         }
+    }
+
+    fn change(&mut self, order: &Order, answer: oneshot::Sender<Result<Arc<Membership>, ChangeError>>) {
+        match self.propose_change(order) {
+            Ok(Some(index)) => self.changes.wait(index, self.raft.raft.term, answer),
+            Ok(None) => drop(answer.send(Ok(self.raft.store().membership().clone()))),
+            Err(error) => drop(answer.send(Err(error))),
+        }
+    }
+
+    /// The entry that will make the change; [`None`]: it is so already.
+    fn propose_change(&mut self, order: &Order) -> Result<Option<u64>, ChangeError> {
+        if !self.leads() {
+            return Err(ConsensusError::NotLeader.into());
+        }
+        // Also all of a former leader's entries: one of them may be a change.
+        if self.raft.raft.has_pending_conf() || !self.raft.raft.commit_to_current_term() {
+            return Err(ChangeError::Busy);
+        }
+        let Plan::Propose(change) = self.raft.store().membership().plan(order, &self.standing())? else {
+            return Ok(None);
+        };
+        let encoded = change.encode()?;
+        self.raft.propose_conf_change(vec![], encoded).map_err(|error| {
+            tracing::debug!(%error, "a change of the members was not proposed");
+            ConsensusError::NotLeader
+        })?;
+        tracing::info!(?change, "changing the members");
+        Ok(Some(self.raft.raft.raft_log.last_index()))
+    }
+
+    fn transfer_leadership(&mut self, to: Option<u64>) -> Result<u64, TransferError> {
+        if !self.leads() {
+            return Err(ConsensusError::NotLeader.into());
+        }
+        let heir = self.standing().heir(to)?;
+        if heir != self.raft.raft.id {
+            tracing::info!(to = heir, "handing leadership over");
+            self.raft.transfer_leader(heir);
+        }
+        Ok(heir)
     }
 
     fn start_read_round(&mut self) {
@@ -287,6 +408,7 @@ impl<D: Disk, O: Outlet> Node<D, O> {
     /// Whoever waits for this node as a leader learns that it is none.
     fn step_down(&mut self) {
         self.proposals.clear();
+        self.changes.clear();
         for answer in self.reads.drain() {
             drop(answer.send(Err(ConsensusError::NotLeader)));
         }
@@ -298,7 +420,11 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         for entry in entries {
             let waiting = self.proposals.take(entry.index, entry.term);
             self.applied = entry.index;
-            if entry.data.is_empty() || entry.get_entry_type() != EntryType::EntryNormal {
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                self.apply_change(&entry)?;
+                continue;
+            }
+            if entry.data.is_empty() {
                 continue;
             }
             let command: Command = serde_json::from_slice(&entry.data)
@@ -318,21 +444,52 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         Ok(())
     }
 
+    fn apply_change(&mut self, entry: &Entry) -> Result<(), NodeError> {
+        let waiting = self.changes.take(entry.index, entry.term);
+        let index = entry.index;
+        let change = ConfChange::decode(entry.data.as_ref());
+        let change = change.map_err(|source| NodeError::MembersDamaged { index, source })?;
+        // A node that starts again has its members from disk: they are newer than the state that it builds up again.
+        if index > self.raft.store().membership().index {
+            let next = self.raft.store().membership().after(index, &change);
+            let next = next.map_err(|source| NodeError::Members { index, source })?;
+            self.raft.apply_conf_change(&change).map_err(NodeError::Start)?;
+            self.raft.mut_store().keep_membership(next)?;
+            self.regroup()?;
+        }
+        if let Some(waiting) = waiting {
+            drop(waiting.send(Ok(self.raft.store().membership().clone())));
+        }
+        Ok(())
+    }
+
+    fn regroup(&mut self) -> Result<(), NodeError> {
+        let membership = self.raft.store().membership().clone();
+        let (voters, learners) = (membership.voters.keys(), membership.learners.keys());
+        tracing::info!(index = membership.index, ?voters, ?learners, "members");
+        self.heard.retain(|id, _| membership.get(*id).is_some());
+        self.outlet.regroup(&membership);
+        let id = self.raft.raft.id;
+        if membership.removed.contains(&id) { Err(NodeError::Removed { id }) } else { Ok(()) }
+    }
+
     fn install(&mut self, snapshot: &raft::eraftpb::Snapshot) -> Result<(), NodeError> {
         let decoded = snapshot::decode(&snapshot.data)?;
         let at = Place { index: decoded.index, term: decoded.term };
         tracing::info!(index = at.index, "taking the leader's snapshot");
-        self.raft.mut_store().install(&snapshot.data, at)?;
+        self.raft.mut_store().install(&snapshot.data, at, decoded.membership)?;
         self.state = Arc::new(decoded.state);
         self.applied = at.index;
         self.outlet.publish(&self.state);
-        Ok(())
+        self.regroup()
     }
 
     fn make_snapshot_if_due(&mut self) -> Result<(), NodeError> {
         let since = self.applied.saturating_sub(self.raft.store().snapshot_place().index);
         let wanted = self.raft.store().take_snapshot_wanted() && since > 0;
-        if since < self.snapshot_every && !wanted {
+        // The first entry is dropped at once: see `LogStorage::make_snapshot`.
+        let begins_at_one = self.applied > 0 && self.raft.store().truncated().index == 0;
+        if since < self.snapshot_every && !wanted && !begins_at_one {
             return Ok(());
         }
         let (applied, keep) = (self.applied, self.keep_entries);

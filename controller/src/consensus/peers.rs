@@ -1,5 +1,8 @@
 //! Raft messages between controllers, as opaque bytes on one client stream per peer and direction.
 //!
+//! The peers are the members, wherever they are now; until a controller that joins has been told who they are, those that its
+//! configuration names. A peer that knows that this controller was removed says so instead of taking its messages.
+//!
 //! Guarantees: sending never waits (a full queue drops, raft sends again); a peer that cannot be reached is reported to
 //! raft, and so is every snapshot, sent or not. It does not look into the messages beyond their addressee.
 
@@ -19,7 +22,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::membership::{Member, Membership};
 use super::{Consensus, Delivered, Input};
+use crate::dial::Dialer;
 
 /// Largest message: a snapshot travels as one.
 pub const MAX_ENVELOPE_BYTES: usize = 64 << 20;
@@ -28,6 +33,9 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// A peer's stream without a message for this long is closed: heartbeats come several times a second.
 const IDLE: Duration = Duration::from_secs(30);
 
+/// Metadata key of a refusal because the sender was removed.
+const REMOVED_KEY: &str = "pageport-removed";
+
 #[derive(Debug)]
 struct Outgoing {
     envelope: RaftEnvelope,
@@ -35,21 +43,52 @@ struct Outgoing {
 }
 
 /// The ways to all peers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Peers {
-    queues: BTreeMap<u64, mpsc::Sender<Outgoing>>,
-    core: Option<mpsc::Sender<Input>>,
+    own: u64,
+    dialer: Dialer,
+    core: mpsc::Sender<Input>,
+    configured: Vec<Member>,
+    ways: BTreeMap<u64, Way>,
+}
+
+/// The task that carries messages to an address ends with this.
+#[derive(Debug)]
+struct Way {
+    address: String,
+    queue: mpsc::Sender<Outgoing>,
 }
 
 impl Peers {
-    /// Starts a task for each peer.
-    pub fn start(channels: &BTreeMap<u64, Channel>, core: mpsc::Sender<Input>) -> Self {
-        let queues = channels.iter().map(|(peer, channel)| {
+    /// Of the node `own`; `configured` are the peers until it is known who the members are.
+    pub fn new(own: u64, dialer: Dialer, core: mpsc::Sender<Input>, configured: Vec<Member>) -> Self {
+        Self { own, dialer, core, configured, ways: BTreeMap::new() }
+    }
+
+    /// Starts a task for each peer that is new or elsewhere, and ends those for others once their messages are out.
+    pub fn follow(&mut self, membership: &Membership) {
+        let members: Vec<&Member> = match membership.is_unknown() {
+            true => self.configured.iter().collect(),
+            false => membership.members().map(|(member, _)| member).collect(),
+        };
+        let wanted = members.into_iter().filter(|member| member.id != self.own);
+        let wanted: BTreeMap<u64, &str> = wanted.map(|member| (member.id, member.address.as_str())).collect();
+        self.ways.retain(|peer, way| wanted.get(peer) == Some(&way.address.as_str()));
+        for (peer, address) in wanted {
+            if self.ways.contains_key(&peer) {
+                continue;
+            }
+            let channel = match self.dialer.dial(address) {
+                Ok(channel) => channel,
+                Err(error) => {
+                    tracing::error!(peer, error = &error as &dyn std::error::Error, "peer not dialled");
+                    continue;
+                }
+            };
             let (queue, outgoing) = mpsc::channel(QUEUE);
-            tokio::spawn(carry(*peer, channel.clone(), outgoing, core.clone()));
-            (*peer, queue)
-        });
-        Self { queues: queues.collect(), core: Some(core) }
+            tokio::spawn(carry(self.own, peer, channel, outgoing, self.core.clone()));
+            self.ways.insert(peer, Way { address: address.to_owned(), queue });
+        }
     }
 
     /// Sends messages to whom they are for.
@@ -57,12 +96,10 @@ impl Peers {
         for message in messages {
             let peer = message.to;
             let snapshot = message.get_msg_type() == MessageType::MsgSnapshot;
-            let envelope = RaftEnvelope { message: Bytes::from(message.encode_to_vec()) };
-            let queued = self.queues.get(&peer).map(|queue| queue.try_send(Outgoing { envelope, snapshot }));
-            if !matches!(queued, Some(Ok(())))
-                && let Some(core) = &self.core
-            {
-                report(core, peer, snapshot, Delivered::No);
+            let envelope = RaftEnvelope { message: Bytes::from(message.encode_to_vec()), from: self.own };
+            let queued = self.ways.get(&peer).map(|way| way.queue.try_send(Outgoing { envelope, snapshot }));
+            if !matches!(queued, Some(Ok(()))) {
+                report(&self.core, peer, snapshot, Delivered::No);
             }
         }
     }
@@ -81,7 +118,13 @@ fn report(core: &mpsc::Sender<Input>, peer: u64, snapshot: bool, delivered: Deli
 }
 
 /// Carries messages to one peer for as long as there are any.
-async fn carry(peer: u64, channel: Channel, mut outgoing: mpsc::Receiver<Outgoing>, core: mpsc::Sender<Input>) {
+async fn carry(
+    own: u64,
+    peer: u64,
+    channel: Channel,
+    mut outgoing: mpsc::Receiver<Outgoing>,
+    core: mpsc::Sender<Input>,
+) {
     let mut client = RaftTransportServiceClient::new(channel).max_encoding_message_size(MAX_ENVELOPE_BYTES);
     while let Some(first) = outgoing.recv().await {
         let (stream, messages) = mpsc::channel(QUEUE);
@@ -98,6 +141,11 @@ async fn carry(peer: u64, channel: Channel, mut outgoing: mpsc::Receiver<Outgoin
                 ended = &mut call => {
                     if let Err(status) = ended {
                         tracing::debug!(peer, code = ?status.code(), message = status.message(), "peer not reached");
+                        if status.metadata().get(REMOVED_KEY).is_some_and(|id| *id == own.to_string()) {
+                            // A core that has ended needs no telling.
+                            let _ = core.send(Input::Removed { by: peer }).await;
+                            return;
+                        }
                     }
                     break;
                 }
@@ -134,8 +182,17 @@ impl RaftTransportService for RaftTransport {
             let message = tokio::time::timeout(IDLE, messages.message()).await;
             let message = message.map_err(|_| Status::deadline_exceeded("no raft message for 30 s"))??;
             let Some(envelope) = message else { return Ok(Response::new(RaftAck {})) };
+            if self.consensus.membership().removed.contains(&envelope.from) {
+                return Err(removed(envelope.from));
+            }
             let taken = self.consensus.step(envelope.message.to_vec()).await;
             taken.map_err(|error| Status::unavailable(error.to_string()))?;
         }
     }
+}
+
+fn removed(member: u64) -> Status {
+    let mut status = Status::failed_precondition(format!("controller {member} was removed from the cluster"));
+    status.metadata_mut().insert(REMOVED_KEY, member.into());
+    status
 }

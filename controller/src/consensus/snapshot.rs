@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::membership::Membership;
 use crate::model::State;
 
 const MAGIC: &[u8; 8] = b"PPSNAP1\n";
@@ -25,8 +26,9 @@ pub struct Snapshot {
     pub index: u64,
     /// Its term.
     pub term: u64,
-    /// The members.
-    pub voters: Vec<u64>,
+    /// Who the controllers were at that entry; [`None`] in snapshots of versions that had it in the configuration alone.
+    #[serde(default)]
+    pub membership: Option<Membership>,
     /// The state.
     pub state: State,
 }
@@ -118,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_flipped_bit_anywhere_is_noticed() {
-        let snapshot = Snapshot { index: 7, term: 2, voters: vec![1, 2, 3], state: State::default() };
+        let snapshot = Snapshot { index: 7, term: 2, membership: Some(Membership::default()), state: State::default() };
         let good = encode(&snapshot).unwrap();
         assert_eq!(decode(&good).unwrap(), snapshot);
         for at in 0..good.len() {

@@ -159,17 +159,24 @@ pub enum Say {
 pub struct Telling {
     seq: u64,
     last: Option<Arc<v1::WorkerAssignment>>,
+    controllers: Vec<String>,
 }
 
 impl Telling {
     /// Nothing yet; numbers begin after `seq`, which no earlier stream of this worker has reached.
     pub fn new(seq: u64) -> Self {
-        Self { seq, last: None }
+        Self { seq, last: None, controllers: vec![] }
+    }
+
+    /// These are the addresses of the controllers from now on.
+    pub fn controllers_are(&mut self, addresses: Vec<String>) {
+        self.controllers = addresses;
     }
 
     /// What to send now, if anything.
     pub fn next(&mut self, state: &State, worker: &WorkerName, term: u64, say: Say) -> Option<v1::WorkerAssignment> {
         let mut next = assignment(state, worker);
+        next.controllers.clone_from(&self.controllers);
         let before = self.last.as_deref();
         next.term = before.map_or(0, |last| last.term);
         next.seq = before.map_or(0, |last| last.seq);

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
-use pageport_controller::config::{Config, LogLimits, Member};
+use pageport_controller::config::{Config, FirstStart, LogLimits};
+use pageport_controller::consensus::membership::Member;
 use pageport_controller::fence::FenceConfig;
 use pageport_controller::server::{Listeners, ServerError, run};
 use pageport_ownership::LeaseTerms;
@@ -78,6 +79,7 @@ impl Cluster {
                 data_dir: cluster.folder.path().join(format!("controller-{}", member.id)),
                 listen_api: listeners.api.local_addr().unwrap(),
                 listen_web: listeners.web.local_addr().unwrap(),
+                first_start: FirstStart::Found,
                 members: members.clone(),
                 log,
                 lease: LeaseTerms::new(3_000, 10_000, 500).unwrap(),
@@ -140,6 +142,31 @@ impl Cluster {
         self.launch(id, listeners);
     }
 
+    /// Starts one more node, which waits until it is added. Gives its number and address.
+    pub async fn join(&mut self) -> (u64, String) {
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listeners = Listeners { api: bind().await, web: bind().await };
+        let (id, web) = (self.nodes.len() as u64 + 1, listeners.web.local_addr().unwrap());
+        let config = Config {
+            id,
+            site: "d".parse().unwrap(),
+            data_dir: self.folder.path().join(format!("controller-{id}")),
+            listen_api: listeners.api.local_addr().unwrap(),
+            listen_web: web,
+            first_start: FirstStart::Join,
+            ..self.nodes[0].config.clone()
+        };
+        self.nodes.push(Node { config, web, running: None });
+        self.launch(id, listeners);
+        (id, self.addresses()[id as usize - 1].clone())
+    }
+
+    /// Why a node has ended by itself.
+    pub async fn end_of(&mut self, id: u64) -> ServerError {
+        let (_stop, task) = self.node(id).running.take().unwrap();
+        within("a node to end", task).await.unwrap().unwrap_err()
+    }
+
     pub fn web(&self, id: u64) -> SocketAddr {
         self.nodes[id as usize - 1].web
     }
@@ -199,6 +226,12 @@ pub fn dial(identity: &Identity, address: &str) -> Channel {
         .unwrap()
         .connect_timeout(Duration::from_secs(2))
         .connect_lazy()
+}
+
+/// An error and what caused it.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Waits with a limit.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_controller::consensus::ConsensusError;
+use pageport_controller::consensus::membership::Membership;
 use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, Outlet, TICK};
 use pageport_controller::consensus::storage::LogStorage;
 use pageport_controller::consensus::{Input, PROPOSE_WITHIN, READ_WITHIN, Status};
@@ -54,7 +55,7 @@ pub struct Machine {
     world: Rc<World>,
     /// Its number in raft; its endpoint is one less.
     pub id: u64,
-    voters: Vec<u64>,
+    first: Membership,
     /// Its clock.
     pub clock: Clock,
     disk: SimDisk,
@@ -66,12 +67,12 @@ pub struct Machine {
 
 impl Machine {
     /// One that was never started.
-    pub fn new(world: &Rc<World>, id: u64, voters: Vec<u64>, clock: Clock) -> Rc<Self> {
+    pub fn new(world: &Rc<World>, id: u64, first: Membership, clock: Clock) -> Rc<Self> {
         let disk = if world.flaw == Flaw::LazyLog { SimDisk::lying() } else { SimDisk::default() };
         Rc::new(Self {
             world: world.clone(),
             id,
-            voters,
+            first,
             clock,
             disk,
             process: Cell::default(),
@@ -141,7 +142,7 @@ impl Machine {
         }
         let world = &self.world;
         world.tell(&Fact::Restarted { node: self.id });
-        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.voters.clone()) else {
+        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.first.clone()) else {
             return self.come_back();
         };
         let config = NodeConfig { id: self.id, snapshot_every: SNAPSHOT_EVERY, keep_entries: KEEP_ENTRIES };
@@ -203,6 +204,9 @@ impl Outlet for Outbox {
     fn publish(&mut self, _state: &Arc<State>) {
         self.changed = true;
     }
+
+    /// Messages find their way by number.
+    fn regroup(&mut self, _membership: &Arc<Membership>) {}
 }
 
 /// One process.

@@ -1,6 +1,8 @@
 //! The way to the controllers: finds the leader, and asks it.
 //!
-//! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept.
+//! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept. The
+//! leader says who the controllers are, so that they can be replaced one after the other: those are asked first, then the
+//! configuration's, which are all that is known after a restart.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -67,6 +69,8 @@ pub struct Controllers {
 struct State {
     channels: HashMap<String, Channel>,
     leader: Option<String>,
+    /// As the leader last named them.
+    named: Vec<String>,
 }
 
 impl Controllers {
@@ -149,8 +153,7 @@ impl Controllers {
             if round > 0 {
                 tokio::time::sleep(ROUND_PAUSE).await;
             }
-            let mut next: Vec<String> = self.addresses.iter().rev().cloned().collect();
-            next.extend(self.leader());
+            let mut next = self.candidates();
             let mut budget = next.len() + 1;
             while let Some(address) = next.pop()
                 && budget > 0
@@ -177,6 +180,22 @@ impl Controllers {
         Err(ControllerError::NoLeader { tried: self.addresses.join(", "), source: Box::new(last) })
     }
 
+    /// The leader says that these are the controllers.
+    pub fn learn(&self, addresses: &[String]) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.named == addresses {
+            return;
+        }
+        tracing::info!(?addresses, "the controllers, as the leader names them");
+        state.named = addresses.to_vec();
+        state.channels.retain(|address, _| self.addresses.contains(address) || addresses.contains(address));
+    }
+
+    fn candidates(&self) -> Vec<String> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        candidates(&self.addresses, &state.named, state.leader.as_ref())
+    }
+
     fn channel(&self, address: &str) -> Result<Channel, ControllerError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = state.channels.get(address) {
@@ -195,13 +214,15 @@ impl Controllers {
         Ok(channel)
     }
 
-    fn leader(&self) -> Option<String> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).leader.clone()
-    }
-
     fn set_leader(&self, leader: Option<String>) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).leader = leader;
     }
+}
+
+/// Whom to ask, the last one first.
+fn candidates(configured: &[String], named: &[String], leader: Option<&String>) -> Vec<String> {
+    let configured = configured.iter().rev().filter(|address| !named.contains(address));
+    configured.chain(named.iter().rev()).chain(leader).cloned().collect()
 }
 
 fn another_may_know(code: Code) -> bool {
@@ -216,4 +237,21 @@ fn with_deadline<M>(message: M) -> Request<M> {
     request.set_timeout(ANSWER_DEADLINE);
     telemetry::inject(request.metadata_mut());
     request
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_leader_is_asked_first_then_those_it_named_and_the_configured_are_never_given_up() {
+        let all = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let asked = |named: &[&str], leader: Option<&str>| {
+            let mut next = candidates(&all(&["a", "b", "c"]), &all(named), leader.map(str::to_owned).as_ref());
+            next.reverse();
+            next
+        };
+        assert_eq!(asked(&[], None), all(&["a", "b", "c"]));
+        assert_eq!(asked(&["c", "d", "e"], Some("e")), all(&["e", "c", "d", "e", "a", "b"]));
+    }
 }

@@ -48,6 +48,7 @@ async fn session(
         match tokio::time::timeout(SILENCE_LIMIT, stream.message()).await {
             Ok(Ok(Some(assignment))) => {
                 seq.send_replace(assignment.seq);
+                node.controllers.learn(&assignment.controllers);
                 assignments.send_if_modified(|held| {
                     let news = held.as_ref() != Some(&assignment);
                     *held = Some(assignment);

@@ -1,7 +1,6 @@
-//! `site list`, `worker list`, `cluster status`.
+//! `site list`, `worker list`.
 
 use pageport_proto::v1;
-use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
 use super::{Context, ask, now_unix_ms};
@@ -17,10 +16,4 @@ pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
 pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
     let response = ask!(context, FleetServiceClient<Traced>, list_workers, v1::ListWorkersRequest {}).await?;
     context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
-}
-
-pub async fn cluster(context: &mut Context) -> Result<(), CtlError> {
-    let request = v1::GetClusterStatusRequest {};
-    let response = ask!(context, ClusterServiceClient<Traced>, get_cluster_status, request).await?;
-    context.output.message(&response, lists::cluster)
 }

@@ -31,6 +31,7 @@ macro_rules! wire {
 }
 
 wire!(
+    AddMemberResponse,
     ClosePointResponse,
     DeleteReplicaResponse,
     DeleteVmResponse,
@@ -46,7 +47,9 @@ wire!(
     ListWorkersResponse,
     Migration,
     PointExport,
+    RemoveMemberResponse,
     Replica,
+    TransferLeadershipResponse,
     UnprotectVmResponse,
     Vm,
 );

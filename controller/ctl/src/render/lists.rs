@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use pageport_proto::v1::{
-    DiskPlace, DiskSpec, DiskStatus, GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse,
-    ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
+    DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse, ListVmsResponse,
+    ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -256,28 +256,9 @@ pub fn migration_line(migration: &Migration) -> String {
     format!("migration {id}: {vm_name} from {from_site} to {to_site}, {}", words::migration_state(migration.state))
 }
 
-/// `cluster status`
-pub fn cluster(status: &GetClusterStatusResponse) -> String {
-    let mut table = Table::new([("MEMBER", Right), ("SITE", Left), ("ROLE", Left), ("ADDRESS", Left)]);
-    for member in &status.members {
-        let role = if member.leader { "leader" } else { "follower" };
-        table.row([member.id.to_string(), member.site.clone(), role.to_owned(), member.address.clone()]);
-    }
-    let leaderless = !status.members.is_empty() && !status.members.iter().any(|member| member.leader);
-    format!(
-        "{}\nterm {}, committed {}, applied {}; answered by member {}{}\n",
-        table.render("no members"),
-        status.term,
-        units::count(status.committed_index),
-        units::count(status.applied_index),
-        status.answered_by,
-        if leaderless { "\nno leader: commands wait until one is elected" } else { "" },
-    )
-}
-
 #[cfg(test)]
 mod tests {
-    use pageport_proto::v1::{ClusterMember, DiskSpec, ReplicaState, Site, VmState, Worker};
+    use pageport_proto::v1::{DiskSpec, ReplicaState, Site, VmState, Worker};
 
     use super::*;
     use crate::render::record::tests::finished;
@@ -389,24 +370,6 @@ mod tests {
         let line = "its host was fenced by ipmi on the order of ann.operator.pageport: no heartbeat\n";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("its host was fenced by ipmi: no heartbeat\n"), "{text}");
-    }
-
-    #[test]
-    fn a_cluster_without_a_leader_says_so() {
-        let member = |id, leader| ClusterMember { id, site: "a".into(), address: "a:7400".into(), leader };
-        let status = |leader| GetClusterStatusResponse {
-            members: vec![member(1, leader), member(2, false)],
-            term: 4,
-            committed_index: 1200,
-            applied_index: 1199,
-            answered_by: 2,
-        };
-        assert_eq!(
-            cluster(&status(true)),
-            "MEMBER  SITE  ROLE      ADDRESS\n     1  a     leader    a:7400\n     2  a     follower  a:7400\n\n\
-             term 4, committed 1,200, applied 1,199; answered by member 2\n"
-        );
-        assert!(cluster(&status(false)).contains("no leader"));
     }
 
     #[test]

@@ -4,15 +4,15 @@
 // @generated from file pageport/v1/cluster.proto (package pageport.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file pageport/v1/cluster.proto.
  */
 export const file_pageport_v1_cluster: GenFile = /*@__PURE__*/
-  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSIfCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDCIJCgdSYWZ0QWNrIkoKDUNsdXN0ZXJNZW1iZXISCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJEg4KBmxlYWRlchgEIAEoCCIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCKaAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQyUQoUUmFmdFRyYW5zcG9ydFNlcnZpY2USOQoEU2VuZBIZLnBhZ2Vwb3J0LnYxLlJhZnRFbnZlbG9wZRoULnBhZ2Vwb3J0LnYxLlJhZnRBY2soATJxCg5DbHVzdGVyU2VydmljZRJfChBHZXRDbHVzdGVyU3RhdHVzEiQucGFnZXBvcnQudjEuR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3QaJS5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSItCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEIgkKB1JhZnRBY2sirwEKDUNsdXN0ZXJNZW1iZXISCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJEg4KBmxlYWRlchgEIAEoCBIPCgdsZWFybmVyGFogASgIEhoKDWxhY2tzX2VudHJpZXMYWyABKARIAIgBARIWCglzaWxlbnRfbXMYXCABKARIAYgBAUIQCg5fbGFja3NfZW50cmllc0IMCgpfc2lsZW50X21zIhkKF0dldENsdXN0ZXJTdGF0dXNSZXF1ZXN0IpoBChhHZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2USKwoHbWVtYmVycxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXISDAoEdGVybRgCIAEoBBIXCg9jb21taXR0ZWRfaW5kZXgYAyABKAQSFQoNYXBwbGllZF9pbmRleBgEIAEoBBITCgthbnN3ZXJlZF9ieRgFIAEoBCInChlUcmFuc2ZlckxlYWRlcnNoaXBSZXF1ZXN0EgoKAnRvGAEgASgEIjoKGlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEg4KBmxlYWRlchgBIAEoBBIMCgR0ZXJtGAIgASgEIj0KEEFkZE1lbWJlclJlcXVlc3QSCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJIvYBChFBZGRNZW1iZXJSZXNwb25zZRIzCgVwaGFzZRgBIAEoDjIkLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlc3BvbnNlLlBoYXNlEhMKC2hhc19lbnRyaWVzGAIgASgEEhIKCm9mX2VudHJpZXMYAyABKAQSDwoHYW5zd2VycxgEIAEoCBIrCgdtZW1iZXJzGAUgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlciJFCgVQaGFzZRIVChFQSEFTRV9VTlNQRUNJRklFRBAAEhUKEVBIQVNFX0NBVENISU5HX1VQEAESDgoKUEhBU0VfRE9ORRACIjAKE1JlbW92ZU1lbWJlclJlcXVlc3QSCgoCaWQYASABKAQSDQoFZm9yY2UYAiABKAgiQwoUUmVtb3ZlTWVtYmVyUmVzcG9uc2USKwoHbWVtYmVycxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIyUQoUUmFmdFRyYW5zcG9ydFNlcnZpY2USOQoEU2VuZBIZLnBhZ2Vwb3J0LnYxLlJhZnRFbnZlbG9wZRoULnBhZ2Vwb3J0LnYxLlJhZnRBY2soATJxCg5DbHVzdGVyU2VydmljZRJfChBHZXRDbHVzdGVyU3RhdHVzEiQucGFnZXBvcnQudjEuR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3QaJS5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2UynQIKEU1lbWJlcnNoaXBTZXJ2aWNlEmUKElRyYW5zZmVyTGVhZGVyc2hpcBImLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlcXVlc3QaJy5wYWdlcG9ydC52MS5UcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRJMCglBZGRNZW1iZXISHS5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuQWRkTWVtYmVyUmVzcG9uc2UwARJTCgxSZW1vdmVNZW1iZXISIC5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXF1ZXN0GiEucGFnZXBvcnQudjEuUmVtb3ZlTWVtYmVyUmVzcG9uc2ViBnByb3RvMw");
 
 /**
  * @generated from message pageport.v1.RaftEnvelope
@@ -22,6 +22,13 @@ export type RaftEnvelope = Message<"pageport.v1.RaftEnvelope"> & {
    * @generated from field: bytes message = 1;
    */
   message: Uint8Array;
+
+  /**
+   * The member that sends it; 0 in versions in which members could not be removed.
+   *
+   * @generated from field: uint64 from = 90;
+   */
+  from: bigint;
 };
 
 /**
@@ -67,6 +74,28 @@ export type ClusterMember = Message<"pageport.v1.ClusterMember"> & {
    * @generated from field: bool leader = 4;
    */
   leader: boolean;
+
+  /**
+   * It receives the log and does not vote yet.
+   *
+   * @generated from field: bool learner = 90;
+   */
+  learner: boolean;
+
+  /**
+   * The rest is known to the leader alone: absent when another member answers, and of the leader itself.
+   * Entries of the leader's log that it is not known to have.
+   *
+   * @generated from field: optional uint64 lacks_entries = 91;
+   */
+  lacksEntries?: bigint | undefined;
+
+  /**
+   * Since the leader last heard it; absent also when it never did.
+   *
+   * @generated from field: optional uint64 silent_ms = 92;
+   */
+  silentMs?: bigint | undefined;
 };
 
 /**
@@ -129,6 +158,194 @@ export const GetClusterStatusResponseSchema: GenMessage<GetClusterStatusResponse
   messageDesc(file_pageport_v1_cluster, 4);
 
 /**
+ * @generated from message pageport.v1.TransferLeadershipRequest
+ */
+export type TransferLeadershipRequest = Message<"pageport.v1.TransferLeadershipRequest"> & {
+  /**
+   * The member that is to lead; 0: the one whose log is the most complete.
+   *
+   * @generated from field: uint64 to = 1;
+   */
+  to: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.TransferLeadershipRequest.
+ * Use `create(TransferLeadershipRequestSchema)` to create a new message.
+ */
+export const TransferLeadershipRequestSchema: GenMessage<TransferLeadershipRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 5);
+
+/**
+ * @generated from message pageport.v1.TransferLeadershipResponse
+ */
+export type TransferLeadershipResponse = Message<"pageport.v1.TransferLeadershipResponse"> & {
+  /**
+   * The member that leads now.
+   *
+   * @generated from field: uint64 leader = 1;
+   */
+  leader: bigint;
+
+  /**
+   * @generated from field: uint64 term = 2;
+   */
+  term: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.TransferLeadershipResponse.
+ * Use `create(TransferLeadershipResponseSchema)` to create a new message.
+ */
+export const TransferLeadershipResponseSchema: GenMessage<TransferLeadershipResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 6);
+
+/**
+ * @generated from message pageport.v1.AddMemberRequest
+ */
+export type AddMemberRequest = Message<"pageport.v1.AddMemberRequest"> & {
+  /**
+   * From 1; a number that was ever used is refused.
+   *
+   * @generated from field: uint64 id = 1;
+   */
+  id: bigint;
+
+  /**
+   * @generated from field: string site = 2;
+   */
+  site: string;
+
+  /**
+   * host:port of its mTLS gRPC.
+   *
+   * @generated from field: string address = 3;
+   */
+  address: string;
+};
+
+/**
+ * Describes the message pageport.v1.AddMemberRequest.
+ * Use `create(AddMemberRequestSchema)` to create a new message.
+ */
+export const AddMemberRequestSchema: GenMessage<AddMemberRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 7);
+
+/**
+ * @generated from message pageport.v1.AddMemberResponse
+ */
+export type AddMemberResponse = Message<"pageport.v1.AddMemberResponse"> & {
+  /**
+   * @generated from field: pageport.v1.AddMemberResponse.Phase phase = 1;
+   */
+  phase: AddMemberResponse_Phase;
+
+  /**
+   * Of the leader's log.
+   *
+   * @generated from field: uint64 has_entries = 2;
+   */
+  hasEntries: bigint;
+
+  /**
+   * @generated from field: uint64 of_entries = 3;
+   */
+  ofEntries: bigint;
+
+  /**
+   * Whether the leader hears it.
+   *
+   * @generated from field: bool answers = 4;
+   */
+  answers: boolean;
+
+  /**
+   * When done: all members.
+   *
+   * @generated from field: repeated pageport.v1.ClusterMember members = 5;
+   */
+  members: ClusterMember[];
+};
+
+/**
+ * Describes the message pageport.v1.AddMemberResponse.
+ * Use `create(AddMemberResponseSchema)` to create a new message.
+ */
+export const AddMemberResponseSchema: GenMessage<AddMemberResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 8);
+
+/**
+ * @generated from enum pageport.v1.AddMemberResponse.Phase
+ */
+export enum AddMemberResponse_Phase {
+  /**
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It receives the log and does not vote yet.
+   *
+   * @generated from enum value: PHASE_CATCHING_UP = 1;
+   */
+  CATCHING_UP = 1,
+
+  /**
+   * It votes.
+   *
+   * @generated from enum value: PHASE_DONE = 2;
+   */
+  DONE = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.AddMemberResponse.Phase.
+ */
+export const AddMemberResponse_PhaseSchema: GenEnum<AddMemberResponse_Phase> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_cluster, 8, 0);
+
+/**
+ * @generated from message pageport.v1.RemoveMemberRequest
+ */
+export type RemoveMemberRequest = Message<"pageport.v1.RemoveMemberRequest"> & {
+  /**
+   * @generated from field: uint64 id = 1;
+   */
+  id: bigint;
+
+  /**
+   * Also when fewer than a majority of those that are left answer.
+   *
+   * @generated from field: bool force = 2;
+   */
+  force: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.RemoveMemberRequest.
+ * Use `create(RemoveMemberRequestSchema)` to create a new message.
+ */
+export const RemoveMemberRequestSchema: GenMessage<RemoveMemberRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 9);
+
+/**
+ * @generated from message pageport.v1.RemoveMemberResponse
+ */
+export type RemoveMemberResponse = Message<"pageport.v1.RemoveMemberResponse"> & {
+  /**
+   * @generated from field: repeated pageport.v1.ClusterMember members = 1;
+   */
+  members: ClusterMember[];
+};
+
+/**
+ * Describes the message pageport.v1.RemoveMemberResponse.
+ * Use `create(RemoveMemberResponseSchema)` to create a new message.
+ */
+export const RemoveMemberResponseSchema: GenMessage<RemoveMemberResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 10);
+
+/**
  * Raft's own traffic: opaque to everyone but the consensus core.
  *
  * @generated from service pageport.v1.RaftTransportService
@@ -159,4 +376,43 @@ export const ClusterService: GenService<{
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 1);
+
+/**
+ * Changes the controllers themselves. Any of them takes the request, the leader answers it; for operators' certificates alone.
+ *
+ * @generated from service pageport.v1.MembershipService
+ */
+export const MembershipService: GenService<{
+  /**
+   * Answered when the other member leads.
+   *
+   * @generated from rpc pageport.v1.MembershipService.TransferLeadership
+   */
+  transferLeadership: {
+    methodKind: "unary";
+    input: typeof TransferLeadershipRequestSchema;
+    output: typeof TransferLeadershipResponseSchema;
+  },
+  /**
+   * Adds a member, or changes one's address, and follows it until it votes. The same request goes on with what was begun.
+   *
+   * @generated from rpc pageport.v1.MembershipService.AddMember
+   */
+  addMember: {
+    methodKind: "server_streaming";
+    input: typeof AddMemberRequestSchema;
+    output: typeof AddMemberResponseSchema;
+  },
+  /**
+   * Answered when the member is none any more. A leader that is to go hands leadership over and answers UNAVAILABLE: ask again.
+   *
+   * @generated from rpc pageport.v1.MembershipService.RemoveMember
+   */
+  removeMember: {
+    methodKind: "unary";
+    input: typeof RemoveMemberRequestSchema;
+    output: typeof RemoveMemberResponseSchema;
+  },
+}> = /*@__PURE__*/
+  serviceDesc(file_pageport_v1_cluster, 2);
 

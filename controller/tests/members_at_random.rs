@@ -1,0 +1,362 @@
+//! Members that come and go while machines crash and messages get lost, in virtual time, from seeds.
+//!
+//! What must hold: one leader per term, one state per place in the log, one membership per entry that made it; and once all
+//! that are members run and hear each other they agree, on a state that has all that was answered.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use pageport_controller::consensus::Input;
+use pageport_controller::consensus::disk::{Change, Disk, DiskError};
+use pageport_controller::consensus::membership::{Member, Membership, Order, Quorum};
+use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, NodeError, Outlet};
+use pageport_controller::consensus::storage::LogStorage;
+use pageport_controller::model::command::ClientOrder;
+use pageport_controller::model::{self, Command, State};
+use pageport_proto::RequestId;
+use prost_011::Message as _;
+use raft::eraftpb::Message;
+use tokio::sync::oneshot;
+
+const STEPS: usize = 4_000;
+const SEEDS: u64 = 60;
+/// Steps in which everything is to come to rest.
+const REST: usize = 40_000;
+
+#[derive(Default)]
+struct Contents {
+    map: BTreeMap<Vec<u8>, Vec<u8>>,
+    snapshot: Option<Vec<u8>>,
+}
+
+/// Outlives its node.
+#[derive(Clone, Default)]
+struct MemoryDisk(Rc<RefCell<Contents>>);
+
+impl Disk for MemoryDisk {
+    fn get(&self, key: &str) -> Result<Option<Vec<u8>>, DiskError> {
+        Ok(self.0.borrow().map.get(key.as_bytes()).cloned())
+    }
+
+    fn scan(&self, prefix: &str) -> Result<Vec<(Vec<u8>, Vec<u8>)>, DiskError> {
+        let contents = self.0.borrow();
+        let found = contents.map.iter().filter(|(key, _)| key.starts_with(prefix.as_bytes()));
+        Ok(found.map(|(key, value)| (key.clone(), value.clone())).collect())
+    }
+
+    fn commit(&mut self, changes: Vec<Change>) -> Result<(), DiskError> {
+        let map = &mut self.0.borrow_mut().map;
+        for change in changes {
+            match change {
+                Change::Put { key, value } => drop(map.insert(key, value)),
+                Change::Remove(key) => drop(map.remove(&key)),
+            }
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Result<Option<Vec<u8>>, DiskError> {
+        Ok(self.0.borrow().snapshot.clone())
+    }
+
+    fn replace_snapshot(&mut self, bytes: &[u8]) -> Result<(), DiskError> {
+        self.0.borrow_mut().snapshot = Some(bytes.to_vec());
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Outbox {
+    messages: Vec<Message>,
+    membership: Arc<Membership>,
+}
+
+impl Outlet for Outbox {
+    fn send(&mut self, messages: Vec<Message>) {
+        self.messages.extend(messages);
+    }
+
+    fn publish(&mut self, _: &Arc<State>) {}
+
+    fn regroup(&mut self, membership: &Arc<Membership>) {
+        self.membership = membership.clone();
+    }
+}
+
+struct Machine {
+    disk: MemoryDisk,
+    first: Membership,
+    node: Option<Node<MemoryDisk, Outbox>>,
+    election_ticks: usize,
+    seen: (u64, Option<u64>),
+    /// It knows that it is no member any more.
+    over: bool,
+}
+
+struct World {
+    random: u64,
+    machines: BTreeMap<u64, Machine>,
+    messages: Vec<Message>,
+    leaders: BTreeMap<u64, u64>,
+    states: BTreeMap<u64, Arc<State>>,
+    memberships: BTreeMap<u64, Arc<Membership>>,
+    answers: Vec<(u64, oneshot::Receiver<Result<model::Outcome, pageport_controller::consensus::ConsensusError>>)>,
+    acknowledged: BTreeSet<u64>,
+    orders: u64,
+}
+
+fn member(id: u64) -> Member {
+    Member { id, site: "a".parse().unwrap(), address: format!("192.0.2.{id}:7400") }
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut world = Self {
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            machines: BTreeMap::new(),
+            messages: vec![],
+            leaders: BTreeMap::new(),
+            states: BTreeMap::new(),
+            memberships: BTreeMap::new(),
+            answers: vec![],
+            acknowledged: BTreeSet::new(),
+            orders: 0,
+        };
+        for id in 1..=3 {
+            world.install(id, Membership::first([1, 2, 3].map(member)));
+        }
+        world
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random % limit as u64) as usize
+    }
+
+    fn install(&mut self, id: u64, first: Membership) {
+        let disk = MemoryDisk::default();
+        let machine = Machine { disk, first, node: None, election_ticks: ELECTION_TICKS, seen: (0, None), over: false };
+        self.machines.insert(id, machine);
+        self.start(id);
+    }
+
+    fn start(&mut self, id: u64) {
+        let machine = self.machines.get_mut(&id).unwrap();
+        if machine.over {
+            return;
+        }
+        let (storage, state) = LogStorage::open_on(machine.disk.clone(), machine.first.clone()).unwrap();
+        let config = NodeConfig { id, snapshot_every: 12, keep_entries: 4 };
+        match Node::new(&config, storage, state, Outbox::default()) {
+            Ok(node) => machine.node = Some(node),
+            Err(NodeError::Removed { .. }) => machine.over = true,
+            Err(error) => panic!("{error}"),
+        }
+        self.touch(id, |_| ());
+    }
+
+    /// Does something with a node that runs, lets it settle, and looks at it.
+    fn touch(&mut self, id: u64, what: impl FnOnce(&mut Node<MemoryDisk, Outbox>)) {
+        let fresh = ELECTION_TICKS + self.below(ELECTION_TICKS);
+        let machine = self.machines.get_mut(&id).unwrap();
+        let Some(node) = &mut machine.node else { return };
+        what(node);
+        node.set_election_ticks(machine.election_ticks);
+        let settled = node.settle();
+        let status = node.status();
+        if (status.term, status.leader) != machine.seen {
+            machine.seen = (status.term, status.leader);
+            machine.election_ticks = fresh;
+        }
+        node.set_election_ticks(machine.election_ticks);
+        let (state, membership) = (node.state().clone(), node.outlet().membership.clone());
+        self.messages.append(&mut node.outlet().messages);
+        match settled {
+            Ok(()) => {}
+            Err(NodeError::Removed { .. }) => (machine.node, machine.over) = (None, true),
+            Err(error) => panic!("node {id}: {error}"),
+        }
+        if status.leader == Some(id) {
+            let leader = *self.leaders.entry(status.term).or_insert(id);
+            assert_eq!(leader, id, "two leaders in term {}", status.term);
+        }
+        let there = self.states.entry(status.applied).or_insert_with(|| state.clone());
+        assert_eq!(*there, state, "two states at entry {}", status.applied);
+        if !membership.is_unknown() {
+            let there = self.memberships.entry(membership.index).or_insert_with(|| membership.clone());
+            assert_eq!(*there, membership, "two memberships of entry {}", membership.index);
+        }
+    }
+
+    fn any(&mut self, down: bool) -> Option<u64> {
+        let ids: Vec<u64> =
+            self.machines.iter().filter(|(_, it)| it.node.is_none() == down && !it.over).map(|(id, _)| *id).collect();
+        (!ids.is_empty()).then(|| ids[self.below(ids.len())])
+    }
+
+    fn leader(&self) -> Option<u64> {
+        let serves = |(id, machine): (&u64, &Machine)| {
+            machine.node.as_ref().filter(|node| node.status().serving).map(|node| (node.status().term, *id))
+        };
+        self.machines.iter().filter_map(serves).max().map(|(_, id)| id)
+    }
+
+    fn deliver(&mut self) {
+        if self.messages.is_empty() {
+            return;
+        }
+        let at = self.below(self.messages.len());
+        let message = self.messages.swap_remove(at);
+        let known = self.machines.get_mut(&message.to).is_some_and(|machine| machine.node.is_some());
+        // As a peer of the product refuses what a removed one sends.
+        let removed = known && {
+            let node = self.machines.get_mut(&message.to).unwrap().node.as_mut().unwrap();
+            node.outlet().membership.removed.contains(&message.from)
+        };
+        if removed {
+            let by = message.to;
+            return self.touch(message.from, |node| node.take(Input::Removed { by }));
+        }
+        if !known {
+            return;
+        }
+        let snapshot = message.has_snapshot().then_some((message.from, message.to));
+        self.touch(message.to, |node| node.take(Input::Step { message: message.encode_to_vec() }));
+        if let Some((from, peer)) = snapshot {
+            use pageport_controller::consensus::Delivered;
+            self.touch(from, |node| node.take(Input::SnapshotSent { peer, delivered: Delivered::Yes }));
+        }
+    }
+
+    fn order(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        self.orders += 1;
+        let cap_bps = self.orders;
+        let order = ClientOrder::SetLinkCap {
+            from: "a".parse().unwrap(),
+            to: format!("s{}", self.orders).parse().unwrap(),
+            cap_bps,
+        };
+        let order = model::Order::Client { request: RequestId::generate(), order };
+        let command = serde_json::to_vec(&Command { now_unix_ms: 0, order }).unwrap();
+        let (answer, answered) = oneshot::channel();
+        self.touch(leader, |node| node.take(Input::Propose { command, term: None, answer }));
+        self.answers.push((cap_bps, answered));
+    }
+
+    fn change(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let membership = self.machines.get_mut(&leader).unwrap().node.as_mut().unwrap().outlet().membership.clone();
+        let all: Vec<u64> = membership.members().map(|(member, _)| member.id).collect();
+        let next = self.machines.len() as u64 + 1;
+        let order = match self.below(4) {
+            0 if all.len() < 5 && next < 12 => {
+                self.install(next, Membership::default());
+                Order::Add(member(next))
+            }
+            1 if membership.voters.len() > 2 => Order::Remove { id: all[self.below(all.len())], quorum: Quorum::Keep },
+            _ => match membership.learners.keys().next() {
+                Some(id) => Order::Promote(*id),
+                None => return,
+            },
+        };
+        let (answer, _answered) = oneshot::channel();
+        self.touch(leader, |node| node.take(Input::Change { order, answer }));
+    }
+
+    fn collect(&mut self) {
+        let mut answers = std::mem::take(&mut self.answers);
+        answers.retain_mut(|(number, answered)| match answered.try_recv() {
+            Ok(Ok(outcome)) => {
+                outcome.unwrap();
+                self.acknowledged.insert(*number);
+                false
+            }
+            Ok(Err(_)) | Err(oneshot::error::TryRecvError::Closed) => false,
+            Err(oneshot::error::TryRecvError::Empty) => true,
+        });
+        self.answers = answers;
+    }
+
+    fn step(&mut self) {
+        match self.below(1000) {
+            0..300 => {
+                if let Some(id) = self.any(false) {
+                    self.touch(id, Node::tick);
+                }
+            }
+            300..900 => self.deliver(),
+            900..920 => drop((!self.messages.is_empty()).then(|| self.messages.swap_remove(0))),
+            920..926 => {
+                if let Some(id) = self.any(false) {
+                    self.machines.get_mut(&id).unwrap().node = None;
+                }
+            }
+            926..940 => {
+                if let Some(id) = self.any(true) {
+                    self.start(id);
+                }
+            }
+            940..980 => self.order(),
+            _ => self.change(),
+        }
+        self.collect();
+    }
+
+    /// Everything runs and is heard.
+    fn rest(&mut self) -> Option<u64> {
+        for _ in 0..REST {
+            if let Some(id) = self.any(true) {
+                self.start(id);
+            }
+            if let Some(id) = self.any(false) {
+                self.touch(id, Node::tick);
+            }
+            for _ in 0..6 {
+                self.deliver();
+            }
+            self.collect();
+            if let Some(leader) = self.leader()
+                && self.agree(leader)
+            {
+                return Some(leader);
+            }
+        }
+        None
+    }
+
+    fn agree(&mut self, leader: u64) -> bool {
+        let node = self.machines.get_mut(&leader).unwrap().node.as_mut().unwrap();
+        let (applied, membership) = (node.status().applied, node.outlet().membership.clone());
+        membership.members().all(|(member, _)| {
+            let node = self.machines.get_mut(&member.id).and_then(|machine| machine.node.as_mut());
+            node.is_some_and(|node| node.status().applied == applied && node.outlet().membership == membership)
+        })
+    }
+}
+
+#[test]
+fn members_come_and_go_and_there_is_one_history() {
+    let mut changes = 0;
+    for seed in 0..SEEDS {
+        let mut world = World::new(seed);
+        for _ in 0..STEPS {
+            world.step();
+        }
+        let leader = world.rest().unwrap_or_else(|| panic!("seed {seed}: no agreement"));
+        let state = world.machines[&leader].node.as_ref().unwrap().state().clone();
+        for number in &world.acknowledged {
+            let kept = state.links.cap_bps(&"a".parse().unwrap(), &format!("s{number}").parse().unwrap());
+            assert_eq!(kept, *number, "seed {seed}: what was answered is lost");
+        }
+        assert!(!world.acknowledged.is_empty(), "seed {seed}: nothing was done");
+        changes += world.memberships.len();
+    }
+    assert!(changes > SEEDS as usize * 3, "{changes} memberships: too few to tell");
+}
