@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use pageport_controller::consensus::Input;
+use pageport_controller::consensus::{Delivered, Input};
 use pageport_controller::consensus::disk::{Change, Disk, DiskError};
 use pageport_controller::consensus::membership::{Member, Membership, Order, Quorum};
 use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, NodeError, Outlet};
@@ -19,7 +19,7 @@ use pageport_controller::model::command::ClientOrder;
 use pageport_controller::model::{self, Command, State};
 use pageport_proto::RequestId;
 use prost_011::Message as _;
-use raft::eraftpb::Message;
+use raft::eraftpb::{Message, MessageType};
 use tokio::sync::oneshot;
 
 const STEPS: usize = 4_000;
@@ -214,23 +214,31 @@ impl World {
         let at = self.below(self.messages.len());
         let message = self.messages.swap_remove(at);
         let known = self.machines.get_mut(&message.to).is_some_and(|machine| machine.node.is_some());
+        if !known {
+            return self.tell_fate(&message, Delivered::No);
+        }
         // As a peer of the product refuses what a removed one sends.
-        let removed = known && {
-            let node = self.machines.get_mut(&message.to).unwrap().node.as_mut().unwrap();
-            node.outlet().membership.removed.contains(&message.from)
-        };
-        if removed {
+        let node = self.machines.get_mut(&message.to).unwrap().node.as_mut().unwrap();
+        if node.outlet().membership.removed.contains(&message.from) {
             let by = message.to;
             return self.touch(message.from, |node| node.take(Input::Removed { by }));
         }
-        if !known {
-            return;
-        }
-        let snapshot = message.has_snapshot().then_some((message.from, message.to));
         self.touch(message.to, |node| node.take(Input::Step { message: message.encode_to_vec() }));
-        if let Some((from, peer)) = snapshot {
-            use pageport_controller::consensus::Delivered;
-            self.touch(from, |node| node.take(Input::SnapshotSent { peer, delivered: Delivered::Yes }));
+        self.tell_fate(&message, Delivered::Yes);
+    }
+
+    fn lose(&mut self) {
+        if !self.messages.is_empty() {
+            let message = self.messages.swap_remove(0);
+            self.tell_fate(&message, Delivered::No);
+        }
+    }
+
+    /// Raft sends nothing more to whom it has sent a snapshot until it hears of it.
+    fn tell_fate(&mut self, message: &Message, delivered: Delivered) {
+        if message.get_msg_type() == MessageType::MsgSnapshot {
+            let peer = message.to;
+            self.touch(message.from, |node| node.take(Input::SnapshotSent { peer, delivered }));
         }
     }
 
@@ -292,7 +300,7 @@ impl World {
                 }
             }
             300..900 => self.deliver(),
-            900..920 => drop((!self.messages.is_empty()).then(|| self.messages.swap_remove(0))),
+            900..920 => self.lose(),
             920..926 => {
                 if let Some(id) = self.any(false) {
                     self.machines.get_mut(&id).unwrap().node = None;

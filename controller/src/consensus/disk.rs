@@ -19,6 +19,19 @@ pub enum DiskError {
     /// The snapshot file said no.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The store is gone and the snapshot is not: terms and votes would be forgotten.
+    #[error(
+        "{} is missing, and {} is there: this controller's terms and votes are lost. If a backup of the whole data_dir is no older than its \
+         last stop, bring that back; else move data_dir away and follow \"Recovering\" in docs/operations.md",
+        store.display(),
+        snapshot.display()
+    )]
+    StoreMissing {
+        /// What should be there.
+        store: PathBuf,
+        /// What is.
+        snapshot: PathBuf,
+    },
     /// The machine went down.
     #[error("the machine went down")]
     Down,
@@ -91,6 +104,11 @@ impl FileDisk {
     /// # Errors
     /// [`DiskError`].
     pub fn open(folder: &Path) -> Result<Self, DiskError> {
+        // The store is always made before the first snapshot.
+        let (store, snapshot) = (folder.join("log/db"), snapshot::path(folder));
+        if snapshot.exists() && !store.exists() {
+            return Err(DiskError::StoreMissing { store, snapshot });
+        }
         Ok(Self { store: Store::open(&folder.join("log"))?, folder: folder.to_owned() })
     }
 }

@@ -100,12 +100,17 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
 }
 
+/// Where the snapshot of `folder` lies.
+pub fn path(folder: &Path) -> PathBuf {
+    folder.join(FILE)
+}
+
 /// Reads the file in `folder`; [`None`] when there is none yet. Damage is found by [`decode`].
 ///
 /// # Errors
 /// [`SnapshotError::File`].
 pub fn read(folder: &Path) -> Result<Option<Vec<u8>>, SnapshotError> {
-    let path = folder.join(FILE);
+    let path = path(folder);
     match fs::read(&path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),

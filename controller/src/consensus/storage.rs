@@ -48,6 +48,28 @@ pub enum LogError {
     /// The members cannot be written as JSON.
     #[error("encode the members")]
     Members(#[source] serde_json::Error),
+    /// The snapshot is older than the beginning of the log, or gone.
+    #[error(
+        "the log begins after entry {log}, and the snapshot reaches only to entry {snapshot} (0: it is missing): what lies between is lost here. \
+         Move this node's data away and let it join again from its peers"
+    )]
+    Gap {
+        /// The last entry that was dropped from the log.
+        log: u64,
+        /// The entry that the snapshot reaches to.
+        snapshot: u64,
+    },
+    /// Entries that were committed are missing.
+    #[error(
+        "the log ends at entry {last}, and entry {commit} was committed: the end of the log is lost here. Move this node's data away and let it join \
+         again from its peers"
+    )]
+    Short {
+        /// The last entry that is there.
+        last: u64,
+        /// One that was.
+        commit: u64,
+    },
     /// A value is not what was written.
     #[error("the replicated log is damaged at {key}: move this node's data away and let it join again from its peers")]
     Damaged {
@@ -133,6 +155,14 @@ impl<D: Disk> LogStorage<D> {
         let known = snapshot.membership.into_iter().chain(kept);
         let membership = Arc::new(known.max_by_key(|known: &Membership| known.index).unwrap_or(first));
         let place = Place { index: snapshot.index, term: snapshot.term };
+        if place.index < truncated.index {
+            return Err(LogError::Gap { log: truncated.index, snapshot: place.index });
+        }
+        let last = truncated.index + entries.len() as u64;
+        let commit = hard.commit.max(membership.index);
+        if commit > last.max(place.index) {
+            return Err(LogError::Short { last, commit });
+        }
         let mut storage =
             Self { disk, hard, membership, truncated, entries, snapshot: place, snapshot_wanted: Cell::new(false) };
         if storage.last().index < place.index {
@@ -396,6 +426,64 @@ mod tests {
         assert_eq!((found, storage.snapshot_place().index, storage.term(6).unwrap()), (state, 8, 1));
         assert!(storage.entries(6, 8, None, GetEntriesContext::empty(false)).is_err());
         assert_eq!(storage.snapshot(0, 2).unwrap().get_metadata().index, 8);
+    }
+
+    /// A node's files: 10 entries, committed to 9, a snapshot at 8.
+    fn used() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
+        storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
+        storage.note_hard(&HardState { term: 1, vote: 1, commit: 9 });
+        storage.make_snapshot(8, &State::default(), 2).unwrap();
+        folder
+    }
+
+    fn refusal(folder: &tempfile::TempDir) -> String {
+        let error = LogStorage::open(folder.path(), one()).map(drop).unwrap_err();
+        let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+
+    #[test]
+    fn a_file_that_is_missing_is_a_refusal_and_not_a_fresh_start() {
+        let folder = used();
+        std::fs::remove_file(folder.path().join("snapshot")).unwrap();
+        assert!(refusal(&folder).contains("the log begins after entry 6, and the snapshot reaches only to entry 0"));
+        let folder = used();
+        std::fs::remove_dir_all(folder.path().join("log")).unwrap();
+        assert!(refusal(&folder).contains("this controller's terms and votes are lost"));
+        assert!(!folder.path().join("log").exists(), "and nothing was made in its place");
+    }
+
+    #[test]
+    fn a_snapshot_that_is_cut_or_changed_is_refused_with_the_way_out() {
+        let folder = used();
+        let path = folder.path().join("snapshot");
+        let good = std::fs::read(&path).unwrap();
+        for length in [0, 7, 11, good.len() / 2, good.len() - 1] {
+            std::fs::write(&path, &good[..length]).unwrap();
+            assert!(refusal(&folder).contains("the snapshot is damaged: move this node's data away"), "{length} bytes");
+        }
+        let mut bad = good.clone();
+        bad[good.len() / 2] ^= 0x40;
+        std::fs::write(&path, &bad).unwrap();
+        assert!(refusal(&folder).contains("the snapshot is damaged"));
+        std::fs::write(&path, &good).unwrap();
+        assert!(LogStorage::open(folder.path(), one()).is_ok());
+    }
+
+    #[test]
+    fn a_log_without_its_end_or_a_part_of_its_middle_is_refused() {
+        let without = |gone: &[u64]| {
+            let folder = used();
+            {
+                let mut disk = FileDisk::open(folder.path()).unwrap();
+                disk.commit(gone.iter().map(|index| Change::Remove(log_key(*index))).collect()).unwrap();
+            }
+            refusal(&folder)
+        };
+        assert!(without(&[9, 10]).contains("the log ends at entry 8, and entry 9 was committed"));
+        assert!(without(&[8]).contains("the replicated log is damaged at log/9"));
     }
 
     #[test]

@@ -203,6 +203,10 @@ impl Cluster {
             let mut said = vec![];
             for node in self.nodes.iter().filter(|node| node.running.is_some()) {
                 let status = self.status(node.config.id).await?;
+                if status.members.is_empty() {
+                    // It waits to be added, and knows nobody.
+                    continue;
+                }
                 said.push(status.members.iter().find(|member| member.leader)?.id);
             }
             let first = *said.first()?;
