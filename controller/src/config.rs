@@ -197,7 +197,7 @@ impl TryFrom<Raw> for Config {
                 let problem = format!("\"{}\" is not an address such as \"192.0.2.1:7400\"", member.address);
                 return invalid("members.address", problem);
             }
-            members.push(Member { id: member.id, site: site("members.site", &member.site)?, address: member.address });
+            members.push(Member::new(member.id, site("members.site", &member.site)?, member.address));
         }
         let first_start = if raw.join { FirstStart::Join } else { FirstStart::Found };
         check_members(raw.id, &ids, first_start)?;

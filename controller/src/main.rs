@@ -13,8 +13,9 @@ use pageport_controller::server::{Listeners, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Exit code of a controller that was removed: the unit does not start it again. (`EX_CONFIG` of sysexits.)
-const EXIT_REMOVED: u8 = 78;
+/// Exit code of a controller that would end the same way again (it was removed, or its data is damaged or lost): the unit does not start it
+/// again. (`EX_CONFIG` of sysexits.)
+const EXIT_FINAL: u8 = 78;
 
 /// The replicated brain of Pageport.
 #[derive(Debug, Parser)]
@@ -54,7 +55,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         Err(error) if error.is_final() => {
             // When standard error is closed nobody reads it.
             let _ = writeln!(std::io::stderr(), "Error: {:?}", anyhow::Error::from(error));
-            Ok(ExitCode::from(EXIT_REMOVED))
+            Ok(ExitCode::from(EXIT_FINAL))
         }
         ended => Ok(ended.map(|()| ExitCode::SUCCESS)?),
     }

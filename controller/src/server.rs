@@ -33,7 +33,6 @@ use crate::config::{Config, FirstStart};
 use crate::consensus::Consensus;
 use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
 use crate::consensus::membership::Membership;
-use crate::consensus::node::NodeError;
 use crate::consensus::peers::{MAX_ENVELOPE_BYTES, Peers, RaftTransport};
 use crate::dial::{Dialer, Directory, KEEP_ALIVE};
 use crate::fence;
@@ -85,7 +84,7 @@ pub enum ServerError {
 impl ServerError {
     /// Will it end the same way whenever it is started again?
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Core(CoreError::Node(NodeError::Removed { .. })))
+        matches!(self, Self::Core(error) if error.is_final())
     }
 }
 

@@ -1,4 +1,4 @@
-//! Members that come and go while machines crash and messages get lost, in virtual time, from seeds.
+//! Members that come and go while machines crash, lose their disks, and messages get lost, in virtual time, from seeds.
 //!
 //! What must hold: one leader per term, one state per place in the log, one membership per entry that made it; and once all
 //! that are members run and hear each other they agree, on a state that has all that was answered.
@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use pageport_controller::consensus::{Delivered, Input};
 use pageport_controller::consensus::disk::{Change, Disk, DiskError};
-use pageport_controller::consensus::membership::{Member, Membership, Order, Quorum};
+use pageport_controller::consensus::membership::{Member, Membership, Order, Quorum, TurnedAway};
 use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, NodeError, Outlet};
 use pageport_controller::consensus::storage::LogStorage;
+use pageport_controller::consensus::{Delivered, Input};
 use pageport_controller::model::command::ClientOrder;
 use pageport_controller::model::{self, Command, State};
-use pageport_proto::RequestId;
+use pageport_proto::{RequestId, StoreId};
 use prost_011::Message as _;
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::oneshot;
@@ -36,6 +36,15 @@ struct Contents {
 /// Outlives its node.
 #[derive(Clone, Default)]
 struct MemoryDisk(Rc<RefCell<Contents>>);
+
+impl MemoryDisk {
+    /// The newest entry of the log; 0: there is none.
+    fn last(&self) -> u64 {
+        let contents = self.0.borrow();
+        let newest = contents.map.keys().filter_map(|key| key.strip_prefix(b"log/")).max();
+        newest.and_then(|index| index.try_into().ok()).map_or(0, u64::from_be_bytes)
+    }
+}
 
 impl Disk for MemoryDisk {
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>, DiskError> {
@@ -87,30 +96,43 @@ impl Outlet for Outbox {
     }
 }
 
+/// A message, and what goes with it from peer to peer.
+struct Letter {
+    message: Message,
+    store: StoreId,
+    to_store: Option<StoreId>,
+}
+
 struct Machine {
     disk: MemoryDisk,
+    store: StoreId,
+    /// As it last knew it, running or not.
+    membership: Arc<Membership>,
     first: Membership,
     node: Option<Node<MemoryDisk, Outbox>>,
     election_ticks: usize,
     seen: (u64, Option<u64>),
-    /// It knows that it is no member any more.
+    /// It knows that nobody listens to it any more.
     over: bool,
+    /// Its disk was lost.
+    wiped: bool,
 }
 
 struct World {
     random: u64,
     machines: BTreeMap<u64, Machine>,
-    messages: Vec<Message>,
+    messages: Vec<Letter>,
     leaders: BTreeMap<u64, u64>,
     states: BTreeMap<u64, Arc<State>>,
     memberships: BTreeMap<u64, Arc<Membership>>,
     answers: Vec<(u64, oneshot::Receiver<Result<model::Outcome, pageport_controller::consensus::ConsensusError>>)>,
     acknowledged: BTreeSet<u64>,
     orders: u64,
+    wipes: u64,
 }
 
 fn member(id: u64) -> Member {
-    Member { id, site: "a".parse().unwrap(), address: format!("192.0.2.{id}:7400") }
+    Member::new(id, "a".parse().unwrap(), format!("192.0.2.{id}:7400"))
 }
 
 impl World {
@@ -125,6 +147,7 @@ impl World {
             answers: vec![],
             acknowledged: BTreeSet::new(),
             orders: 0,
+            wipes: 0,
         };
         for id in 1..=3 {
             world.install(id, Membership::first([1, 2, 3].map(member)));
@@ -140,8 +163,17 @@ impl World {
     }
 
     fn install(&mut self, id: u64, first: Membership) {
-        let disk = MemoryDisk::default();
-        let machine = Machine { disk, first, node: None, election_ticks: ELECTION_TICKS, seen: (0, None), over: false };
+        let machine = Machine {
+            disk: MemoryDisk::default(),
+            store: StoreId::generate(),
+            membership: Arc::default(),
+            first,
+            node: None,
+            election_ticks: ELECTION_TICKS,
+            seen: (0, None),
+            over: false,
+            wiped: false,
+        };
         self.machines.insert(id, machine);
         self.start(id);
     }
@@ -151,7 +183,8 @@ impl World {
         if machine.over {
             return;
         }
-        let (storage, state) = LogStorage::open_on(machine.disk.clone(), machine.first.clone()).unwrap();
+        let opened = LogStorage::open_on(machine.disk.clone(), machine.first.clone(), machine.store);
+        let (storage, state) = opened.unwrap();
         let config = NodeConfig { id, snapshot_every: 12, keep_entries: 4 };
         match Node::new(&config, storage, state, Outbox::default()) {
             Ok(node) => machine.node = Some(node),
@@ -176,10 +209,17 @@ impl World {
         }
         node.set_election_ticks(machine.election_ticks);
         let (state, membership) = (node.state().clone(), node.outlet().membership.clone());
-        self.messages.append(&mut node.outlet().messages);
+        let letter = |message: Message| {
+            let to_store = membership.get(message.to).and_then(|(member, _)| member.store);
+            Letter { message, store: machine.store, to_store }
+        };
+        self.messages.extend(node.outlet().messages.drain(..).map(letter));
+        machine.membership = membership.clone();
         match settled {
             Ok(()) => {}
-            Err(NodeError::Removed { .. }) => (machine.node, machine.over) = (None, true),
+            Err(NodeError::Removed { .. } | NodeError::OtherStore { .. }) => {
+                (machine.node, machine.over) = (None, true)
+            }
             Err(error) => panic!("node {id}: {error}"),
         }
         if status.leader == Some(id) {
@@ -212,30 +252,37 @@ impl World {
             return;
         }
         let at = self.below(self.messages.len());
-        let message = self.messages.swap_remove(at);
-        let known = self.machines.get_mut(&message.to).is_some_and(|machine| machine.node.is_some());
-        if !known {
-            return self.tell_fate(&message, Delivered::No);
+        let letter = self.messages.swap_remove(at);
+        let Letter { message, store, to_store } = &letter;
+        let (from, to, store) = (message.from, message.to, *store);
+        let Some(receiver) = self.machines.get(&to).filter(|machine| machine.node.is_some()) else {
+            return self.tell_fate(&letter, Delivered::No);
+        };
+        let (refused, other) = (receiver.membership.turns_away(from, Some(store)), receiver.store);
+        // As the peers of the product do.
+        if let Some(why) = refused {
+            if self.machines[&from].store == store {
+                self.touch(from, |node| node.take(Input::TurnedAway { by: to, why }));
+            }
+            return;
         }
-        // As a peer of the product refuses what a removed one sends.
-        let node = self.machines.get_mut(&message.to).unwrap().node.as_mut().unwrap();
-        if node.outlet().membership.removed.contains(&message.from) {
-            let by = message.to;
-            return self.touch(message.from, |node| node.take(Input::Removed { by }));
+        if to_store.is_some_and(|known| known != other) {
+            return self.touch(to, |node| node.take(Input::TurnedAway { by: from, why: TurnedAway::OtherStore }));
         }
-        self.touch(message.to, |node| node.take(Input::Step { message: message.encode_to_vec() }));
-        self.tell_fate(&message, Delivered::Yes);
+        let message = message.encode_to_vec();
+        self.touch(to, |node| node.take(Input::Step { message, store: Some(store) }));
+        self.tell_fate(&letter, Delivered::Yes);
     }
 
     fn lose(&mut self) {
         if !self.messages.is_empty() {
-            let message = self.messages.swap_remove(0);
-            self.tell_fate(&message, Delivered::No);
+            let letter = self.messages.swap_remove(0);
+            self.tell_fate(&letter, Delivered::No);
         }
     }
 
     /// Raft sends nothing more to whom it has sent a snapshot until it hears of it.
-    fn tell_fate(&mut self, message: &Message, delivered: Delivered) {
+    fn tell_fate(&mut self, Letter { message, .. }: &Letter, delivered: Delivered) {
         if message.get_msg_type() == MessageType::MsgSnapshot {
             let peer = message.to;
             self.touch(message.from, |node| node.take(Input::SnapshotSent { peer, delivered }));
@@ -262,6 +309,9 @@ impl World {
         let Some(leader) = self.leader() else { return };
         let membership = self.machines.get_mut(&leader).unwrap().node.as_mut().unwrap().outlet().membership.clone();
         let all: Vec<u64> = membership.members().map(|(member, _)| member.id).collect();
+        if all.iter().any(|id| self.machines[id].wiped) {
+            return self.remove_the_wiped(leader);
+        }
         let next = self.machines.len() as u64 + 1;
         let order = match self.below(4) {
             0 if all.len() < 5 && next < 12 => {
@@ -276,6 +326,45 @@ impl World {
         };
         let (answer, _answered) = oneshot::channel();
         self.touch(leader, |node| node.take(Input::Change { order, answer }));
+    }
+
+    /// A disk is lost, and the machine started again as it was first installed. One at a time: what two of three had may be gone.
+    fn wipe(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let members = self.machines[&leader].membership.clone();
+        if members.voters.len() <= 2 {
+            return;
+        }
+        let applied = self.machines[&leader].node.as_ref().unwrap().status().applied;
+        let ids: Vec<u64> = members.members().map(|(member, _)| member.id).collect();
+        let id = ids[self.below(ids.len())];
+        // Who listens to whom is certain once everyone knows every store.
+        let knows = |machine: &Machine| machine.membership.get(id).is_some_and(|(member, _)| member.store.is_some());
+        let settled = ids.iter().all(|member| {
+            let machine = &self.machines[member];
+            // A change that is under way could leave two, of whom one has lost its disk.
+            let nothing_under_way = machine.disk.last() <= applied;
+            knows(machine) && !machine.wiped && machine.membership == members && nothing_under_way
+        });
+        if !settled {
+            return;
+        }
+        self.wipes += 1;
+        let machine = self.machines.get_mut(&id).unwrap();
+        (machine.disk, machine.store, machine.node) = (MemoryDisk::default(), StoreId::generate(), None);
+        (machine.wiped, machine.seen) = (true, (0, None));
+        self.start(id);
+    }
+
+    /// What an operator does about members that have lost their disks.
+    fn remove_the_wiped(&mut self, leader: u64) {
+        let members = self.machines[&leader].membership.clone();
+        let wiped = members.members().find(|(member, _)| self.machines[&member.id].wiped);
+        if let Some((member, _)) = wiped {
+            let (answer, _answered) = oneshot::channel();
+            let order = Order::Remove { id: member.id, quorum: Quorum::Keep };
+            self.touch(leader, |node| node.take(Input::Change { order, answer }));
+        }
     }
 
     fn collect(&mut self) {
@@ -311,7 +400,8 @@ impl World {
                     self.start(id);
                 }
             }
-            940..980 => self.order(),
+            940..979 => self.order(),
+            979 => self.wipe(),
             _ => self.change(),
         }
         self.collect();
@@ -330,10 +420,11 @@ impl World {
                 self.deliver();
             }
             self.collect();
-            if let Some(leader) = self.leader()
-                && self.agree(leader)
-            {
-                return Some(leader);
+            if let Some(leader) = self.leader() {
+                self.remove_the_wiped(leader);
+                if self.agree(leader) {
+                    return Some(leader);
+                }
             }
         }
         None
@@ -351,7 +442,7 @@ impl World {
 
 #[test]
 fn members_come_and_go_and_there_is_one_history() {
-    let mut changes = 0;
+    let (mut changes, mut wipes) = (0, 0);
     for seed in 0..SEEDS {
         let mut world = World::new(seed);
         for _ in 0..STEPS {
@@ -365,6 +456,8 @@ fn members_come_and_go_and_there_is_one_history() {
         }
         assert!(!world.acknowledged.is_empty(), "seed {seed}: nothing was done");
         changes += world.memberships.len();
+        wipes += world.wipes;
     }
     assert!(changes > SEEDS as usize * 3, "{changes} memberships: too few to tell");
+    assert!(wipes > SEEDS / 4, "{wipes} lost disks: too few to tell");
 }

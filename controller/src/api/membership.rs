@@ -132,7 +132,7 @@ impl MembershipService for Members {
         let v1::AddMemberRequest { id, site, address } = request.into_inner();
         tracing::info!(operator, id, site, address, "asked to add a controller");
         let site = site.parse().map_err(|source| ApiError::BadId { field: "site", source })?;
-        let member = Member { id, site, address: address.clone() };
+        let member = Member::new(id, site, address.clone());
         self.consensus.change(Order::Add(member)).await.map_err(ApiError::from)?;
         let (updates, stream) = mpsc::channel(QUEUE);
         let addition = Addition { members: self.clone(), id, address, updates, last_heard: Instant::now() };

@@ -15,6 +15,7 @@ use super::membership::Membership;
 use super::node::{Node, NodeConfig, NodeError, Outlet, TICK};
 use super::peers::Peers;
 use super::storage::{LogError, LogStorage};
+use super::way_out::WayOut;
 use super::{Consensus, Input, Status};
 use crate::model::State;
 
@@ -27,7 +28,27 @@ const QUEUE: usize = 1024;
 pub enum CoreError {
     /// The log cannot be opened.
     #[error("open the replicated log")]
-    Open(#[from] LogError),
+    Open(#[source] LogError),
+    /// What it promised and what it acknowledged may be forgotten: it must not take part.
+    #[error("the data of controller {id} in {} is damaged, and it does not start. The way out {}", folder.display(), WayOut(*id))]
+    Damaged {
+        /// This node.
+        id: u64,
+        /// Where its data is.
+        folder: PathBuf,
+        /// What was found.
+        #[source]
+        source: LogError,
+    },
+    /// There is no room to start.
+    #[error("the disk is full: make room at {} and start this controller again", folder.display())]
+    Full {
+        /// Where its data is.
+        folder: PathBuf,
+        /// What was not possible.
+        #[source]
+        source: LogError,
+    },
     /// It could not go on.
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -37,6 +58,26 @@ pub enum CoreError {
     /// The thread ended without a word.
     #[error("the thread of the replicated log panicked")]
     Panicked,
+}
+
+impl CoreError {
+    fn open(config: &CoreConfig, source: LogError) -> Self {
+        let folder = config.folder.clone();
+        match source.is_damage() {
+            true => Self::Damaged { id: config.id, folder, source },
+            false if source.is_full() => Self::Full { folder, source },
+            false => Self::Open(source),
+        }
+    }
+
+    /// Will it end the same way whenever it is started again?
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Node(error) => matches!(error, NodeError::Removed { .. } | NodeError::OtherStore { .. }),
+            Self::Open(_) | Self::Full { .. } | Self::Thread(_) | Self::Panicked => false,
+        }
+    }
 }
 
 /// What the core needs to know.
@@ -84,7 +125,10 @@ pub fn start(
     peers: Peers,
     stop: CancellationToken,
 ) -> Result<(Consensus, oneshot::Receiver<Result<(), CoreError>>), CoreError> {
-    let (storage, state) = LogStorage::open(&config.folder, config.first.clone())?;
+    let opened = LogStorage::open(&config.folder, config.first.clone());
+    let (storage, state) = opened.map_err(|source| CoreError::open(config, source))?;
+    let store = storage.store();
+    let peers = peers.of_store(store);
     let (published, state_watch) = watch::channel(Arc::new(state.clone()));
     let settings =
         NodeConfig { id: config.id, snapshot_every: config.snapshot_every, keep_entries: config.keep_entries };
@@ -92,7 +136,7 @@ pub fn start(
     let node = Node::new(&settings, storage, state, Outside { peers, published, members })?;
     let (status, status_watch) = watch::channel(node.status());
     let consensus =
-        Consensus { inbox: inbox.sender, status: status_watch, state: state_watch, membership: members_watch };
+        Consensus { inbox: inbox.sender, status: status_watch, state: state_watch, membership: members_watch, store };
     let core = Core { node, inbox: inbox.receiver, status };
     let (done, ended) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();

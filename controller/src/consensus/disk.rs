@@ -21,8 +21,7 @@ pub enum DiskError {
     Snapshot(#[from] SnapshotError),
     /// The store is gone and the snapshot is not: terms and votes would be forgotten.
     #[error(
-        "{} is missing, and {} is there: this controller's terms and votes are lost. If a backup of the whole data_dir is no older than its \
-         last stop, bring that back; else move data_dir away and follow \"Recovering\" in docs/operations.md",
+        "{} is missing, and {} is there: terms and votes are lost",
         store.display(),
         snapshot.display()
     )]
@@ -35,6 +34,18 @@ pub enum DiskError {
     /// The machine went down.
     #[error("the machine went down")]
     Down,
+}
+
+impl DiskError {
+    /// Is what is on the disk not what was written?
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_damage(),
+            Self::Snapshot(error) => error.is_damage(),
+            Self::StoreMissing { .. } => true,
+            Self::Down => false,
+        }
+    }
 }
 
 /// One change of many that take effect together.
@@ -109,6 +120,7 @@ impl FileDisk {
         if snapshot.exists() && !store.exists() {
             return Err(DiskError::StoreMissing { store, snapshot });
         }
+        snapshot::clean_up(folder)?;
         Ok(Self { store: Store::open(&folder.join("log"))?, folder: folder.to_owned() })
     }
 }

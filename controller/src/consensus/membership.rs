@@ -5,6 +5,10 @@
 //!                                    ▲
 //!   add ──▶ learner ──promote────────┘           learner ──remove──▶ removed
 //! ```
+//! A member has one store (`data_dir`) for its life: which one is noted, by an entry too, when it is first heard. One that comes back
+//! with another has lost what it promised, and nobody listens to it any more: it could elect a leader that lacks what it had
+//! acknowledged.
+//!
 //! Members change one at a time, each by an entry of the log of its own, which carries the member's address. Majorities of
 //! two successive memberships always share a member. What a change would do is asked before it is proposed: [`Membership::plan`].
 //!
@@ -12,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pageport_proto::SiteName;
+use pageport_proto::{SiteName, StoreId};
 use raft::eraftpb::{ConfChange, ConfChangeType, ConfState};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +39,25 @@ pub struct Member {
     pub site: SiteName,
     /// host:port of its mTLS gRPC.
     pub address: String,
+    /// Its store; [`None`]: it was not heard yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreId>,
+}
+
+impl Member {
+    /// One that was not heard yet.
+    pub fn new(id: u64, site: SiteName, address: String) -> Self {
+        Self { id, site, address, store: None }
+    }
+}
+
+/// Why nobody listens to a controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TurnedAway {
+    /// It was removed.
+    Removed,
+    /// It is a member, with another store than the one that it has now.
+    OtherStore,
 }
 
 /// Is this `host:port`?
@@ -246,6 +269,23 @@ impl Membership {
         self.members().find(|(member, _)| member.id == id)
     }
 
+    /// Why nothing is taken from this controller, which has this store.
+    pub fn turns_away(&self, id: u64, store: Option<StoreId>) -> Option<TurnedAway> {
+        if self.removed.contains(&id) {
+            return Some(TurnedAway::Removed);
+        }
+        let known = self.get(id)?.0.store?;
+        store.is_some_and(|store| store != known).then_some(TurnedAway::OtherStore)
+    }
+
+    /// The store of one of those that were heard, if it is to be noted.
+    pub fn news_of(&self, heard: &BTreeMap<u64, StoreId>) -> Option<Change> {
+        self.members().find_map(|(member, role)| {
+            let store = *heard.get(&member.id).filter(|_| member.store.is_none())?;
+            Some(Change::Seat(Member { store: Some(store), ..member.clone() }, role))
+        })
+    }
+
     /// For raft.
     pub fn conf_state(&self) -> ConfState {
         let voters = self.voters.keys().copied().collect();
@@ -299,11 +339,14 @@ impl Membership {
             return Err(ChangeError::AddressTaken { member: other.id, address: other.address.clone() });
         }
         match self.get(new.id) {
-            Some((there, _)) if there == new => Ok(Plan::Done),
+            Some((there, _)) if there.site == new.site && there.address == new.address => Ok(Plan::Done),
             Some((there, _)) if there.site != new.site => {
                 Err(ChangeError::AnotherSite { member: there.id, site: there.site.clone() })
             }
-            Some((_, role)) => Ok(Plan::Propose(Change::Seat(new.clone(), role))),
+            Some((there, role)) => {
+                let moved = Member { address: new.address.clone(), ..there.clone() };
+                Ok(Plan::Propose(Change::Seat(moved, role)))
+            }
             None if self.members().count() >= MAX_MEMBERS => Err(ChangeError::TooMany),
             None => Ok(Plan::Propose(Change::Seat(new.clone(), Role::Learner))),
         }
@@ -363,7 +406,7 @@ mod tests {
     const NOW: Option<Duration> = Some(Duration::ZERO);
 
     fn member(id: u64) -> Member {
-        Member { id, site: "a".parse().unwrap(), address: format!("192.0.2.{id}:7400") }
+        Member::new(id, "a".parse().unwrap(), format!("192.0.2.{id}:7400"))
     }
 
     fn three() -> Membership {
@@ -388,6 +431,21 @@ mod tests {
     fn take(membership: &Membership, index: u64, order: &Order, standing: &Standing) -> Membership {
         let Plan::Propose(change) = membership.plan(order, standing).unwrap() else { panic!("{order:?} is done") };
         membership.after(index, &change.encode().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_store_is_noted_once_and_another_is_turned_away() {
+        let (first, other) = (StoreId::generate(), StoreId::generate());
+        let heard = BTreeMap::from([(2, first), (9, other)]);
+        let change = three().news_of(&heard).unwrap();
+        let noted = three().after(5, &change.encode().unwrap()).unwrap();
+        assert_eq!((noted.get(2).unwrap().0.store, noted.news_of(&heard)), (Some(first), None));
+        assert_eq!((noted.turns_away(2, Some(first)), noted.turns_away(2, None)), (None, None));
+        assert_eq!(noted.turns_away(2, Some(other)), Some(TurnedAway::OtherStore));
+        assert_eq!(noted.turns_away(3, Some(other)), None, "it was not heard yet");
+        let moved =
+            take(&noted, 6, &Order::Add(Member { address: "controller-2:7400".into(), ..member(2) }), &all_well());
+        assert_eq!(moved.get(2).unwrap().0.store, Some(first), "another address is no other store");
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! | [`membership`] | who the controllers are, and what may be changed about it: pure |
 //! | [`standing`] | how far the members are, and who may lead instead: pure |
 //! | [`pending`] | who waits for which entry or read |
+//! | [`way_out`] | what to do about a controller that cannot go on, for people |
 //! | [`peers`] | raft messages over tonic as opaque bytes |
 //! | [`log`] | raft's own log lines into tracing |
 //!
@@ -32,14 +33,16 @@ pub mod pending;
 pub mod snapshot;
 pub mod standing;
 pub mod storage;
+pub mod way_out;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_proto::StoreId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::model::{Command, Outcome, State};
-use membership::{ChangeError, Membership};
+use membership::{ChangeError, Membership, TurnedAway};
 use standing::{Standing, TransferError};
 
 /// Longest wait for a command to be committed.
@@ -130,15 +133,19 @@ pub enum Input {
         /// Gets the members after it.
         answer: oneshot::Sender<Result<Arc<Membership>, ChangeError>>,
     },
-    /// A peer says that this node was removed.
-    Removed {
-        /// Who says so.
+    /// A peer listens to this node no more.
+    TurnedAway {
+        /// Who.
         by: u64,
+        /// Why.
+        why: TurnedAway,
     },
     /// A message of a peer, as it came.
     Step {
         /// Encoded.
         message: Vec<u8>,
+        /// The peer's store, if it said.
+        store: Option<StoreId>,
     },
     /// A message could not be sent.
     Unreachable {
@@ -170,6 +177,7 @@ pub struct Consensus {
     status: watch::Receiver<Status>,
     state: watch::Receiver<Arc<State>>,
     membership: watch::Receiver<Arc<Membership>>,
+    store: StoreId,
 }
 
 impl Consensus {
@@ -264,12 +272,25 @@ impl Consensus {
         self.membership.borrow().clone()
     }
 
+    /// This node's store.
+    pub fn store(&self) -> StoreId {
+        self.store
+    }
+
     /// Hands in a peer's message.
     ///
     /// # Errors
     /// [`ConsensusError::Stopped`].
-    pub async fn step(&self, message: Vec<u8>) -> Result<(), ConsensusError> {
-        self.put(Input::Step { message }).await
+    pub async fn step(&self, message: Vec<u8>, store: Option<StoreId>) -> Result<(), ConsensusError> {
+        self.put(Input::Step { message, store }).await
+    }
+
+    /// Hands in that a peer listens to this node no more.
+    ///
+    /// # Errors
+    /// [`ConsensusError::Stopped`].
+    pub async fn turned_away(&self, by: u64, why: TurnedAway) -> Result<(), ConsensusError> {
+        self.put(Input::TurnedAway { by, why }).await
     }
 
     /// Where this node stands, now.

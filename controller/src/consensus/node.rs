@@ -18,17 +18,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_proto::StoreId;
 use prost_011::Message as _;
 use raft::eraftpb::{ConfChange, Entry, EntryType, Message};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
 use tokio::sync::oneshot;
 
 use super::disk::Disk;
-use super::membership::{ChangeError, Membership, Order, Plan};
+use super::membership::{Change, ChangeError, Membership, Order, Plan, TurnedAway};
 use super::pending::{Proposals, Reads};
 use super::snapshot::{self, SnapshotError};
 use super::standing::{Peer, Role, Standing, TransferError};
 use super::storage::{LogError, LogStorage, Place};
+use super::way_out::WayOut;
 use super::{ConsensusError, Delivered, Input, Status, log};
 use crate::model::{Command, Outcome, State, apply};
 
@@ -48,7 +50,12 @@ const MAX_UNCOMMITTED_BYTES: u64 = 16 << 20;
 pub enum NodeError {
     /// The disk.
     #[error("the replicated log cannot go on")]
-    Log(#[from] LogError),
+    Log(#[source] LogError),
+    /// The disk has no room.
+    #[error(
+        "the disk is full and this controller stops: make room where its data_dir is and start it again; nothing that it acknowledged is lost"
+    )]
+    Full(#[source] LogError),
     /// A snapshot that came cannot be used.
     #[error("a peer's snapshot cannot be used")]
     Snapshot(#[from] SnapshotError),
@@ -58,6 +65,16 @@ pub enum NodeError {
          delete its data_dir; to use this host again add it under another number"
     )]
     Removed {
+        /// This node.
+        id: u64,
+    },
+    /// The others know it with another store.
+    #[error(
+        "controller {id} has lost its data: the others know it with another data_dir. If that one is still there, point data_dir to it. \
+         The way out otherwise, {}",
+        WayOut(*id)
+    )]
+    OtherStore {
         /// This node.
         id: u64,
     },
@@ -91,6 +108,12 @@ pub enum NodeError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl From<LogError> for NodeError {
+    fn from(error: LogError) -> Self {
+        if error.is_full() { Self::Full(error) } else { Self::Log(error) }
+    }
 }
 
 /// What a node needs to know besides its log.
@@ -132,8 +155,10 @@ pub struct Node<D: Disk, O: Outlet> {
     ticks: u32,
     /// When each member was last heard.
     heard: BTreeMap<u64, u32>,
-    /// A peer said that this node was removed.
-    removed: bool,
+    /// The stores of this node and of those that were heard.
+    stores: BTreeMap<u64, StoreId>,
+    /// A peer said so.
+    turned_away: Option<TurnedAway>,
 }
 
 impl<D: Disk, O: Outlet> Node<D, O> {
@@ -146,7 +171,7 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             return Err(NodeError::Removed { id: config.id });
         }
         outlet.regroup(storage.membership());
-        let applied = storage.snapshot_place().index;
+        let (applied, store) = (storage.snapshot_place().index, storage.store());
         let raft_config = Config {
             id: config.id,
             election_tick: ELECTION_TICKS,
@@ -175,7 +200,8 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             keep_entries: config.keep_entries,
             ticks: 0,
             heard: BTreeMap::new(),
-            removed: false,
+            stores: BTreeMap::from([(config.id, store)]),
+            turned_away: None,
         })
     }
 
@@ -191,9 +217,13 @@ impl<D: Disk, O: Outlet> Node<D, O> {
     /// # Errors
     /// [`NodeError`]: what the disk holds is unknown until it is opened again, and the node must end.
     pub fn settle(&mut self) -> Result<(), NodeError> {
-        if self.removed {
-            return Err(NodeError::Removed { id: self.raft.raft.id });
+        let id = self.raft.raft.id;
+        match self.turned_away {
+            Some(TurnedAway::Removed) => return Err(NodeError::Removed { id }),
+            Some(TurnedAway::OtherStore) => return Err(NodeError::OtherStore { id }),
+            None => {}
         }
+        self.note_stores();
         self.start_read_round();
         while self.raft.has_ready() {
             self.handle_ready()?;
@@ -261,20 +291,13 @@ impl<D: Disk, O: Outlet> Node<D, O> {
                 let standing = if self.leads() { Ok(self.standing()) } else { Err(ConsensusError::NotLeader) };
                 drop(answer.send(standing));
             }
-            Input::Removed { by } => {
-                tracing::warn!(by, "a peer says that this controller was removed");
-                self.removed = true;
+            Input::TurnedAway { by, why } => {
+                tracing::warn!(by, ?why, "a peer listens to this controller no more");
+                self.turned_away = Some(why);
             }
             Input::TransferLeadership { to, answer } => drop(answer.send(self.transfer_leadership(to))),
-            Input::Step { message } => match Message::decode(message.as_slice()) {
-                Ok(message) => {
-                    if self.raft.raft.prs().get(message.from).is_some() {
-                        self.heard.insert(message.from, self.ticks);
-                    }
-                    if let Err(error) = self.raft.step(message) {
-                        tracing::debug!(%error, "a peer's message was not taken");
-                    }
-                }
+            Input::Step { message, store } => match Message::decode(message.as_slice()) {
+                Ok(message) => self.hear(message, store),
                 Err(error) => tracing::warn!(%error, "a peer's message is no raft message"),
             },
             Input::Unreachable { peer } => self.raft.report_unreachable(peer),
@@ -285,6 +308,31 @@ impl<D: Disk, O: Outlet> Node<D, O> {
                 };
                 self.raft.report_snapshot(peer, status);
             }
+        }
+    }
+
+    fn hear(&mut self, message: Message, store: Option<StoreId>) {
+        if self.raft.store().membership().turns_away(message.from, store).is_some() {
+            return;
+        }
+        if self.raft.raft.prs().get(message.from).is_some() {
+            self.heard.insert(message.from, self.ticks);
+            self.stores.extend(store.map(|store| (message.from, store)));
+        }
+        if let Err(error) = self.raft.step(message) {
+            tracing::debug!(%error, "a peer's message was not taken");
+        }
+    }
+
+    /// Whoever was heard is known by its store from then on.
+    fn note_stores(&mut self) {
+        if !self.may_change() {
+            return;
+        }
+        if let Some(change) = self.raft.store().membership().news_of(&self.stores)
+            && let Err(error) = self.propose_members(&change)
+        {
+            tracing::debug!(%error, "a member's store is not noted yet");
         }
     }
 
@@ -325,20 +373,28 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         if !self.leads() {
             return Err(ConsensusError::NotLeader.into());
         }
-        // Also all of a former leader's entries: one of them may be a change.
-        if self.raft.raft.has_pending_conf() || !self.raft.raft.commit_to_current_term() {
+        if !self.may_change() {
             return Err(ChangeError::Busy);
         }
         let Plan::Propose(change) = self.raft.store().membership().plan(order, &self.standing())? else {
             return Ok(None);
         };
+        self.propose_members(&change).map(Some)
+    }
+
+    /// One change at a time. Also all of a former leader's entries must be applied: one of them may be a change.
+    fn may_change(&self) -> bool {
+        self.leads() && !self.raft.raft.has_pending_conf() && self.raft.raft.commit_to_current_term()
+    }
+
+    fn propose_members(&mut self, change: &Change) -> Result<u64, ChangeError> {
         let encoded = change.encode()?;
         self.raft.propose_conf_change(vec![], encoded).map_err(|error| {
             tracing::debug!(%error, "a change of the members was not proposed");
             ConsensusError::NotLeader
         })?;
         tracing::info!(?change, "changing the members");
-        Ok(Some(self.raft.raft.raft_log.last_index()))
+        Ok(self.raft.raft.raft_log.last_index())
     }
 
     fn transfer_leadership(&mut self, to: Option<u64>) -> Result<u64, TransferError> {

@@ -1,7 +1,8 @@
 //! Raft messages between controllers, as opaque bytes on one client stream per peer and direction.
 //!
 //! The peers are the members, wherever they are now; until a controller that joins has been told who they are, those that its
-//! configuration names. A peer that knows that this controller was removed says so instead of taking its messages.
+//! configuration names. Each message says whose store it comes from, and which store its addressee is known by: a controller that was
+//! removed, or that has lost its store and begun another, is told so instead of being listened to ([`TurnedAway`]).
 //!
 //! Guarantees: sending never waits (a full queue drops, raft sends again); a peer that cannot be reached is reported to
 //! raft, and so is every snapshot, sent or not. It does not look into the messages beyond their addressee.
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pageport_common::tls::CONTROLLER_NAME;
+use pageport_proto::StoreId;
 use pageport_proto::v1::RaftAck;
 use pageport_proto::v1::RaftEnvelope;
 use pageport_proto::v1::raft_transport_service_client::RaftTransportServiceClient;
@@ -19,10 +21,11 @@ use prost_011::Message as _;
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::membership::{Member, Membership};
+use super::membership::{Member, Membership, TurnedAway};
 use super::{Consensus, Delivered, Input};
 use crate::dial::Dialer;
 
@@ -33,8 +36,10 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// A peer's stream without a message for this long is closed: heartbeats come several times a second.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// Metadata key of a refusal because the sender was removed.
-const REMOVED_KEY: &str = "pageport-removed";
+/// Metadata key of a refusal for good, and its values.
+const TURNED_AWAY_KEY: &str = "pageport-turned-away";
+const REMOVED: &str = "removed";
+const OTHER_STORE: &str = "other-store";
 
 #[derive(Debug)]
 struct Outgoing {
@@ -46,6 +51,7 @@ struct Outgoing {
 #[derive(Debug)]
 pub struct Peers {
     own: u64,
+    store: Option<StoreId>,
     dialer: Dialer,
     core: mpsc::Sender<Input>,
     configured: Vec<Member>,
@@ -56,13 +62,20 @@ pub struct Peers {
 #[derive(Debug)]
 struct Way {
     address: String,
+    /// By which the peer is known.
+    store: Option<StoreId>,
     queue: mpsc::Sender<Outgoing>,
 }
 
 impl Peers {
     /// Of the node `own`; `configured` are the peers until it is known who the members are.
     pub fn new(own: u64, dialer: Dialer, core: mpsc::Sender<Input>, configured: Vec<Member>) -> Self {
-        Self { own, dialer, core, configured, ways: BTreeMap::new() }
+        Self { own, store: None, dialer, core, configured, ways: BTreeMap::new() }
+    }
+
+    /// The store of the node.
+    pub fn of_store(self, store: StoreId) -> Self {
+        Self { store: Some(store), ..self }
     }
 
     /// Starts a task for each peer that is new or elsewhere, and ends those for others once their messages are out.
@@ -72,12 +85,14 @@ impl Peers {
             false => membership.members().map(|(member, _)| member).collect(),
         };
         let wanted = members.into_iter().filter(|member| member.id != self.own);
-        let wanted: BTreeMap<u64, &str> = wanted.map(|member| (member.id, member.address.as_str())).collect();
-        self.ways.retain(|peer, way| wanted.get(peer) == Some(&way.address.as_str()));
-        for (peer, address) in wanted {
-            if self.ways.contains_key(&peer) {
+        let wanted: BTreeMap<u64, &Member> = wanted.map(|member| (member.id, member)).collect();
+        self.ways.retain(|peer, way| wanted.get(peer).is_some_and(|member| member.address == way.address));
+        for (peer, member) in wanted {
+            if let Some(way) = self.ways.get_mut(&peer) {
+                way.store = member.store;
                 continue;
             }
+            let address = member.address.as_str();
             let channel = match self.dialer.dial(address) {
                 Ok(channel) => channel,
                 Err(error) => {
@@ -86,8 +101,8 @@ impl Peers {
                 }
             };
             let (queue, outgoing) = mpsc::channel(QUEUE);
-            tokio::spawn(carry(self.own, peer, channel, outgoing, self.core.clone()));
-            self.ways.insert(peer, Way { address: address.to_owned(), queue });
+            tokio::spawn(carry(peer, channel, outgoing, self.core.clone()));
+            self.ways.insert(peer, Way { address: address.to_owned(), store: member.store, queue });
         }
     }
 
@@ -96,8 +111,13 @@ impl Peers {
         for message in messages {
             let peer = message.to;
             let snapshot = message.get_msg_type() == MessageType::MsgSnapshot;
-            let envelope = RaftEnvelope { message: Bytes::from(message.encode_to_vec()), from: self.own };
-            let queued = self.ways.get(&peer).map(|way| way.queue.try_send(Outgoing { envelope, snapshot }));
+            let text = |store: Option<StoreId>| store.map(|store| store.to_string()).unwrap_or_default();
+            let queued = self.ways.get(&peer).map(|way| {
+                let message = Bytes::from(message.encode_to_vec());
+                let (store, to_store) = (text(self.store), text(way.store));
+                let envelope = RaftEnvelope { message, from: self.own, store, to_store };
+                way.queue.try_send(Outgoing { envelope, snapshot })
+            });
             if !matches!(queued, Some(Ok(()))) {
                 report(&self.core, peer, snapshot, Delivered::No);
             }
@@ -118,13 +138,7 @@ fn report(core: &mpsc::Sender<Input>, peer: u64, snapshot: bool, delivered: Deli
 }
 
 /// Carries messages to one peer for as long as there are any.
-async fn carry(
-    own: u64,
-    peer: u64,
-    channel: Channel,
-    mut outgoing: mpsc::Receiver<Outgoing>,
-    core: mpsc::Sender<Input>,
-) {
+async fn carry(peer: u64, channel: Channel, mut outgoing: mpsc::Receiver<Outgoing>, core: mpsc::Sender<Input>) {
     let mut client = RaftTransportServiceClient::new(channel).max_encoding_message_size(MAX_ENVELOPE_BYTES);
     while let Some(first) = outgoing.recv().await {
         let (stream, messages) = mpsc::channel(QUEUE);
@@ -141,9 +155,9 @@ async fn carry(
                 ended = &mut call => {
                     if let Err(status) = ended {
                         tracing::debug!(peer, code = ?status.code(), message = status.message(), "peer not reached");
-                        if status.metadata().get(REMOVED_KEY).is_some_and(|id| *id == own.to_string()) {
+                        if let Some(why) = turned_away(&status) {
                             // A core that has ended needs no telling.
-                            let _ = core.send(Input::Removed { by: peer }).await;
+                            let _ = core.send(Input::TurnedAway { by: peer, why }).await;
                             return;
                         }
                     }
@@ -182,17 +196,34 @@ impl RaftTransportService for RaftTransport {
             let message = tokio::time::timeout(IDLE, messages.message()).await;
             let message = message.map_err(|_| Status::deadline_exceeded("no raft message for 30 s"))??;
             let Some(envelope) = message else { return Ok(Response::new(RaftAck {})) };
-            if self.consensus.membership().removed.contains(&envelope.from) {
-                return Err(removed(envelope.from));
+            let store = envelope.store.parse().ok();
+            if let Some(why) = self.consensus.membership().turns_away(envelope.from, store) {
+                return Err(refusal(envelope.from, why));
             }
-            let taken = self.consensus.step(envelope.message.to_vec()).await;
+            let known_by = envelope.to_store.parse::<StoreId>().ok();
+            let taken = match known_by.is_some_and(|known_by| known_by != self.consensus.store()) {
+                true => self.consensus.turned_away(envelope.from, TurnedAway::OtherStore).await,
+                false => self.consensus.step(envelope.message.to_vec(), store).await,
+            };
             taken.map_err(|error| Status::unavailable(error.to_string()))?;
         }
     }
 }
 
-fn removed(member: u64) -> Status {
-    let mut status = Status::failed_precondition(format!("controller {member} was removed from the cluster"));
-    status.metadata_mut().insert(REMOVED_KEY, member.into());
+fn refusal(member: u64, why: TurnedAway) -> Status {
+    let (why, value) = match why {
+        TurnedAway::Removed => ("was removed from the cluster", REMOVED),
+        TurnedAway::OtherStore => ("is known with another store", OTHER_STORE),
+    };
+    let mut status = Status::failed_precondition(format!("controller {member} {why}"));
+    status.metadata_mut().insert(TURNED_AWAY_KEY, MetadataValue::from_static(value));
     status
+}
+
+fn turned_away(status: &Status) -> Option<TurnedAway> {
+    match status.metadata().get(TURNED_AWAY_KEY)?.to_str().ok()? {
+        REMOVED => Some(TurnedAway::Removed),
+        OTHER_STORE => Some(TurnedAway::OtherStore),
+        _ => None,
+    }
 }

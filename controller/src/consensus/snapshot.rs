@@ -48,14 +48,21 @@ pub enum SnapshotError {
         source: std::io::Error,
     },
     /// The bytes are not what was written.
-    #[error("the snapshot is damaged: move this node's data away and let it join again from its peers")]
+    #[error("the snapshot is damaged")]
     Damaged,
     /// The bytes are no state of this version.
-    #[error("decode the snapshot")]
+    #[error("decode the snapshot: is it of a newer version?")]
     Decode(#[source] serde_json::Error),
     /// The state cannot be written as JSON.
     #[error("encode the snapshot")]
     Encode(#[source] serde_json::Error),
+}
+
+impl SnapshotError {
+    /// Are the bytes not what was written?
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged)
+    }
 }
 
 /// To bytes, for the file and for peers.
@@ -95,9 +102,27 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
         move |source| SnapshotError::File { operation, path, source }
     };
     let mut file = File::create(&beside).map_err(fail("write"))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(fail("write"))?;
+    if let Err(source) = file.write_all(bytes).and_then(|()| file.sync_all()) {
+        // A part of a file is of no use, and the room may be needed.
+        let _ = fs::remove_file(&beside);
+        return Err(fail("write")(source));
+    }
     fs::rename(&beside, folder.join(FILE)).map_err(fail("replace"))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
+}
+
+/// Removes what a crash left of a file that was being written.
+///
+/// # Errors
+/// [`SnapshotError::File`].
+pub fn clean_up(folder: &Path) -> Result<(), SnapshotError> {
+    let path = folder.join(FILE_BESIDE);
+    match fs::remove_file(&path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(SnapshotError::File { operation: "clean up", path, source })
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Where the snapshot of `folder` lies.

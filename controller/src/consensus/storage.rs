@@ -3,6 +3,7 @@
 //! | key | value |
 //! |---|---|
 //! | `hard` | term, vote, commit (raft's own encoding) |
+//! | `store` | the id of this store, made with it |
 //! | `members` | who the controllers are (JSON), once that was changed |
 //! | `truncated` | index and term of the newest entry that was dropped from the log (2 x u64, big-endian) |
 //! | `log/` + index (u64, big-endian) | one entry |
@@ -22,6 +23,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 
+use pageport_proto::StoreId;
 use prost_011::Message as _;
 use raft::eraftpb::{Entry, HardState};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
@@ -31,6 +33,7 @@ use super::membership::Membership;
 use super::snapshot::{self, Snapshot, SnapshotError};
 use crate::model::State;
 
+const STORE: &str = "store";
 const HARD: &str = "hard";
 const MEMBERS: &str = "members";
 const TRUNCATED: &str = "truncated";
@@ -50,8 +53,7 @@ pub enum LogError {
     Members(#[source] serde_json::Error),
     /// The snapshot is older than the beginning of the log, or gone.
     #[error(
-        "the log begins after entry {log}, and the snapshot reaches only to entry {snapshot} (0: it is missing): what lies between is lost here. \
-         Move this node's data away and let it join again from its peers"
+        "the log begins after entry {log}, and the snapshot reaches only to entry {snapshot} (0: it is missing): what lies between is lost here"
     )]
     Gap {
         /// The last entry that was dropped from the log.
@@ -60,10 +62,7 @@ pub enum LogError {
         snapshot: u64,
     },
     /// Entries that were committed are missing.
-    #[error(
-        "the log ends at entry {last}, and entry {commit} was committed: the end of the log is lost here. Move this node's data away and let it join \
-         again from its peers"
-    )]
+    #[error("the log ends at entry {last}, and entry {commit} was committed: the end of the log is lost here")]
     Short {
         /// The last entry that is there.
         last: u64,
@@ -71,11 +70,36 @@ pub enum LogError {
         commit: u64,
     },
     /// A value is not what was written.
-    #[error("the replicated log is damaged at {key}: move this node's data away and let it join again from its peers")]
+    #[error("the replicated log is damaged at {key}")]
     Damaged {
         /// Where.
         key: String,
     },
+}
+
+impl LogError {
+    /// Is what is on the disk not what was written? Anything else may pass, or be put right outside it.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Disk(error) => error.is_damage(),
+            Self::Snapshot(error) => error.is_damage(),
+            Self::Gap { .. } | Self::Short { .. } | Self::Damaged { .. } => true,
+            Self::Members(_) => false,
+        }
+    }
+
+    /// Is there no room?
+    pub fn is_full(&self) -> bool {
+        let causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
+        causes.filter_map(io_error).any(|error| error.kind() == std::io::ErrorKind::StorageFull)
+    }
+}
+
+fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
+    match error.downcast_ref::<pageport_common::store::EngineError>() {
+        Some(pageport_common::store::EngineError::Io(error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
 }
 
 /// An entry's place in the log.
@@ -91,6 +115,7 @@ pub struct Place {
 #[derive(Debug)]
 pub struct LogStorage<D = FileDisk> {
     disk: D,
+    store: StoreId,
     hard: HardState,
     membership: Arc<Membership>,
     truncated: Place,
@@ -114,16 +139,16 @@ impl LogStorage {
     /// # Errors
     /// [`LogError`].
     pub fn open(folder: &Path, first: Membership) -> Result<(Self, State), LogError> {
-        Self::open_on(FileDisk::open(folder)?, first)
+        Self::open_on(FileDisk::open(folder)?, first, StoreId::generate())
     }
 }
 
 impl<D: Disk> LogStorage<D> {
-    /// Takes up what is on a disk; the rest as [`LogStorage::open`].
+    /// Takes up what is on a disk; the rest as [`LogStorage::open`]. A new one is called `fresh`.
     ///
     /// # Errors
     /// [`LogError`].
-    pub fn open_on(disk: D, first: Membership) -> Result<(Self, State), LogError> {
+    pub fn open_on(mut disk: D, first: Membership, fresh: StoreId) -> Result<(Self, State), LogError> {
         let snapshot = match disk.snapshot()? {
             Some(bytes) => snapshot::decode(&bytes)?,
             None => Snapshot::default(),
@@ -163,13 +188,25 @@ impl<D: Disk> LogStorage<D> {
         if commit > last.max(place.index) {
             return Err(LogError::Short { last, commit });
         }
-        let mut storage =
-            Self { disk, hard, membership, truncated, entries, snapshot: place, snapshot_wanted: Cell::new(false) };
+        let store = match disk.get(STORE)? {
+            Some(bytes) => String::from_utf8_lossy(&bytes).parse().map_err(|_| damaged(STORE))?,
+            None => {
+                disk.commit(vec![Change::put(STORE, fresh.to_string().into_bytes())])?;
+                fresh
+            }
+        };
+        let snapshot_wanted = Cell::new(false);
+        let mut storage = Self { disk, store, hard, membership, truncated, entries, snapshot: place, snapshot_wanted };
         if storage.last().index < place.index {
             storage.reset_log(place, None)?;
         }
         storage.hard.commit = storage.hard.commit.max(place.index);
         Ok((storage, snapshot.state))
+    }
+
+    /// Which store this is.
+    pub fn store(&self) -> StoreId {
+        self.store
     }
 
     /// The entry up to which the last snapshot reaches.
@@ -383,7 +420,7 @@ mod tests {
     use super::*;
 
     fn one() -> Membership {
-        Membership::first([Member { id: 1, site: "a".parse().unwrap(), address: "192.0.2.1:7400".into() }])
+        Membership::first([Member::new(1, "a".parse().unwrap(), "192.0.2.1:7400".into())])
     }
 
     fn entry(index: u64, term: u64) -> Entry {
@@ -394,6 +431,14 @@ mod tests {
         let (first, last) = (storage.first_index().unwrap(), storage.last_index().unwrap());
         let entries = storage.entries(first, last + 1, None, GetEntriesContext::empty(false)).unwrap();
         entries.iter().map(|entry| (entry.index, entry.term)).collect()
+    }
+
+    #[test]
+    fn a_store_is_the_same_for_its_life() {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let id = |folder: &tempfile::TempDir| LogStorage::open(folder.path(), one()).unwrap().0.store();
+        assert_eq!(id(&folder), id(&folder));
+        assert_ne!(id(&folder), id(&other));
     }
 
     #[test]
@@ -440,6 +485,7 @@ mod tests {
 
     fn refusal(folder: &tempfile::TempDir) -> String {
         let error = LogStorage::open(folder.path(), one()).map(drop).unwrap_err();
+        assert!(error.is_damage(), "{error:?}");
         let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
         causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
     }
@@ -451,7 +497,7 @@ mod tests {
         assert!(refusal(&folder).contains("the log begins after entry 6, and the snapshot reaches only to entry 0"));
         let folder = used();
         std::fs::remove_dir_all(folder.path().join("log")).unwrap();
-        assert!(refusal(&folder).contains("this controller's terms and votes are lost"));
+        assert!(refusal(&folder).contains("terms and votes are lost"));
         assert!(!folder.path().join("log").exists(), "and nothing was made in its place");
     }
 
@@ -462,7 +508,7 @@ mod tests {
         let good = std::fs::read(&path).unwrap();
         for length in [0, 7, 11, good.len() / 2, good.len() - 1] {
             std::fs::write(&path, &good[..length]).unwrap();
-            assert!(refusal(&folder).contains("the snapshot is damaged: move this node's data away"), "{length} bytes");
+            assert!(refusal(&folder).contains("the snapshot is damaged"), "{length} bytes");
         }
         let mut bad = good.clone();
         bad[good.len() / 2] ^= 0x40;

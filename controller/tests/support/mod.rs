@@ -66,10 +66,9 @@ impl Cluster {
             .iter()
             .zip(["a", "b", "c"])
             .enumerate()
-            .map(|(index, (listeners, site))| Member {
-                id: index as u64 + 1,
-                site: site.parse().unwrap(),
-                address: listeners.api.local_addr().unwrap().to_string(),
+            .map(|(index, (listeners, site))| {
+                let address = listeners.api.local_addr().unwrap().to_string();
+                Member::new(index as u64 + 1, site.parse().unwrap(), address)
             })
             .collect();
         for (member, listeners) in members.iter().zip(listeners) {
@@ -96,6 +95,10 @@ impl Cluster {
 
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    pub fn data_dir(&self, id: u64) -> PathBuf {
+        self.nodes[id as usize - 1].config.data_dir.clone()
     }
 
     fn certificate(&self, file: &str, dns_name: &str) -> TlsPaths {

@@ -27,7 +27,7 @@ use pageport_controller::model::command::{ClientOrder, Outcome};
 use pageport_controller::model::{Command, Order, State};
 use pageport_ownership::LeaseTerms;
 use pageport_proto::v1;
-use pageport_proto::{RequestId, VmId, WorkerName};
+use pageport_proto::{RequestId, StoreId, VmId, WorkerName};
 use prost_011::Message as _;
 use raft::eraftpb::Message;
 use tokio::sync::{mpsc, oneshot};
@@ -142,7 +142,7 @@ impl Machine {
         }
         let world = &self.world;
         world.tell(&Fact::Restarted { node: self.id });
-        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.first.clone()) else {
+        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.first.clone(), store_of(self.id)) else {
             return self.come_back();
         };
         let config = NodeConfig { id: self.id, snapshot_every: SNAPSHOT_EVERY, keep_entries: KEEP_ENTRIES };
@@ -187,6 +187,12 @@ impl Machine {
         let back_us = self.world.executor.now_us() + self.world.between(300_000, 4_000_000);
         self.world.executor.at(back_us, move || machine.start());
     }
+}
+
+/// The same in each run.
+pub fn store_of(node: u64) -> StoreId {
+    let text = format!("00000000-0000-7000-8000-{node:012x}");
+    text.parse().unwrap_or_else(|_| StoreId::generate())
 }
 
 /// What the node has said.
@@ -392,7 +398,7 @@ impl Member {
         while let Some(arrived) = arriving.recv().await {
             match arrived {
                 // The core runs as long as this does.
-                Arriving::Raft(message) => drop(self.inputs.send(Input::Step { message })),
+                Arriving::Raft(message) => drop(self.inputs.send(Input::Step { message, store: None })),
                 Arriving::Call(call) => self.world.executor.spawn(self.process, self.clone().answer(*call)),
             }
         }

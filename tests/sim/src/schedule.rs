@@ -9,7 +9,7 @@ use pageport_controller::model::State;
 use serde::Serialize;
 
 use crate::calls::Cluster;
-use crate::controller::{DRIFT_PPM, Machine};
+use crate::controller::{DRIFT_PPM, Machine, store_of};
 use crate::faults::Faults;
 use crate::hypervisor::Run;
 use crate::invariant::{Fact, Invariants, Violation};
@@ -77,7 +77,8 @@ fn play(seed: u64, flaw: Flaw, keep_trace: bool) -> Verdict {
     let ids: Vec<u64> = (1..=controllers as u64).collect();
     let first = Membership::first(ids.iter().filter_map(|id| {
         let site = char::from(b'a' + (*id as u8 - 1)).to_string();
-        Some(Member { id: *id, site: site.parse().ok()?, address: format!("controller-{id}:7400") })
+        let member = Member::new(*id, site.parse().ok()?, format!("controller-{id}:7400"));
+        Some(Member { store: Some(store_of(*id)), ..member })
     }));
     let machines: Vec<Rc<Machine>> = ids.iter().map(|id| Machine::new(&world, *id, first.clone(), clock())).collect();
     let cluster: Cluster = Rc::new(machines.iter().map(|machine| (machine.id, machine.clone())).collect());
