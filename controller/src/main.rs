@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Parser;
 use pageport_common::telemetry;
 use pageport_common::tls::Identity;
+use pageport_controller::backup::{Restored, restore};
 use pageport_controller::config::Config;
 use pageport_controller::server::{Listeners, run};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +28,13 @@ struct Args {
     /// Check the configuration and the certificates, and exit.
     #[arg(long)]
     check_config: bool,
+    /// Make the data of the first controller of a new cluster from a file of "pageportctl cluster backup", and exit.
+    ///
+    /// For the case that the controllers are lost: while one of them runs nothing is lost, and none of them may run again. data_dir must be
+    /// empty, and the number (id) one that none of them had. Start this controller then, and add others to it. Every VM is unknown until each worker of
+    /// the backup has reported, or was declared dead with "pageportctl worker declare-dead".
+    #[arg(long, value_name = "FILE", conflicts_with = "check_config")]
+    restore: Option<PathBuf>,
 }
 
 #[tokio::main]
@@ -35,6 +43,11 @@ async fn main() -> anyhow::Result<ExitCode> {
     let config = Config::load(&args.config)?;
     let identity = Identity::load(&config.tls)?;
     if args.check_config {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(file) = &args.restore {
+        let restored = restore(&config, file)?;
+        say_restored(&restored)?;
         return Ok(ExitCode::SUCCESS);
     }
     let _telemetry = telemetry::init("pageport-controller", &config.id.to_string(), &config.telemetry)?;
@@ -58,5 +71,15 @@ async fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(EXIT_FINAL))
         }
         ended => Ok(ended.map(|()| ExitCode::SUCCESS)?),
+    }
+}
+
+fn say_restored(restored: &Restored) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "restored as generation {}: {} VMs, all unknown", restored.generation.0, restored.vms)?;
+    writeln!(out, "start this controller, and add others to it with \"pageportctl cluster add\"")?;
+    match restored.workers.join(", ") {
+        workers if workers.is_empty() => Ok(()),
+        workers => writeln!(out, "VMs are known again once these workers have reported: {workers}"),
     }
 }

@@ -174,10 +174,12 @@ impl Command {
             Self::Site(SiteCommand::List) => "site list",
             Self::Worker(WorkerCommand::List) => "worker list",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
+            Self::Worker(WorkerCommand::DeclareDead { .. }) => "worker declare-dead",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
             Self::Cluster(ClusterCommand::Add { .. }) => "cluster add",
             Self::Cluster(ClusterCommand::Remove { .. }) => "cluster remove",
             Self::Cluster(ClusterCommand::TransferLeader { .. }) => "cluster transfer-leader",
+            Self::Cluster(ClusterCommand::Backup { .. }) => "cluster backup",
             Self::Vm(VmCommand::Define { .. }) => "vm define",
             Self::Vm(VmCommand::List) => "vm list",
             Self::Vm(VmCommand::Get { .. }) => "vm get",
@@ -239,11 +241,39 @@ pub enum WorkerCommand {
         #[arg(long, conflicts_with_all = ["reason", "confirm"])]
         check: bool,
     },
+    /// After a restore of the controllers: say that a worker is not coming back with any VM.
+    ///
+    /// VMs are unknown until every worker of the backup has reported; this one is not waited for any more. If it runs a VM all the same, that VM may
+    /// run twice: be sure that its host is off. The word is kept. Refused while the worker is connected, and when every VM is known.
+    DeclareDead {
+        /// Name of the worker.
+        worker: String,
+        /// The worker's name once more; asked for at the terminal when left out.
+        #[arg(long, value_name = "NAME")]
+        confirm: Option<String>,
+        /// How you know; kept for good.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
 }
 
 /// `cluster ...`
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
+    /// Write all that the controllers have agreed on to a file.
+    ///
+    /// It holds everything that was answered before: VMs, replicas, moves, links, answers to repeated requests; no disks and no memory. Take one
+    /// after each change of the fleet that you would not like to make again, and keep it where the controllers are not. It is for the case that a
+    /// majority of the controllers is lost for good: "pageport-controller --restore FILE" begins a new cluster from it. The file appears whole or
+    /// not at all.
+    #[command(after_help = BACKUP_EXAMPLE)]
+    Backup {
+        /// Where to.
+        file: PathBuf,
+        /// Replace a file that is there.
+        #[arg(long)]
+        replace: bool,
+    },
     /// Members, leader and log positions.
     ///
     /// When the leader answers (name its address with --controllers): also what each member lacks of the log, and for how long it has
@@ -292,6 +322,10 @@ pub enum ClusterCommand {
         member: Option<u64>,
     },
 }
+
+const BACKUP_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster backup --replace /var/backups/pageport-controllers";
 
 const ADD_MEMBER_EXAMPLE: &str = "\
 Example, a fourth controller that takes the place of controller 2, whose host is lost:

@@ -48,12 +48,16 @@ impl ClusterService for Cluster {
     ) -> Result<Response<v1::GetClusterStatusResponse>, Status> {
         let status = self.consensus.status();
         let standing = self.consensus.standing().await.ok();
+        let state = self.consensus.applied();
         Ok(Response::new(v1::GetClusterStatusResponse {
             members: members(&self.consensus.membership(), status.leader, standing.as_ref()),
             term: status.term,
             committed_index: status.committed,
             applied_index: status.applied,
             answered_by: status.id,
+            generation: state.generation.0.into(),
+            vms_unknown: state.recovering.len() as u32,
+            awaited_workers: state.awaited().iter().map(ToString::to_string).collect(),
         }))
     }
 }

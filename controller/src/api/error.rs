@@ -182,6 +182,8 @@ impl ApiError {
                 | Rejection::NoPointYet { .. }
                 | Rejection::InDoubt { .. }
                 | Rejection::NotToBeTaken { .. }
+                | Rejection::OwnerUnknown { .. }
+                | Rejection::NotRecovering { .. }
                 | Rejection::Overtaken { .. }
                 | Rejection::TooLate { .. }
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,

@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use pageport_proto::v1;
 use pageport_proto::v1::add_member_response::Phase;
 use pageport_proto::v1::membership_service_server::MembershipService;
@@ -21,8 +22,11 @@ use tonic::{Request, Response, Status};
 
 use super::cluster::members;
 use super::error::ApiError;
+use super::unix_ms;
+use crate::backup::Backup;
 use crate::consensus::membership::{ChangeError, Member, Membership, Order, Quorum};
 use crate::consensus::{Consensus, ConsensusError};
+use crate::model::State;
 use crate::peer;
 
 /// A controller that is being added and says nothing for so long ends the wait for it.
@@ -109,9 +113,46 @@ impl Addition {
     }
 }
 
+/// Bytes of a backup in one message.
+const CHUNK_BYTES: usize = 1 << 20;
+
+async fn send_file(file: Vec<u8>, parts: mpsc::Sender<Result<v1::BackupResponse, Status>>) {
+    let file = Bytes::from(file);
+    let mut offset = 0;
+    while offset < file.len() {
+        let chunk = file.slice(offset..file.len().min(offset + CHUNK_BYTES));
+        let next = offset + chunk.len();
+        let part = v1::BackupResponse { chunk, total_bytes: file.len() as u64, offset: offset as u64 };
+        // Who no longer listens asks again.
+        if parts.send(Ok(part)).await.is_err() {
+            return;
+        }
+        offset = next;
+    }
+}
+
 #[tonic::async_trait]
 impl MembershipService for Members {
     type AddMemberStream = ReceiverStream<Result<v1::AddMemberResponse, Status>>;
+    type BackupStream = ReceiverStream<Result<v1::BackupResponse, Status>>;
+
+    async fn backup(&self, request: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        let operator = peer::operator(&request)?;
+        let state = self.consensus.read().await.map_err(ApiError::from)?;
+        let status = self.consensus.status();
+        let backup = Backup {
+            taken_unix_ms: unix_ms(),
+            index: status.applied,
+            term: status.term,
+            membership: Membership::clone(&self.consensus.membership()),
+            state: State::clone(&state),
+        };
+        let file = backup.to_file().map_err(|error| Status::internal(error.to_string()))?;
+        tracing::info!(operator, bytes = file.len(), index = backup.index, "backup taken");
+        let (parts, stream) = mpsc::channel(QUEUE);
+        tokio::spawn(send_file(file, parts));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
 
     async fn transfer_leadership(
         &self,

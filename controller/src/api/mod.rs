@@ -88,8 +88,13 @@ impl Moment {
     /// # Errors
     /// [`Rejection::VmUnknown`].
     pub fn vm(&self, id_or_name: &str) -> Result<(VmId, &Vm), ApiError> {
-        let found = self.state.find_vm(id_or_name);
-        found.ok_or_else(|| Rejection::VmUnknown { vm: echo(id_or_name) }.into())
+        if let Some(found) = self.state.find_vm(id_or_name) {
+            return Ok(found);
+        }
+        Err(match self.state.find_recovering(id_or_name) {
+            Some((_, recovering)) => recovering.refusal().into(),
+            None => Rejection::VmUnknown { vm: echo(id_or_name) }.into(),
+        })
     }
 
     /// The site of this name.

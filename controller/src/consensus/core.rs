@@ -74,7 +74,10 @@ impl CoreError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::Damaged { .. } => true,
-            Self::Node(error) => matches!(error, NodeError::Removed { .. } | NodeError::OtherStore { .. }),
+            Self::Node(error) => {
+                use NodeError::{OlderGeneration, OtherStore, Removed};
+                matches!(error, Removed { .. } | OtherStore { .. } | OlderGeneration { .. })
+            }
             Self::Open(_) | Self::Full { .. } | Self::Thread(_) | Self::Panicked => false,
         }
     }
@@ -128,7 +131,8 @@ pub fn start(
     let opened = LogStorage::open(&config.folder, config.first.clone());
     let (storage, state) = opened.map_err(|source| CoreError::open(config, source))?;
     let store = storage.store();
-    let peers = peers.of_store(store);
+    let mut peers = peers.of_store(store);
+    peers.of_generation(state.generation);
     let (published, state_watch) = watch::channel(Arc::new(state.clone()));
     let settings =
         NodeConfig { id: config.id, snapshot_every: config.snapshot_every, keep_entries: config.keep_entries };
@@ -195,6 +199,7 @@ impl Outlet for Outside {
     }
 
     fn publish(&mut self, state: &Arc<State>) {
+        self.peers.of_generation(state.generation);
         self.published.send_replace(state.clone());
     }
 

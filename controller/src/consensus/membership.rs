@@ -58,6 +58,8 @@ pub enum TurnedAway {
     Removed,
     /// It is a member, with another store than the one that it has now.
     OtherStore,
+    /// The controllers were restored from a backup without it.
+    OlderGeneration,
 }
 
 /// Is this `host:port`?
@@ -256,6 +258,12 @@ impl Membership {
     /// Is nothing known yet, as with a controller that is about to join?
     pub fn is_unknown(&self) -> bool {
         self.voters.is_empty()
+    }
+
+    /// Every number that was ever given.
+    pub fn numbers(&self) -> Vec<u64> {
+        let members = self.members().map(|(member, _)| member.id);
+        members.chain(self.removed.iter().copied()).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Every member, voters first.

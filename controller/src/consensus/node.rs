@@ -78,6 +78,15 @@ pub enum NodeError {
         /// This node.
         id: u64,
     },
+    /// Another cluster has taken its place.
+    #[error(
+        "controller {id} belongs to a cluster that was given up: the controllers were restored from a backup since. Stop its service, move its data_dir \
+         away, and to use this host again add it under a number that the restored ones do not have"
+    )]
+    OlderGeneration {
+        /// This node.
+        id: u64,
+    },
     /// An entry that changes the members cannot be read.
     #[error("decode entry {index} of the replicated log, which changes the members")]
     Members {
@@ -221,6 +230,7 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         match self.turned_away {
             Some(TurnedAway::Removed) => return Err(NodeError::Removed { id }),
             Some(TurnedAway::OtherStore) => return Err(NodeError::OtherStore { id }),
+            Some(TurnedAway::OlderGeneration) => return Err(NodeError::OlderGeneration { id }),
             None => {}
         }
         self.note_stores();

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pageport_common::tls::CONTROLLER_NAME;
+use pageport_ownership::Generation;
 use pageport_proto::StoreId;
 use pageport_proto::v1::RaftAck;
 use pageport_proto::v1::RaftEnvelope;
@@ -40,6 +41,7 @@ const IDLE: Duration = Duration::from_secs(30);
 const TURNED_AWAY_KEY: &str = "pageport-turned-away";
 const REMOVED: &str = "removed";
 const OTHER_STORE: &str = "other-store";
+const OLDER_GENERATION: &str = "older-generation";
 
 #[derive(Debug)]
 struct Outgoing {
@@ -52,6 +54,9 @@ struct Outgoing {
 pub struct Peers {
     own: u64,
     store: Option<StoreId>,
+    generation: Generation,
+    /// Known members: until then a controller that joins says no generation.
+    knows_members: bool,
     dialer: Dialer,
     core: mpsc::Sender<Input>,
     configured: Vec<Member>,
@@ -70,7 +75,8 @@ struct Way {
 impl Peers {
     /// Of the node `own`; `configured` are the peers until it is known who the members are.
     pub fn new(own: u64, dialer: Dialer, core: mpsc::Sender<Input>, configured: Vec<Member>) -> Self {
-        Self { own, store: None, dialer, core, configured, ways: BTreeMap::new() }
+        let (store, generation, knows_members) = (None, Generation::default(), false);
+        Self { own, store, generation, knows_members, dialer, core, configured, ways: BTreeMap::new() }
     }
 
     /// The store of the node.
@@ -78,8 +84,14 @@ impl Peers {
         Self { store: Some(store), ..self }
     }
 
+    /// The generation of what the node has applied.
+    pub fn of_generation(&mut self, generation: Generation) {
+        self.generation = generation;
+    }
+
     /// Starts a task for each peer that is new or elsewhere, and ends those for others once their messages are out.
     pub fn follow(&mut self, membership: &Membership) {
+        self.knows_members = !membership.is_unknown();
         let members: Vec<&Member> = match membership.is_unknown() {
             true => self.configured.iter().collect(),
             false => membership.members().map(|(member, _)| member).collect(),
@@ -115,7 +127,8 @@ impl Peers {
             let queued = self.ways.get(&peer).map(|way| {
                 let message = Bytes::from(message.encode_to_vec());
                 let (store, to_store) = (text(self.store), text(way.store));
-                let envelope = RaftEnvelope { message, from: self.own, store, to_store };
+                let generation = if self.knows_members { said(self.generation) } else { 0 };
+                let envelope = RaftEnvelope { message, from: self.own, store, to_store, generation };
                 way.queue.try_send(Outgoing { envelope, snapshot })
             });
             if !matches!(queued, Some(Ok(()))) {
@@ -123,6 +136,11 @@ impl Peers {
             }
         }
     }
+}
+
+/// As it stands in an envelope, where 0 is not known.
+fn said(generation: Generation) -> u32 {
+    u32::from(generation.0) + 1
 }
 
 /// Tells raft how a message fared. A full inbox loses the word: the next message's fate tells the same.
@@ -196,6 +214,18 @@ impl RaftTransportService for RaftTransport {
             let message = tokio::time::timeout(IDLE, messages.message()).await;
             let message = message.map_err(|_| Status::deadline_exceeded("no raft message for 30 s"))??;
             let Some(envelope) = message else { return Ok(Response::new(RaftAck {})) };
+            let own = match self.consensus.membership().is_unknown() {
+                true => 0,
+                false => said(self.consensus.applied().generation),
+            };
+            if own != 0 && envelope.generation != 0 && envelope.generation < own {
+                return Err(refusal(envelope.from, TurnedAway::OlderGeneration));
+            }
+            if own != 0 && envelope.generation > own {
+                let told = self.consensus.turned_away(envelope.from, TurnedAway::OlderGeneration).await;
+                told.map_err(|error| Status::unavailable(error.to_string()))?;
+                continue;
+            }
             let store = envelope.store.parse().ok();
             if let Some(why) = self.consensus.membership().turns_away(envelope.from, store) {
                 return Err(refusal(envelope.from, why));
@@ -214,6 +244,7 @@ fn refusal(member: u64, why: TurnedAway) -> Status {
     let (why, value) = match why {
         TurnedAway::Removed => ("was removed from the cluster", REMOVED),
         TurnedAway::OtherStore => ("is known with another store", OTHER_STORE),
+        TurnedAway::OlderGeneration => ("is of a cluster that was given up for a backup", OLDER_GENERATION),
     };
     let mut status = Status::failed_precondition(format!("controller {member} {why}"));
     status.metadata_mut().insert(TURNED_AWAY_KEY, MetadataValue::from_static(value));
@@ -224,6 +255,7 @@ fn turned_away(status: &Status) -> Option<TurnedAway> {
     match status.metadata().get(TURNED_AWAY_KEY)?.to_str().ok()? {
         REMOVED => Some(TurnedAway::Removed),
         OTHER_STORE => Some(TurnedAway::OtherStore),
+        OLDER_GENERATION => Some(TurnedAway::OlderGeneration),
         _ => None,
     }
 }

@@ -198,6 +198,7 @@ impl<D: Disk> LogStorage<D> {
         let snapshot_wanted = Cell::new(false);
         let mut storage = Self { disk, store, hard, membership, truncated, entries, snapshot: place, snapshot_wanted };
         if storage.last().index < place.index {
+            storage.hard.term = storage.hard.term.max(place.term);
             storage.reset_log(place, None)?;
         }
         storage.hard.commit = storage.hard.commit.max(place.index);

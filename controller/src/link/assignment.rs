@@ -1,6 +1,8 @@
 //! [`assignment`]: what a worker should do, all of it, as a pure function of the committed state; [`Telling`]: what of it a
 //! worker has been told.
 //!
+//! After a restore from a backup a worker is told nothing of a VM of which it is not known who owns it: what runs, runs on.
+//!
 //! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
 //! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
 
@@ -20,6 +22,7 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
     let mine = state.vms.iter().filter(|(_, vm)| concerns(vm, worker));
     let mut out = v1::WorkerAssignment {
         migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
+        generation: state.generation.0.into(),
         ..v1::WorkerAssignment::default()
     };
     for (id, vm) in mine {

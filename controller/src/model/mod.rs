@@ -10,6 +10,7 @@
 //! | [`migration`] | the migration state machine |
 //! | [`command`] | what can be asked of the state, and what comes back |
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
+//! | [`recovery`] | who owns what after a restore from a backup |
 //! | [`protection`] | replicas that are kept up to date, and the caps of links |
 //! | [`apply`] | the one function that changes it |
 //!
@@ -21,6 +22,7 @@ pub mod command;
 pub mod disks;
 pub mod migration;
 pub mod protection;
+pub mod recovery;
 pub mod spec;
 pub mod state;
 pub mod takeover;

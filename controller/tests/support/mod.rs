@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
+use pageport_controller::backup::{RestoreError, restore};
 use pageport_controller::config::{Config, FirstStart, LogLimits};
 use pageport_controller::consensus::membership::Member;
 use pageport_controller::fence::FenceConfig;
@@ -145,6 +146,11 @@ impl Cluster {
         self.launch(id, listeners);
     }
 
+    fn running(&self) -> Vec<Member> {
+        let running = self.nodes.iter().filter(|node| node.running.is_some()).map(|node| &node.config);
+        running.map(|it| Member::new(it.id, it.site.clone(), it.listen_api.to_string())).collect()
+    }
+
     /// Starts one more node, which waits until it is added. Gives its number and address.
     pub async fn join(&mut self) -> (u64, String) {
         let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -156,12 +162,39 @@ impl Cluster {
             data_dir: self.folder.path().join(format!("controller-{id}")),
             listen_api: listeners.api.local_addr().unwrap(),
             listen_web: web,
+            members: self.running(),
             first_start: FirstStart::Join,
             ..self.nodes[0].config.clone()
         };
         self.nodes.push(Node { config, web, running: None });
         self.launch(id, listeners);
         (id, self.addresses()[id as usize - 1].clone())
+    }
+
+    /// Begins a new cluster from a backup, with one node.
+    pub async fn restore(&mut self, file: &Path) -> Result<u64, RestoreError> {
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listeners = Listeners { api: bind().await, web: bind().await };
+        let (id, web) = (self.nodes.len() as u64 + 1, listeners.web.local_addr().unwrap());
+        let (site, address) = ("d".parse().unwrap(), listeners.api.local_addr().unwrap());
+        let config = Config {
+            id,
+            members: vec![Member::new(id, Clone::clone(&site), address.to_string())],
+            site,
+            data_dir: self.folder.path().join(format!("controller-{id}")),
+            listen_api: address,
+            listen_web: web,
+            ..self.nodes[0].config.clone()
+        };
+        restore(&config, file)?;
+        self.nodes.push(Node { config, web, running: None });
+        self.launch(id, listeners);
+        Ok(id)
+    }
+
+    /// Of a node, as it was given it.
+    pub fn config(&self, id: u64) -> &Config {
+        &self.nodes[id as usize - 1].config
     }
 
     /// Why a node has ended by itself.

@@ -362,7 +362,9 @@ impl Member {
         loop {
             let seen = (self.changed.version(), self.reported.version());
             if self.status().serving {
-                let now = Now { instant: self.clock().instant(&self.world), unix_ms: self.unix_ms() };
+                let instant = self.clock().instant(&self.world);
+                let older_leases_out = self.leases.surely_out_after();
+                let now = Now { instant, unix_ms: self.unix_ms(), older_leases_out };
                 let orders = reconcile(&self.state(), &self.observations.borrow(), now);
                 for order in orders {
                     let command = Command { now_unix_ms: self.unix_ms(), order };

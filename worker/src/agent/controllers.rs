@@ -5,7 +5,7 @@
 //! configuration's, which are all that is known after a restart.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pageport_common::telemetry;
@@ -18,6 +18,8 @@ use pageport_proto::v1::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::generation::Joined;
 
 const LEADER_KEY: &str = "pageport-leader";
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -45,6 +47,14 @@ pub enum ControllerError {
     /// The leader refused.
     #[error("the leader refused")]
     Refused(#[source] Box<Status>),
+    /// It belongs to a cluster that was given up.
+    #[error(
+        "a controller of generation {generation} is not heard any more: the controllers were restored from a backup since, and it must be stopped"
+    )]
+    GivenUp {
+        /// Its generation.
+        generation: u32,
+    },
     /// An address in the configuration is no address.
     #[error("configuration key `controllers`: {address:?} is not IP:port")]
     Address {
@@ -62,6 +72,7 @@ pub struct Controllers {
     worker: String,
     identity: Identity,
     addresses: Vec<String>,
+    joined: Arc<Joined>,
     state: Mutex<State>,
 }
 
@@ -75,8 +86,8 @@ struct State {
 
 impl Controllers {
     /// Knows the addresses; connects when asked.
-    pub fn new(worker: &str, identity: Identity, addresses: Vec<String>) -> Self {
-        Self { worker: worker.to_owned(), identity, addresses, state: Mutex::default() }
+    pub fn new(worker: &str, identity: Identity, addresses: Vec<String>, joined: Arc<Joined>) -> Self {
+        Self { worker: worker.to_owned(), identity, addresses, joined, state: Mutex::default() }
     }
 
     /// This worker's name.
@@ -92,11 +103,11 @@ impl Controllers {
         &self,
         request: AskAuthorisationRequest,
     ) -> Result<AskAuthorisationResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.ask_authorisation(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
     }
 
     /// May this worker run a VM?
@@ -104,11 +115,11 @@ impl Controllers {
     /// # Errors
     /// No leader answers, or it refuses the question.
     pub async fn ask_grant(&self, request: AskGrantRequest) -> Result<AskGrantResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.ask_grant(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
     }
 
     /// Another lease for the VMs that fence themselves.
@@ -116,11 +127,21 @@ impl Controllers {
     /// # Errors
     /// No leader answers, or it refuses the question.
     pub async fn renew_lease(&self, request: RenewLeaseRequest) -> Result<RenewLeaseResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.renew_lease(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
+    }
+
+    /// Nothing is taken from controllers of an older generation than this worker has joined; the next question goes elsewhere.
+    fn heard<A>(&self, answer: A, of: impl Fn(&A) -> u32) -> Result<A, ControllerError> {
+        let generation = of(&answer);
+        if self.joined.hears(generation) {
+            return Ok(answer);
+        }
+        self.set_leader(None);
+        Err(ControllerError::GivenUp { generation })
     }
 
     /// Opens the link to the leader.

@@ -2,6 +2,9 @@
 //!
 //! None needs a request id: an order that is given again finds what is done already.
 
+use std::path::Path;
+
+use pageport_common::backup;
 use pageport_proto::v1;
 use pageport_proto::v1::add_member_response::Phase;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
@@ -14,9 +17,13 @@ use crate::render::cluster;
 use crate::render::screen::Screen;
 use crate::trace::Traced;
 
+/// A part of a backup has one MiB.
+const MAX_PART_BYTES: usize = 4 << 20;
+
 pub async fn run(context: &mut Context, command: ClusterCommand) -> Result<(), CtlError> {
     match command {
         ClusterCommand::Status => status(context).await,
+        ClusterCommand::Backup { file, replace } => backup(context, &file, replace).await,
         ClusterCommand::Add { id, site, address } => add(context, v1::AddMemberRequest { id, site, address }).await,
         ClusterCommand::Remove { id, force } => remove(context, v1::RemoveMemberRequest { id, force }).await,
         ClusterCommand::TransferLeader { member } => transfer_leader(context, member).await,
@@ -50,6 +57,40 @@ async fn add(context: &mut Context, request: v1::AddMemberRequest) -> Result<(),
     };
     let done = follow::follow(controllers, &mut screen, &hint, open, take).await?;
     if output.is_json() { Ok(()) } else { output.text(&cluster::added(id, &done.members)) }
+}
+
+async fn backup(context: &mut Context, file: &Path, replace: bool) -> Result<(), CtlError> {
+    let failed = |source| CtlError::Backup { path: file.to_owned(), source };
+    if !replace && file.try_exists().map_err(failed)? {
+        return Err(CtlError::BackupThere { path: file.to_owned() });
+    }
+    let Context { controllers, output } = context;
+    let mut screen = Screen::open();
+    let open = |channel: Traced| async move {
+        let client = MembershipServiceClient::new(channel);
+        client.max_decoding_message_size(MAX_PART_BYTES).backup(v1::BackupRequest {}).await
+    };
+    let mut bytes = vec![];
+    let take = |_: &mut Screen, part: v1::BackupResponse| {
+        if part.offset == 0 {
+            // The stream was opened again.
+            bytes.clear();
+        }
+        if part.offset != bytes.len() as u64 {
+            return Err(CtlError::Incomplete { operation: "cluster backup", field: "next part" });
+        }
+        bytes.extend_from_slice(&part.chunk);
+        Ok((bytes.len() as u64 >= part.total_bytes).then(|| std::mem::take(&mut bytes)))
+    };
+    let bytes = follow::follow(controllers, &mut screen, "nothing was written", open, take).await?;
+    backup::open(&bytes).map_err(CtlError::BackupDamaged)?;
+    backup::write(file, &bytes, replace).map_err(failed)?;
+    let size_bytes = bytes.len() as u64;
+    if output.is_json() {
+        let line = serde_json::json!({ "file": file.display().to_string(), "size_bytes": size_bytes });
+        return output.text(&format!("{line}\n"));
+    }
+    output.text(&cluster::backed_up(file, size_bytes))
 }
 
 async fn remove(context: &mut Context, request: v1::RemoveMemberRequest) -> Result<(), CtlError> {

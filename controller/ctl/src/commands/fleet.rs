@@ -1,9 +1,10 @@
-//! `site list`, `worker list`.
+//! `site list`, `worker list`, `worker declare-dead`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
-use super::{Context, ask, now_unix_ms};
+use super::fence::ask_for_name;
+use super::{Context, ask, now_unix_ms, request_id};
 use crate::error::CtlError;
 use crate::render::lists;
 use crate::trace::Traced;
@@ -16,4 +17,20 @@ pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
 pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
     let response = ask!(context, FleetServiceClient<Traced>, list_workers, v1::ListWorkersRequest {}).await?;
     context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
+}
+
+pub async fn declare_dead(
+    context: &mut Context,
+    worker: String,
+    confirm: Option<String>,
+    reason: String,
+) -> Result<(), CtlError> {
+    let confirm_name = match confirm {
+        Some(name) => name,
+        None => ask_for_name(&format!("If {worker} runs a VM all the same, that VM may run twice."))?,
+    };
+    let name = worker.clone();
+    let request = v1::DeclareWorkerDeadRequest { request_id: request_id(), worker, confirm_name, reason };
+    let response = ask!(context, FleetServiceClient<Traced>, declare_worker_dead, request).await?;
+    context.output.message(&response, |response| lists::declared_dead(&name, response))
 }

@@ -43,6 +43,9 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Worker(WorkerCommand::Fence { worker, confirm, reason, check: false }) => {
             fence::off(&mut context, worker, confirm, reason.unwrap_or_default()).await
         }
+        Command::Worker(WorkerCommand::DeclareDead { worker, confirm, reason }) => {
+            fleet::declare_dead(&mut context, worker, confirm, reason).await
+        }
         Command::Cluster(command) => cluster::run(&mut context, command).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Disk(command) => disk::run(&mut context, command).await,

@@ -1,5 +1,7 @@
 //! What `cluster ...` shows.
 
+use std::path::Path;
+
 use pageport_proto::v1::{AddMemberResponse, ClusterMember, GetClusterStatusResponse, TransferLeadershipResponse};
 
 use super::table::Align::{Left, Right};
@@ -10,12 +12,13 @@ use super::units;
 pub fn status(status: &GetClusterStatusResponse) -> String {
     let leaderless = !status.members.is_empty() && !status.members.iter().any(|member| member.leader);
     format!(
-        "{}\nterm {}, committed {}, applied {}; answered by member {}{}\n",
+        "{}\nterm {}, committed {}, applied {}; answered by member {}{}{}\n",
         members(&status.members),
         status.term,
         units::count(status.committed_index),
         units::count(status.applied_index),
         status.answered_by,
+        restored(status),
         if leaderless { "\nno leader: commands wait until one is elected" } else { "" },
     )
 }
@@ -46,6 +49,24 @@ fn members(members: &[ClusterMember]) -> String {
         ]);
     }
     table.render("no members")
+}
+
+/// `cluster backup`
+pub fn backed_up(file: &Path, size_bytes: u64) -> String {
+    format!("{} holds all that the controllers have agreed on ({})\n", file.display(), units::bytes(size_bytes))
+}
+
+/// What a restore has left to be done.
+fn restored(status: &GetClusterStatusResponse) -> String {
+    let GetClusterStatusResponse { generation, vms_unknown, awaited_workers, .. } = status;
+    match (generation, vms_unknown) {
+        (0, _) => String::new(),
+        (_, 0) => format!("\ngeneration {generation}: restored from a backup; every VM is known"),
+        _ => format!(
+            "\ngeneration {generation}: restored from a backup; {vms_unknown} VMs are unknown until these workers have reported: {}",
+            awaited_workers.join(", ")
+        ),
+    }
 }
 
 /// The live line of `cluster add`.
@@ -99,6 +120,7 @@ mod tests {
             committed_index: 1200,
             applied_index: 1199,
             answered_by: 1,
+            ..GetClusterStatusResponse::default()
         };
         assert_eq!(
             status(&cluster),

@@ -33,6 +33,7 @@ macro_rules! wire {
 wire!(
     AddMemberResponse,
     ClosePointResponse,
+    DeclareWorkerDeadResponse,
     DeleteReplicaResponse,
     DeleteVmResponse,
     FenceWorkerResponse,

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use pageport_proto::v1::{
-    DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse, ListSitesResponse, ListVmsResponse,
-    ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
+    DeclareWorkerDeadResponse, DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse,
+    ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -22,6 +22,19 @@ pub fn sites(response: &ListSitesResponse) -> String {
         table.row([site.name.clone(), yes_no(site.reachable).to_owned(), running, site.workers.join(", ")]);
     }
     table.render("no sites: no worker has ever connected")
+}
+
+/// `worker declare-dead`
+pub fn declared_dead(worker: &str, response: &DeclareWorkerDeadResponse) -> String {
+    let rest = match response.awaited_workers[..] {
+        [] => "every VM is known".to_owned(),
+        _ => format!(
+            "{} VMs are unknown until these workers have reported: {}",
+            response.vms_unknown,
+            response.awaited_workers.join(", ")
+        ),
+    };
+    format!("{worker} is not waited for any more; {rest}")
 }
 
 /// `worker list`

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/cluster.proto.
  */
 export const file_pageport_v1_cluster: GenFile = /*@__PURE__*/
-  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJOCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJIgkKB1JhZnRBY2sirwEKDUNsdXN0ZXJNZW1iZXISCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJEg4KBmxlYWRlchgEIAEoCBIPCgdsZWFybmVyGFogASgIEhoKDWxhY2tzX2VudHJpZXMYWyABKARIAIgBARIWCglzaWxlbnRfbXMYXCABKARIAYgBAUIQCg5fbGFja3NfZW50cmllc0IMCgpfc2lsZW50X21zIhkKF0dldENsdXN0ZXJTdGF0dXNSZXF1ZXN0IpoBChhHZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2USKwoHbWVtYmVycxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXISDAoEdGVybRgCIAEoBBIXCg9jb21taXR0ZWRfaW5kZXgYAyABKAQSFQoNYXBwbGllZF9pbmRleBgEIAEoBBITCgthbnN3ZXJlZF9ieRgFIAEoBCInChlUcmFuc2ZlckxlYWRlcnNoaXBSZXF1ZXN0EgoKAnRvGAEgASgEIjoKGlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEg4KBmxlYWRlchgBIAEoBBIMCgR0ZXJtGAIgASgEIj0KEEFkZE1lbWJlclJlcXVlc3QSCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJIvYBChFBZGRNZW1iZXJSZXNwb25zZRIzCgVwaGFzZRgBIAEoDjIkLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlc3BvbnNlLlBoYXNlEhMKC2hhc19lbnRyaWVzGAIgASgEEhIKCm9mX2VudHJpZXMYAyABKAQSDwoHYW5zd2VycxgEIAEoCBIrCgdtZW1iZXJzGAUgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlciJFCgVQaGFzZRIVChFQSEFTRV9VTlNQRUNJRklFRBAAEhUKEVBIQVNFX0NBVENISU5HX1VQEAESDgoKUEhBU0VfRE9ORRACIjAKE1JlbW92ZU1lbWJlclJlcXVlc3QSCgoCaWQYASABKAQSDQoFZm9yY2UYAiABKAgiQwoUUmVtb3ZlTWVtYmVyUmVzcG9uc2USKwoHbWVtYmVycxgBIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIyUQoUUmFmdFRyYW5zcG9ydFNlcnZpY2USOQoEU2VuZBIZLnBhZ2Vwb3J0LnYxLlJhZnRFbnZlbG9wZRoULnBhZ2Vwb3J0LnYxLlJhZnRBY2soATJxCg5DbHVzdGVyU2VydmljZRJfChBHZXRDbHVzdGVyU3RhdHVzEiQucGFnZXBvcnQudjEuR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3QaJS5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2UynQIKEU1lbWJlcnNoaXBTZXJ2aWNlEmUKElRyYW5zZmVyTGVhZGVyc2hpcBImLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlcXVlc3QaJy5wYWdlcG9ydC52MS5UcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRJMCglBZGRNZW1iZXISHS5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuQWRkTWVtYmVyUmVzcG9uc2UwARJTCgxSZW1vdmVNZW1iZXISIC5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXF1ZXN0GiEucGFnZXBvcnQudjEuUmVtb3ZlTWVtYmVyUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayKvAQoNQ2x1c3Rlck1lbWJlchIKCgJpZBgBIAEoBBIMCgRzaXRlGAIgASgJEg8KB2FkZHJlc3MYAyABKAkSDgoGbGVhZGVyGAQgASgIEg8KB2xlYXJuZXIYWiABKAgSGgoNbGFja3NfZW50cmllcxhbIAEoBEgAiAEBEhYKCXNpbGVudF9tcxhcIAEoBEgBiAEBQhAKDl9sYWNrc19lbnRyaWVzQgwKCl9zaWxlbnRfbXMiGQoXR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3Qi3AEKGEdldENsdXN0ZXJTdGF0dXNSZXNwb25zZRIrCgdtZW1iZXJzGAEgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlchIMCgR0ZXJtGAIgASgEEhcKD2NvbW1pdHRlZF9pbmRleBgDIAEoBBIVCg1hcHBsaWVkX2luZGV4GAQgASgEEhMKC2Fuc3dlcmVkX2J5GAUgASgEEhIKCmdlbmVyYXRpb24YXSABKA0SEwoLdm1zX3Vua25vd24YXiABKA0SFwoPYXdhaXRlZF93b3JrZXJzGF8gAygJIicKGVRyYW5zZmVyTGVhZGVyc2hpcFJlcXVlc3QSCgoCdG8YASABKAQiOgoaVHJhbnNmZXJMZWFkZXJzaGlwUmVzcG9uc2USDgoGbGVhZGVyGAEgASgEEgwKBHRlcm0YAiABKAQiPQoQQWRkTWVtYmVyUmVxdWVzdBIKCgJpZBgBIAEoBBIMCgRzaXRlGAIgASgJEg8KB2FkZHJlc3MYAyABKAki9gEKEUFkZE1lbWJlclJlc3BvbnNlEjMKBXBoYXNlGAEgASgOMiQucGFnZXBvcnQudjEuQWRkTWVtYmVyUmVzcG9uc2UuUGhhc2USEwoLaGFzX2VudHJpZXMYAiABKAQSEgoKb2ZfZW50cmllcxgDIAEoBBIPCgdhbnN3ZXJzGAQgASgIEisKB21lbWJlcnMYBSADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIkUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASFQoRUEhBU0VfQ0FUQ0hJTkdfVVAQARIOCgpQSEFTRV9ET05FEAIiMAoTUmVtb3ZlTWVtYmVyUmVxdWVzdBIKCgJpZBgBIAEoBBINCgVmb3JjZRgCIAEoCCJDChRSZW1vdmVNZW1iZXJSZXNwb25zZRIrCgdtZW1iZXJzGAEgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlciIPCg1CYWNrdXBSZXF1ZXN0IkQKDkJhY2t1cFJlc3BvbnNlEg0KBWNodW5rGAEgASgMEhMKC3RvdGFsX2J5dGVzGAIgASgEEg4KBm9mZnNldBgDIAEoBDJRChRSYWZ0VHJhbnNwb3J0U2VydmljZRI5CgRTZW5kEhkucGFnZXBvcnQudjEuUmFmdEVudmVsb3BlGhQucGFnZXBvcnQudjEuUmFmdEFjaygBMnEKDkNsdXN0ZXJTZXJ2aWNlEl8KEEdldENsdXN0ZXJTdGF0dXMSJC5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVxdWVzdBolLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXNwb25zZTLiAgoRTWVtYmVyc2hpcFNlcnZpY2USZQoSVHJhbnNmZXJMZWFkZXJzaGlwEiYucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEkwKCUFkZE1lbWJlchIdLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlcXVlc3QaHi5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZTABElMKDFJlbW92ZU1lbWJlchIgLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlcXVlc3QaIS5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXNwb25zZRJDCgZCYWNrdXASGi5wYWdlcG9ydC52MS5CYWNrdXBSZXF1ZXN0GhsucGFnZXBvcnQudjEuQmFja3VwUmVzcG9uc2UwAWIGcHJvdG8z");
 
 /**
  * @generated from message pageport.v1.RaftEnvelope
@@ -41,6 +41,13 @@ export type RaftEnvelope = Message<"pageport.v1.RaftEnvelope"> & {
    * @generated from field: string to_store = 92;
    */
   toStore: string;
+
+  /**
+   * One more than how often the controllers were restored from a backup; 0: the sender does not know.
+   *
+   * @generated from field: uint32 generation = 93;
+   */
+  generation: number;
 };
 
 /**
@@ -160,6 +167,25 @@ export type GetClusterStatusResponse = Message<"pageport.v1.GetClusterStatusResp
    * @generated from field: uint64 answered_by = 5;
    */
   answeredBy: bigint;
+
+  /**
+   * How often the controllers were restored from a backup.
+   *
+   * @generated from field: uint32 generation = 93;
+   */
+  generation: number;
+
+  /**
+   * After a restore: VMs of which it is not known who owns them, and the workers that must report first.
+   *
+   * @generated from field: uint32 vms_unknown = 94;
+   */
+  vmsUnknown: number;
+
+  /**
+   * @generated from field: repeated string awaited_workers = 95;
+   */
+  awaitedWorkers: string[];
 };
 
 /**
@@ -358,6 +384,52 @@ export const RemoveMemberResponseSchema: GenMessage<RemoveMemberResponse> = /*@_
   messageDesc(file_pageport_v1_cluster, 10);
 
 /**
+ * @generated from message pageport.v1.BackupRequest
+ */
+export type BackupRequest = Message<"pageport.v1.BackupRequest"> & {
+};
+
+/**
+ * Describes the message pageport.v1.BackupRequest.
+ * Use `create(BackupRequestSchema)` to create a new message.
+ */
+export const BackupRequestSchema: GenMessage<BackupRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 11);
+
+/**
+ * @generated from message pageport.v1.BackupResponse
+ */
+export type BackupResponse = Message<"pageport.v1.BackupResponse"> & {
+  /**
+   * A part of the file, in order.
+   *
+   * @generated from field: bytes chunk = 1;
+   */
+  chunk: Uint8Array;
+
+  /**
+   * Of the whole file; the same in every part.
+   *
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Where this part begins.
+   *
+   * @generated from field: uint64 offset = 3;
+   */
+  offset: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.BackupResponse.
+ * Use `create(BackupResponseSchema)` to create a new message.
+ */
+export const BackupResponseSchema: GenMessage<BackupResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 12);
+
+/**
  * Raft's own traffic: opaque to everyone but the consensus core.
  *
  * @generated from service pageport.v1.RaftTransportService
@@ -424,6 +496,16 @@ export const MembershipService: GenService<{
     methodKind: "unary";
     input: typeof RemoveMemberRequestSchema;
     output: typeof RemoveMemberResponseSchema;
+  },
+  /**
+   * Everything that the controllers have agreed on, after a quorum round, as a file that "pageport-controller --restore" reads.
+   *
+   * @generated from rpc pageport.v1.MembershipService.Backup
+   */
+  backup: {
+    methodKind: "server_streaming";
+    input: typeof BackupRequestSchema;
+    output: typeof BackupResponseSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 2);

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIImgKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkSEgoKc2l6ZV9ieXRlcxgoIAEoBBIMCgRwb3J0GCkgASgNEg4KBmNyZWF0ZRgqIAEoCCIuCgpEaXNrU3RhdHVzEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBCImCgdOaWNTcGVjEgsKA21hYxgBIAEoCRIOCgZicmlkZ2UYAiABKAkiPQoKRGlyZWN0Qm9vdBIOCgZrZXJuZWwYASABKAkSDgoGaW5pdHJkGAIgASgJEg8KB2NtZGxpbmUYAyABKAkiwwIKBlZtU3BlYxIMCgRuYW1lGAEgASgJEhQKDG1lbW9yeV9ieXRlcxgCIAEoBBINCgV2Y3B1cxgDIAEoDRIPCgdtYWNoaW5lGAQgASgJEgsKA2NwdRgFIAEoCRIkCgVkaXNrcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkRpc2tTcGVjEiIKBG5pY3MYByADKAsyFC5wYWdlcG9ydC52MS5OaWNTcGVjEjEKC2RpcmVjdF9ib290GAggASgLMhcucGFnZXBvcnQudjEuRGlyZWN0Qm9vdEgAiAEBEjIKDG9uX2lzb2xhdGlvbhgJIAEoDjIcLnBhZ2Vwb3J0LnYxLklzb2xhdGlvblBvbGljeRInCgVzdGFydBgKIAEoDjIYLnBhZ2Vwb3J0LnYxLlN0YXJ0UG9saWN5Qg4KDF9kaXJlY3RfYm9vdCLgAgoCVm0SCgoCaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxISCgpvd25lcl9zaXRlGAMgASgJEhQKDG93bmVyX3dvcmtlchgEIAEoCRITCgtvd25lcl9lcG9jaBgFIAEoBBIjCgVzdGF0ZRgGIAEoDjIULnBhZ2Vwb3J0LnYxLlZtU3RhdGUSFwoPZGVzaXJlZF9ydW5uaW5nGAcgASgIEg8KB3Byb2JsZW0YCCABKAkSJgoIcmVwbGljYXMYCSADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhEhQKDG1pZ3JhdGlvbl9pZBgKIAEoCRINCgVkb3VidBgLIAEoCRIoCgl0YWtlb3ZlcnMYDCADKAsyFS5wYWdlcG9ydC52MS5UYWtlb3ZlchImCgVkaXNrcxgoIAMoCzIXLnBhZ2Vwb3J0LnYxLkRpc2tTdGF0dXMimAIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkSDQoFYWdlbnQYCCABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSLaAQoSRmVuY2VXb3JrZXJSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEjYKBmFjdGlvbhgDIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdC5BY3Rpb24SFAoMY29uZmlybV9uYW1lGAQgASgJEg4KBnJlYXNvbhgFIAEoCSJCCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASDgoKQUNUSU9OX09GRhABEhAKDEFDVElPTl9DSEVDSxACIp0CChNGZW5jZVdvcmtlclJlc3BvbnNlEjUKBXBoYXNlGAEgASgOMiYucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZS5QaGFzZRIOCgZ3b3JrZXIYAiABKAkSDQoFYWdlbnQYAyABKAkSFAoMYWdlbnRfb3V0cHV0GAQgASgJEg8KB3Byb2JsZW0YBSABKAkSIgoDdm1zGAYgAygLMhUucGFnZXBvcnQudjEuRmVuY2VkVm0iZQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIPCgtQSEFTRV9BR0VOVBABEhIKDlBIQVNFX1RBS0VPVkVSEAISDgoKUEhBU0VfRE9ORRADEhAKDFBIQVNFX0ZBSUxFRBAEInAKCEZlbmNlZFZtEg0KBXZtX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDwoHcHJvYmxlbRgFIAEoCRISCgp0YWtlbl9vdmVyGAYgASgIIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiVQoRUmVzaXplRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQiMQoSUmVzaXplRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iYAoOQWRkRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQSDAoEcGF0aBgFIAEoCSIuCg9BZGREaXNrUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSITChFXYXRjaEZsZWV0UmVxdWVzdCJ6ChJXYXRjaEZsZWV0UmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlEiQKB3dvcmtlcnMYAiADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXISHAoDdm1zGAMgAygLMg8ucGFnZXBvcnQudjEuVm0qdwoPSXNvbGF0aW9uUG9saWN5EiAKHElTT0xBVElPTl9QT0xJQ1lfVU5TUEVDSUZJRUQQABIhCh1JU09MQVRJT05fUE9MSUNZX0tFRVBfUlVOTklORxABEh8KG0lTT0xBVElPTl9QT0xJQ1lfU0VMRl9GRU5DRRACKmEKC1N0YXJ0UG9saWN5EhwKGFNUQVJUX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF1NUQVJUX1BPTElDWV9BU19PUkRFUkVEEAESFwoTU1RBUlRfUE9MSUNZX01BTlVBTBACKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDLTBwoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJKCglSZXNvbHZlVm0SHS5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVzcG9uc2USUgoLRmVuY2VXb3JrZXISHy5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QaIC5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlc3BvbnNlMAESRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABEk0KClJlc2l6ZURpc2sSHi5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXNwb25zZRJECgdBZGREaXNrEhsucGFnZXBvcnQudjEuQWRkRGlza1JlcXVlc3QaHC5wYWdlcG9ydC52MS5BZGREaXNrUmVzcG9uc2ViBnByb3RvMw", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIucBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIImgKCERpc2tTcGVjEgwKBG5hbWUYASABKAkSDAoEcGF0aBgCIAEoCRIOCgZmb3JtYXQYAyABKAkSEgoKc2l6ZV9ieXRlcxgoIAEoBBIMCgRwb3J0GCkgASgNEg4KBmNyZWF0ZRgqIAEoCCIuCgpEaXNrU3RhdHVzEgwKBG5hbWUYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoBCImCgdOaWNTcGVjEgsKA21hYxgBIAEoCRIOCgZicmlkZ2UYAiABKAkiPQoKRGlyZWN0Qm9vdBIOCgZrZXJuZWwYASABKAkSDgoGaW5pdHJkGAIgASgJEg8KB2NtZGxpbmUYAyABKAkiwwIKBlZtU3BlYxIMCgRuYW1lGAEgASgJEhQKDG1lbW9yeV9ieXRlcxgCIAEoBBINCgV2Y3B1cxgDIAEoDRIPCgdtYWNoaW5lGAQgASgJEgsKA2NwdRgFIAEoCRIkCgVkaXNrcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkRpc2tTcGVjEiIKBG5pY3MYByADKAsyFC5wYWdlcG9ydC52MS5OaWNTcGVjEjEKC2RpcmVjdF9ib290GAggASgLMhcucGFnZXBvcnQudjEuRGlyZWN0Qm9vdEgAiAEBEjIKDG9uX2lzb2xhdGlvbhgJIAEoDjIcLnBhZ2Vwb3J0LnYxLklzb2xhdGlvblBvbGljeRInCgVzdGFydBgKIAEoDjIYLnBhZ2Vwb3J0LnYxLlN0YXJ0UG9saWN5Qg4KDF9kaXJlY3RfYm9vdCLgAgoCVm0SCgoCaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxISCgpvd25lcl9zaXRlGAMgASgJEhQKDG93bmVyX3dvcmtlchgEIAEoCRITCgtvd25lcl9lcG9jaBgFIAEoBBIjCgVzdGF0ZRgGIAEoDjIULnBhZ2Vwb3J0LnYxLlZtU3RhdGUSFwoPZGVzaXJlZF9ydW5uaW5nGAcgASgIEg8KB3Byb2JsZW0YCCABKAkSJgoIcmVwbGljYXMYCSADKAsyFC5wYWdlcG9ydC52MS5SZXBsaWNhEhQKDG1pZ3JhdGlvbl9pZBgKIAEoCRINCgVkb3VidBgLIAEoCRIoCgl0YWtlb3ZlcnMYDCADKAsyFS5wYWdlcG9ydC52MS5UYWtlb3ZlchImCgVkaXNrcxgoIAMoCzIXLnBhZ2Vwb3J0LnYxLkRpc2tTdGF0dXMimAIKCFRha2VvdmVyEhIKCmF0X3VuaXhfbXMYASABKAMSLAoGZ3JvdW5kGAIgASgOMhwucGFnZXBvcnQudjEuVGFrZW92ZXIuR3JvdW5kEhMKC2Zyb21fd29ya2VyGAMgASgJEhEKCXRvX3dvcmtlchgEIAEoCRINCgVlcG9jaBgFIAEoBBIOCgZyZWFzb24YBiABKAkSEAoIb3BlcmF0b3IYByABKAkSDQoFYWdlbnQYCCABKAkiYgoGR3JvdW5kEhYKEkdST1VORF9VTlNQRUNJRklFRBAAEhgKFEdST1VORF9MRUFTRV9FWFBJUkVEEAESEQoNR1JPVU5EX0ZFTkNFRBACEhMKD0dST1VORF9PVkVSUklERRADIhIKEExpc3RTaXRlc1JlcXVlc3QiNQoRTGlzdFNpdGVzUmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlIhQKEkxpc3RXb3JrZXJzUmVxdWVzdCI7ChNMaXN0V29ya2Vyc1Jlc3BvbnNlEiQKB3dvcmtlcnMYASADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXIiVgoPRGVmaW5lVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSIQoEc3BlYxgCIAEoCzITLnBhZ2Vwb3J0LnYxLlZtU3BlYxIMCgRzaXRlGAMgASgJIi8KEERlZmluZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIaCgxHZXRWbVJlcXVlc3QSCgoCdm0YASABKAkiLAoNR2V0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIhAKDkxpc3RWbXNSZXF1ZXN0Ii8KD0xpc3RWbXNSZXNwb25zZRIcCgN2bXMYASADKAsyDy5wYWdlcG9ydC52MS5WbSIwCg5TdGFydFZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIi4KD1N0YXJ0Vm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtIj4KDVN0b3BWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRINCgVmb3JjZRgDIAEoCCItCg5TdG9wVm1SZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtInIKEFJlc29sdmVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIYChBmb3JjZV9vd25lcl9zaXRlGAMgASgJEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiMAoRUmVzb2x2ZVZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJkChhEZWNsYXJlV29ya2VyRGVhZFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIOCgZ3b3JrZXIYAiABKAkSFAoMY29uZmlybV9uYW1lGAMgASgJEg4KBnJlYXNvbhgEIAEoCSJJChlEZWNsYXJlV29ya2VyRGVhZFJlc3BvbnNlEhMKC3Ztc191bmtub3duGAEgASgNEhcKD2F3YWl0ZWRfd29ya2VycxgCIAMoCSLaAQoSRmVuY2VXb3JrZXJSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEjYKBmFjdGlvbhgDIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVxdWVzdC5BY3Rpb24SFAoMY29uZmlybV9uYW1lGAQgASgJEg4KBnJlYXNvbhgFIAEoCSJCCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASDgoKQUNUSU9OX09GRhABEhAKDEFDVElPTl9DSEVDSxACIp0CChNGZW5jZVdvcmtlclJlc3BvbnNlEjUKBXBoYXNlGAEgASgOMiYucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZS5QaGFzZRIOCgZ3b3JrZXIYAiABKAkSDQoFYWdlbnQYAyABKAkSFAoMYWdlbnRfb3V0cHV0GAQgASgJEg8KB3Byb2JsZW0YBSABKAkSIgoDdm1zGAYgAygLMhUucGFnZXBvcnQudjEuRmVuY2VkVm0iZQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIPCgtQSEFTRV9BR0VOVBABEhIKDlBIQVNFX1RBS0VPVkVSEAISDgoKUEhBU0VfRE9ORRADEhAKDFBIQVNFX0ZBSUxFRBAEInAKCEZlbmNlZFZtEg0KBXZtX2lkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDwoHcHJvYmxlbRgFIAEoCRISCgp0YWtlbl9vdmVyGAYgASgIIjEKD0RlbGV0ZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAnZtGAIgASgJIhIKEERlbGV0ZVZtUmVzcG9uc2UiVQoRUmVzaXplRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQiMQoSUmVzaXplRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iYAoOQWRkRGlza1JlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIMCgRkaXNrGAMgASgJEhIKCnNpemVfYnl0ZXMYBCABKAQSDAoEcGF0aBgFIAEoCSIuCg9BZGREaXNrUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSITChFXYXRjaEZsZWV0UmVxdWVzdCJ6ChJXYXRjaEZsZWV0UmVzcG9uc2USIAoFc2l0ZXMYASADKAsyES5wYWdlcG9ydC52MS5TaXRlEiQKB3dvcmtlcnMYAiADKAsyEy5wYWdlcG9ydC52MS5Xb3JrZXISHAoDdm1zGAMgAygLMg8ucGFnZXBvcnQudjEuVm0qdwoPSXNvbGF0aW9uUG9saWN5EiAKHElTT0xBVElPTl9QT0xJQ1lfVU5TUEVDSUZJRUQQABIhCh1JU09MQVRJT05fUE9MSUNZX0tFRVBfUlVOTklORxABEh8KG0lTT0xBVElPTl9QT0xJQ1lfU0VMRl9GRU5DRRACKmEKC1N0YXJ0UG9saWN5EhwKGFNUQVJUX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF1NUQVJUX1BPTElDWV9BU19PUkRFUkVEEAESFwoTU1RBUlRfUE9MSUNZX01BTlVBTBACKtYBCgdWbVN0YXRlEhgKFFZNX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQVk1fU1RBVEVfVU5LTk9XThABEhQKEFZNX1NUQVRFX1NUT1BQRUQQAhIVChFWTV9TVEFURV9TVEFSVElORxADEhQKEFZNX1NUQVRFX1JVTk5JTkcQBBITCg9WTV9TVEFURV9QQVVTRUQQBRIWChJWTV9TVEFURV9NSUdSQVRJTkcQBhIUChBWTV9TVEFURV9DUkFTSEVEEAcSFQoRVk1fU1RBVEVfSU5fRE9VQlQQCDK3CAoMRmxlZXRTZXJ2aWNlEkoKCUxpc3RTaXRlcxIdLnBhZ2Vwb3J0LnYxLkxpc3RTaXRlc1JlcXVlc3QaHi5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXNwb25zZRJQCgtMaXN0V29ya2VycxIfLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVxdWVzdBogLnBhZ2Vwb3J0LnYxLkxpc3RXb3JrZXJzUmVzcG9uc2USRwoIRGVmaW5lVm0SHC5wYWdlcG9ydC52MS5EZWZpbmVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWZpbmVWbVJlc3BvbnNlEj4KBUdldFZtEhkucGFnZXBvcnQudjEuR2V0Vm1SZXF1ZXN0GhoucGFnZXBvcnQudjEuR2V0Vm1SZXNwb25zZRJECgdMaXN0Vm1zEhsucGFnZXBvcnQudjEuTGlzdFZtc1JlcXVlc3QaHC5wYWdlcG9ydC52MS5MaXN0Vm1zUmVzcG9uc2USRAoHU3RhcnRWbRIbLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXF1ZXN0GhwucGFnZXBvcnQudjEuU3RhcnRWbVJlc3BvbnNlEkEKBlN0b3BWbRIaLnBhZ2Vwb3J0LnYxLlN0b3BWbVJlcXVlc3QaGy5wYWdlcG9ydC52MS5TdG9wVm1SZXNwb25zZRJKCglSZXNvbHZlVm0SHS5wYWdlcG9ydC52MS5SZXNvbHZlVm1SZXF1ZXN0Gh4ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVzcG9uc2USUgoLRmVuY2VXb3JrZXISHy5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QaIC5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlc3BvbnNlMAESYgoRRGVjbGFyZVdvcmtlckRlYWQSJS5wYWdlcG9ydC52MS5EZWNsYXJlV29ya2VyRGVhZFJlcXVlc3QaJi5wYWdlcG9ydC52MS5EZWNsYXJlV29ya2VyRGVhZFJlc3BvbnNlEkcKCERlbGV0ZVZtEhwucGFnZXBvcnQudjEuRGVsZXRlVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVsZXRlVm1SZXNwb25zZRJPCgpXYXRjaEZsZWV0Eh4ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlcXVlc3QaHy5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVzcG9uc2UwARJNCgpSZXNpemVEaXNrEh4ucGFnZXBvcnQudjEuUmVzaXplRGlza1JlcXVlc3QaHy5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVzcG9uc2USRAoHQWRkRGlzaxIbLnBhZ2Vwb3J0LnYxLkFkZERpc2tSZXF1ZXN0GhwucGFnZXBvcnQudjEuQWRkRGlza1Jlc3BvbnNlYgZwcm90bzM", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -831,6 +831,68 @@ export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE_
   messageDesc(file_pageport_v1_fleet, 24);
 
 /**
+ * @generated from message pageport.v1.DeclareWorkerDeadRequest
+ */
+export type DeclareWorkerDeadRequest = Message<"pageport.v1.DeclareWorkerDeadRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * @generated from field: string worker = 2;
+   */
+  worker: string;
+
+  /**
+   * The worker's name once more, since a slip of the hand must not hit another one.
+   *
+   * @generated from field: string confirm_name = 3;
+   */
+  confirmName: string;
+
+  /**
+   * For the record, in the operator's words.
+   *
+   * @generated from field: string reason = 4;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message pageport.v1.DeclareWorkerDeadRequest.
+ * Use `create(DeclareWorkerDeadRequestSchema)` to create a new message.
+ */
+export const DeclareWorkerDeadRequestSchema: GenMessage<DeclareWorkerDeadRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 25);
+
+/**
+ * @generated from message pageport.v1.DeclareWorkerDeadResponse
+ */
+export type DeclareWorkerDeadResponse = Message<"pageport.v1.DeclareWorkerDeadResponse"> & {
+  /**
+   * VMs of which it is still not known who owns them.
+   *
+   * @generated from field: uint32 vms_unknown = 1;
+   */
+  vmsUnknown: number;
+
+  /**
+   * Workers that must report first.
+   *
+   * @generated from field: repeated string awaited_workers = 2;
+   */
+  awaitedWorkers: string[];
+};
+
+/**
+ * Describes the message pageport.v1.DeclareWorkerDeadResponse.
+ * Use `create(DeclareWorkerDeadResponseSchema)` to create a new message.
+ */
+export const DeclareWorkerDeadResponseSchema: GenMessage<DeclareWorkerDeadResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 26);
+
+/**
  * @generated from message pageport.v1.FenceWorkerRequest
  */
 export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
@@ -869,7 +931,7 @@ export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
  * Use `create(FenceWorkerRequestSchema)` to create a new message.
  */
 export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerRequest.Action
@@ -899,7 +961,7 @@ export enum FenceWorkerRequest_Action {
  * Describes the enum pageport.v1.FenceWorkerRequest.Action.
  */
 export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 25, 0);
+  enumDesc(file_pageport_v1_fleet, 27, 0);
 
 /**
  * How far a fence is: all of it, every time.
@@ -951,7 +1013,7 @@ export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
  * Use `create(FenceWorkerResponseSchema)` to create a new message.
  */
 export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerResponse.Phase
@@ -993,7 +1055,7 @@ export enum FenceWorkerResponse_Phase {
  * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
  */
 export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 26, 0);
+  enumDesc(file_pageport_v1_fleet, 28, 0);
 
 /**
  * @generated from message pageport.v1.FencedVm
@@ -1041,7 +1103,7 @@ export type FencedVm = Message<"pageport.v1.FencedVm"> & {
  * Use `create(FencedVmSchema)` to create a new message.
  */
 export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 29);
 
 /**
  * @generated from message pageport.v1.DeleteVmRequest
@@ -1063,7 +1125,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 28);
+  messageDesc(file_pageport_v1_fleet, 30);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -1076,7 +1138,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 29);
+  messageDesc(file_pageport_v1_fleet, 31);
 
 /**
  * @generated from message pageport.v1.ResizeDiskRequest
@@ -1110,7 +1172,7 @@ export type ResizeDiskRequest = Message<"pageport.v1.ResizeDiskRequest"> & {
  * Use `create(ResizeDiskRequestSchema)` to create a new message.
  */
 export const ResizeDiskRequestSchema: GenMessage<ResizeDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 30);
+  messageDesc(file_pageport_v1_fleet, 32);
 
 /**
  * @generated from message pageport.v1.ResizeDiskResponse
@@ -1127,7 +1189,7 @@ export type ResizeDiskResponse = Message<"pageport.v1.ResizeDiskResponse"> & {
  * Use `create(ResizeDiskResponseSchema)` to create a new message.
  */
 export const ResizeDiskResponseSchema: GenMessage<ResizeDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 31);
+  messageDesc(file_pageport_v1_fleet, 33);
 
 /**
  * @generated from message pageport.v1.AddDiskRequest
@@ -1170,7 +1232,7 @@ export type AddDiskRequest = Message<"pageport.v1.AddDiskRequest"> & {
  * Use `create(AddDiskRequestSchema)` to create a new message.
  */
 export const AddDiskRequestSchema: GenMessage<AddDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 32);
+  messageDesc(file_pageport_v1_fleet, 34);
 
 /**
  * @generated from message pageport.v1.AddDiskResponse
@@ -1187,7 +1249,7 @@ export type AddDiskResponse = Message<"pageport.v1.AddDiskResponse"> & {
  * Use `create(AddDiskResponseSchema)` to create a new message.
  */
 export const AddDiskResponseSchema: GenMessage<AddDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 33);
+  messageDesc(file_pageport_v1_fleet, 35);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -1200,7 +1262,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 34);
+  messageDesc(file_pageport_v1_fleet, 36);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -1227,7 +1289,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 35);
+  messageDesc(file_pageport_v1_fleet, 37);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
@@ -1439,6 +1501,17 @@ export const FleetService: GenService<{
     methodKind: "server_streaming";
     input: typeof FenceWorkerRequestSchema;
     output: typeof FenceWorkerResponseSchema;
+  },
+  /**
+   * After the controllers were restored from a backup: this worker is not coming back with any VM. What it owned is given to others
+   * by what they know; should it run on all the same, a VM may run twice.
+   *
+   * @generated from rpc pageport.v1.FleetService.DeclareWorkerDead
+   */
+  declareWorkerDead: {
+    methodKind: "unary";
+    input: typeof DeclareWorkerDeadRequestSchema;
+    output: typeof DeclareWorkerDeadResponseSchema;
   },
   /**
    * Refused while the VM runs or migrates. The disk image stays where it is; its replicas are removed.
