@@ -147,7 +147,8 @@ pub async fn run(
     let forwarder = Forwarder::new(consensus.clone(), Directory::new(dialer, consensus.clone()));
     let tools = Tools { consensus: consensus.clone(), hub: hub.clone(), leases: leases.clone() };
     let desk = fence::desk::start(config.fence.clone(), tools, stop.child_token());
-    let (public, internal) = routes(&consensus, &hub, &leases, desk, forwarder);
+    let transport = RaftTransport::new(consensus.clone(), config.data_dir.clone());
+    let (public, internal) = routes(&consensus, &hub, &leases, transport, desk, forwarder);
     let driver = tokio::spawn(drive(consensus, hub, leases, stop.child_token()));
 
     let ports = stop.child_token();
@@ -178,6 +179,7 @@ fn routes(
     consensus: &Consensus,
     hub: &Hub,
     leases: &Arc<Leases>,
+    transport: RaftTransport,
     desk: Desk,
     forwarder: Forwarder,
 ) -> (Router, Router) {
@@ -191,7 +193,7 @@ fn routes(
     let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));
     let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone()));
     let cluster = Routes::new(cluster).prepare().into_axum_router().reset_fallback();
-    let raft = RaftTransportServiceServer::new(RaftTransport::new(consensus.clone()));
+    let raft = RaftTransportServiceServer::new(transport);
     let link = WorkerLink::new(consensus.clone(), hub.clone(), leases.clone());
     let internal = Routes::new(raft.max_decoding_message_size(MAX_ENVELOPE_BYTES))
         .add_service(WorkerLinkServiceServer::new(link))

@@ -17,6 +17,7 @@
 //! | [`pending`] | who waits for which entry or read |
 //! | [`way_out`] | what to do about a controller that cannot go on, for people |
 //! | [`peers`] | raft messages over tonic as opaque bytes |
+//! | [`shipping`] | snapshots in parts |
 //! | [`log`] | raft's own log lines into tracing |
 //!
 //! Guarantees: a command that was answered is on stable storage at a majority and applied once, in the same order
@@ -30,6 +31,7 @@ pub mod membership;
 pub mod node;
 pub mod peers;
 pub mod pending;
+pub mod shipping;
 pub mod snapshot;
 pub mod standing;
 pub mod storage;

@@ -111,18 +111,21 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
 }
 
-/// Removes what a crash left of a file that was being written.
+/// Removes what a crash left of files that were being written.
 ///
 /// # Errors
 /// [`SnapshotError::File`].
 pub fn clean_up(folder: &Path) -> Result<(), SnapshotError> {
-    let path = folder.join(FILE_BESIDE);
-    match fs::remove_file(&path) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(SnapshotError::File { operation: "clean up", path, source })
+    for file in [FILE_BESIDE, super::shipping::FILE] {
+        let path = folder.join(file);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(SnapshotError::File { operation: "clean up", path, source });
+            }
+            Ok(()) | Err(_) => {}
         }
-        Ok(()) | Err(_) => Ok(()),
     }
+    Ok(())
 }
 
 /// Where the snapshot of `folder` lies.

@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/cluster.proto.
  */
 export const file_pageport_v1_cluster: GenFile = /*@__PURE__*/
-  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayKvAQoNQ2x1c3Rlck1lbWJlchIKCgJpZBgBIAEoBBIMCgRzaXRlGAIgASgJEg8KB2FkZHJlc3MYAyABKAkSDgoGbGVhZGVyGAQgASgIEg8KB2xlYXJuZXIYWiABKAgSGgoNbGFja3NfZW50cmllcxhbIAEoBEgAiAEBEhYKCXNpbGVudF9tcxhcIAEoBEgBiAEBQhAKDl9sYWNrc19lbnRyaWVzQgwKCl9zaWxlbnRfbXMiGQoXR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3Qi3AEKGEdldENsdXN0ZXJTdGF0dXNSZXNwb25zZRIrCgdtZW1iZXJzGAEgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlchIMCgR0ZXJtGAIgASgEEhcKD2NvbW1pdHRlZF9pbmRleBgDIAEoBBIVCg1hcHBsaWVkX2luZGV4GAQgASgEEhMKC2Fuc3dlcmVkX2J5GAUgASgEEhIKCmdlbmVyYXRpb24YXSABKA0SEwoLdm1zX3Vua25vd24YXiABKA0SFwoPYXdhaXRlZF93b3JrZXJzGF8gAygJIicKGVRyYW5zZmVyTGVhZGVyc2hpcFJlcXVlc3QSCgoCdG8YASABKAQiOgoaVHJhbnNmZXJMZWFkZXJzaGlwUmVzcG9uc2USDgoGbGVhZGVyGAEgASgEEgwKBHRlcm0YAiABKAQiPQoQQWRkTWVtYmVyUmVxdWVzdBIKCgJpZBgBIAEoBBIMCgRzaXRlGAIgASgJEg8KB2FkZHJlc3MYAyABKAki9gEKEUFkZE1lbWJlclJlc3BvbnNlEjMKBXBoYXNlGAEgASgOMiQucGFnZXBvcnQudjEuQWRkTWVtYmVyUmVzcG9uc2UuUGhhc2USEwoLaGFzX2VudHJpZXMYAiABKAQSEgoKb2ZfZW50cmllcxgDIAEoBBIPCgdhbnN3ZXJzGAQgASgIEisKB21lbWJlcnMYBSADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIkUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASFQoRUEhBU0VfQ0FUQ0hJTkdfVVAQARIOCgpQSEFTRV9ET05FEAIiMAoTUmVtb3ZlTWVtYmVyUmVxdWVzdBIKCgJpZBgBIAEoBBINCgVmb3JjZRgCIAEoCCJDChRSZW1vdmVNZW1iZXJSZXNwb25zZRIrCgdtZW1iZXJzGAEgAygLMhoucGFnZXBvcnQudjEuQ2x1c3Rlck1lbWJlciIPCg1CYWNrdXBSZXF1ZXN0IkQKDkJhY2t1cFJlc3BvbnNlEg0KBWNodW5rGAEgASgMEhMKC3RvdGFsX2J5dGVzGAIgASgEEg4KBm9mZnNldBgDIAEoBDJRChRSYWZ0VHJhbnNwb3J0U2VydmljZRI5CgRTZW5kEhkucGFnZXBvcnQudjEuUmFmdEVudmVsb3BlGhQucGFnZXBvcnQudjEuUmFmdEFjaygBMnEKDkNsdXN0ZXJTZXJ2aWNlEl8KEEdldENsdXN0ZXJTdGF0dXMSJC5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVxdWVzdBolLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXNwb25zZTLiAgoRTWVtYmVyc2hpcFNlcnZpY2USZQoSVHJhbnNmZXJMZWFkZXJzaGlwEiYucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEkwKCUFkZE1lbWJlchIdLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlcXVlc3QaHi5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZTABElMKDFJlbW92ZU1lbWJlchIgLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlcXVlc3QaIS5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXNwb25zZRJDCgZCYWNrdXASGi5wYWdlcG9ydC52MS5CYWNrdXBSZXF1ZXN0GhsucGFnZXBvcnQudjEuQmFja3VwUmVzcG9uc2UwAWIGcHJvdG8z");
+  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayJ+CgxTbmFwc2hvdFBhcnQSKwoIZW52ZWxvcGUYASABKAsyGS5wYWdlcG9ydC52MS5SYWZ0RW52ZWxvcGUSEwoLdG90YWxfYnl0ZXMYAiABKAQSDQoFY3JjMzIYAyABKA0SDgoGb2Zmc2V0GAQgASgEEg0KBWNodW5rGAUgASgMIjQKEFNuYXBzaG90UHJvZ3Jlc3MSEgoKaGF2ZV9ieXRlcxgBIAEoBBIMCgRkb25lGAIgASgIIq8BCg1DbHVzdGVyTWVtYmVyEgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCRIOCgZsZWFkZXIYBCABKAgSDwoHbGVhcm5lchhaIAEoCBIaCg1sYWNrc19lbnRyaWVzGFsgASgESACIAQESFgoJc2lsZW50X21zGFwgASgESAGIAQFCEAoOX2xhY2tzX2VudHJpZXNCDAoKX3NpbGVudF9tcyIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCLcAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQSEgoKZ2VuZXJhdGlvbhhdIAEoDRITCgt2bXNfdW5rbm93bhheIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYXyADKAkiJwoZVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBIKCgJ0bxgBIAEoBCI6ChpUcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRIOCgZsZWFkZXIYASABKAQSDAoEdGVybRgCIAEoBCI9ChBBZGRNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCSL2AQoRQWRkTWVtYmVyUmVzcG9uc2USMwoFcGhhc2UYASABKA4yJC5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZS5QaGFzZRITCgtoYXNfZW50cmllcxgCIAEoBBISCgpvZl9lbnRyaWVzGAMgASgEEg8KB2Fuc3dlcnMYBCABKAgSKwoHbWVtYmVycxgFIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIiRQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIVChFQSEFTRV9DQVRDSElOR19VUBABEg4KClBIQVNFX0RPTkUQAiIwChNSZW1vdmVNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEg0KBWZvcmNlGAIgASgIIkMKFFJlbW92ZU1lbWJlclJlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIg8KDUJhY2t1cFJlcXVlc3QiRAoOQmFja3VwUmVzcG9uc2USDQoFY2h1bmsYASABKAwSEwoLdG90YWxfYnl0ZXMYAiABKAQSDgoGb2Zmc2V0GAMgASgEMp8BChRSYWZ0VHJhbnNwb3J0U2VydmljZRI5CgRTZW5kEhkucGFnZXBvcnQudjEuUmFmdEVudmVsb3BlGhQucGFnZXBvcnQudjEuUmFmdEFjaygBEkwKDFNlbmRTbmFwc2hvdBIZLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UGFydBodLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UHJvZ3Jlc3MoATABMnEKDkNsdXN0ZXJTZXJ2aWNlEl8KEEdldENsdXN0ZXJTdGF0dXMSJC5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVxdWVzdBolLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXNwb25zZTLiAgoRTWVtYmVyc2hpcFNlcnZpY2USZQoSVHJhbnNmZXJMZWFkZXJzaGlwEiYucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEkwKCUFkZE1lbWJlchIdLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlcXVlc3QaHi5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZTABElMKDFJlbW92ZU1lbWJlchIgLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlcXVlc3QaIS5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXNwb25zZRJDCgZCYWNrdXASGi5wYWdlcG9ydC52MS5CYWNrdXBSZXF1ZXN0GhsucGFnZXBvcnQudjEuQmFja3VwUmVzcG9uc2UwAWIGcHJvdG8z");
 
 /**
  * @generated from message pageport.v1.RaftEnvelope
@@ -71,6 +71,71 @@ export const RaftAckSchema: GenMessage<RaftAck> = /*@__PURE__*/
   messageDesc(file_pageport_v1_cluster, 1);
 
 /**
+ * @generated from message pageport.v1.SnapshotPart
+ */
+export type SnapshotPart = Message<"pageport.v1.SnapshotPart"> & {
+  /**
+   * Of the first part, which has no bytes: the message that the snapshot belongs to, and what all of it is.
+   *
+   * @generated from field: pageport.v1.RaftEnvelope envelope = 1;
+   */
+  envelope?: RaftEnvelope | undefined;
+
+  /**
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Of all of it in the first part, then of the part.
+   *
+   * @generated from field: uint32 crc32 = 3;
+   */
+  crc32: number;
+
+  /**
+   * Of each other part.
+   *
+   * @generated from field: uint64 offset = 4;
+   */
+  offset: bigint;
+
+  /**
+   * @generated from field: bytes chunk = 5;
+   */
+  chunk: Uint8Array;
+};
+
+/**
+ * Describes the message pageport.v1.SnapshotPart.
+ * Use `create(SnapshotPartSchema)` to create a new message.
+ */
+export const SnapshotPartSchema: GenMessage<SnapshotPart> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 2);
+
+/**
+ * @generated from message pageport.v1.SnapshotProgress
+ */
+export type SnapshotProgress = Message<"pageport.v1.SnapshotProgress"> & {
+  /**
+   * @generated from field: uint64 have_bytes = 1;
+   */
+  haveBytes: bigint;
+
+  /**
+   * @generated from field: bool done = 2;
+   */
+  done: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.SnapshotProgress.
+ * Use `create(SnapshotProgressSchema)` to create a new message.
+ */
+export const SnapshotProgressSchema: GenMessage<SnapshotProgress> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 3);
+
+/**
  * @generated from message pageport.v1.ClusterMember
  */
 export type ClusterMember = Message<"pageport.v1.ClusterMember"> & {
@@ -122,7 +187,7 @@ export type ClusterMember = Message<"pageport.v1.ClusterMember"> & {
  * Use `create(ClusterMemberSchema)` to create a new message.
  */
 export const ClusterMemberSchema: GenMessage<ClusterMember> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 2);
+  messageDesc(file_pageport_v1_cluster, 4);
 
 /**
  * @generated from message pageport.v1.GetClusterStatusRequest
@@ -135,7 +200,7 @@ export type GetClusterStatusRequest = Message<"pageport.v1.GetClusterStatusReque
  * Use `create(GetClusterStatusRequestSchema)` to create a new message.
  */
 export const GetClusterStatusRequestSchema: GenMessage<GetClusterStatusRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 3);
+  messageDesc(file_pageport_v1_cluster, 5);
 
 /**
  * @generated from message pageport.v1.GetClusterStatusResponse
@@ -193,7 +258,7 @@ export type GetClusterStatusResponse = Message<"pageport.v1.GetClusterStatusResp
  * Use `create(GetClusterStatusResponseSchema)` to create a new message.
  */
 export const GetClusterStatusResponseSchema: GenMessage<GetClusterStatusResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 4);
+  messageDesc(file_pageport_v1_cluster, 6);
 
 /**
  * @generated from message pageport.v1.TransferLeadershipRequest
@@ -212,7 +277,7 @@ export type TransferLeadershipRequest = Message<"pageport.v1.TransferLeadershipR
  * Use `create(TransferLeadershipRequestSchema)` to create a new message.
  */
 export const TransferLeadershipRequestSchema: GenMessage<TransferLeadershipRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 5);
+  messageDesc(file_pageport_v1_cluster, 7);
 
 /**
  * @generated from message pageport.v1.TransferLeadershipResponse
@@ -236,7 +301,7 @@ export type TransferLeadershipResponse = Message<"pageport.v1.TransferLeadership
  * Use `create(TransferLeadershipResponseSchema)` to create a new message.
  */
 export const TransferLeadershipResponseSchema: GenMessage<TransferLeadershipResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 6);
+  messageDesc(file_pageport_v1_cluster, 8);
 
 /**
  * @generated from message pageport.v1.AddMemberRequest
@@ -267,7 +332,7 @@ export type AddMemberRequest = Message<"pageport.v1.AddMemberRequest"> & {
  * Use `create(AddMemberRequestSchema)` to create a new message.
  */
 export const AddMemberRequestSchema: GenMessage<AddMemberRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 7);
+  messageDesc(file_pageport_v1_cluster, 9);
 
 /**
  * @generated from message pageport.v1.AddMemberResponse
@@ -310,7 +375,7 @@ export type AddMemberResponse = Message<"pageport.v1.AddMemberResponse"> & {
  * Use `create(AddMemberResponseSchema)` to create a new message.
  */
 export const AddMemberResponseSchema: GenMessage<AddMemberResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 8);
+  messageDesc(file_pageport_v1_cluster, 10);
 
 /**
  * @generated from enum pageport.v1.AddMemberResponse.Phase
@@ -340,7 +405,7 @@ export enum AddMemberResponse_Phase {
  * Describes the enum pageport.v1.AddMemberResponse.Phase.
  */
 export const AddMemberResponse_PhaseSchema: GenEnum<AddMemberResponse_Phase> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_cluster, 8, 0);
+  enumDesc(file_pageport_v1_cluster, 10, 0);
 
 /**
  * @generated from message pageport.v1.RemoveMemberRequest
@@ -364,7 +429,7 @@ export type RemoveMemberRequest = Message<"pageport.v1.RemoveMemberRequest"> & {
  * Use `create(RemoveMemberRequestSchema)` to create a new message.
  */
 export const RemoveMemberRequestSchema: GenMessage<RemoveMemberRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 9);
+  messageDesc(file_pageport_v1_cluster, 11);
 
 /**
  * @generated from message pageport.v1.RemoveMemberResponse
@@ -381,7 +446,7 @@ export type RemoveMemberResponse = Message<"pageport.v1.RemoveMemberResponse"> &
  * Use `create(RemoveMemberResponseSchema)` to create a new message.
  */
 export const RemoveMemberResponseSchema: GenMessage<RemoveMemberResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 10);
+  messageDesc(file_pageport_v1_cluster, 12);
 
 /**
  * @generated from message pageport.v1.BackupRequest
@@ -394,7 +459,7 @@ export type BackupRequest = Message<"pageport.v1.BackupRequest"> & {
  * Use `create(BackupRequestSchema)` to create a new message.
  */
 export const BackupRequestSchema: GenMessage<BackupRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 11);
+  messageDesc(file_pageport_v1_cluster, 13);
 
 /**
  * @generated from message pageport.v1.BackupResponse
@@ -427,7 +492,7 @@ export type BackupResponse = Message<"pageport.v1.BackupResponse"> & {
  * Use `create(BackupResponseSchema)` to create a new message.
  */
 export const BackupResponseSchema: GenMessage<BackupResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 12);
+  messageDesc(file_pageport_v1_cluster, 14);
 
 /**
  * Raft's own traffic: opaque to everyone but the consensus core.
@@ -442,6 +507,16 @@ export const RaftTransportService: GenService<{
     methodKind: "client_streaming";
     input: typeof RaftEnvelopeSchema;
     output: typeof RaftAckSchema;
+  },
+  /**
+   * A snapshot in parts. The receiver first says how much of it it has, and when it has all.
+   *
+   * @generated from rpc pageport.v1.RaftTransportService.SendSnapshot
+   */
+  sendSnapshot: {
+    methodKind: "bidi_streaming";
+    input: typeof SnapshotPartSchema;
+    output: typeof SnapshotProgressSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 0);
