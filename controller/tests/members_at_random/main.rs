@@ -1,27 +1,36 @@
-//! Members that come and go while machines crash, lose their disks, and messages get lost, in virtual time, from seeds.
+//! Members that come and go and hand leadership over, while machines crash, lose their disks or wait for them, and messages get lost, in
+//! virtual time, from seeds.
 //!
-//! What must hold: one leader per term, one state per place in the log, one membership per entry that made it; and once all
-//! that are members run and hear each other they agree, on a state that has all that was answered.
+//! What must hold: one leader per term, one state per place in the log, one membership per entry that made it, nothing applied that is
+//! not committed; what clients were answered is as if each order and each read had happened at one moment between its question and its
+//! answer ([`history`]); and once all that are members run and hear each other they agree, on a state that has all that was answered.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod history;
+
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use history::{Did, History};
 use pageport_controller::consensus::disk::{Change, Disk, DiskError};
 use pageport_controller::consensus::membership::{Member, Membership, Order, Quorum, TurnedAway};
 use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, NodeError, Outlet};
 use pageport_controller::consensus::storage::LogStorage;
-use pageport_controller::consensus::{Delivered, Input};
+use pageport_controller::consensus::{ConsensusError, Delivered, Input};
 use pageport_controller::model::command::ClientOrder;
 use pageport_controller::model::{self, Command, State};
-use pageport_proto::{RequestId, StoreId};
+use pageport_proto::{RequestId, SiteName, StoreId};
 use prost_011::Message as _;
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::oneshot;
 
+/// What clients write and read: caps of links to so many sites.
+const KEYS: usize = 3;
+/// A disk keeps its node waiting for so many steps at most.
+const STALL: usize = 400;
 const STEPS: usize = 4_000;
 const SEEDS: u64 = 60;
 /// Steps in which everything is to come to rest.
@@ -116,7 +125,17 @@ struct Machine {
     over: bool,
     /// Its disk was lost.
     wiped: bool,
+    /// Until this step its node waits for its disk, and does nothing.
+    stalled_until: u64,
 }
+
+impl Machine {
+    fn stalls(&self, now: u64) -> bool {
+        now < self.stalled_until
+    }
+}
+
+type Answer<T> = oneshot::Receiver<Result<T, ConsensusError>>;
 
 struct World {
     random: u64,
@@ -125,10 +144,17 @@ struct World {
     leaders: BTreeMap<u64, u64>,
     states: BTreeMap<u64, Arc<State>>,
     memberships: BTreeMap<u64, Arc<Membership>>,
-    answers: Vec<(u64, oneshot::Receiver<Result<model::Outcome, pageport_controller::consensus::ConsensusError>>)>,
-    acknowledged: BTreeSet<u64>,
+    now: u64,
+    history: History,
+    writes: Vec<(usize, Answer<model::Outcome>)>,
+    reads: Vec<(usize, Answer<Arc<State>>)>,
+    transfers: u64,
     orders: u64,
     wipes: u64,
+}
+
+fn link(key: usize) -> (SiteName, SiteName) {
+    ("a".parse().unwrap(), format!("s{key}").parse().unwrap())
 }
 
 fn member(id: u64) -> Member {
@@ -144,8 +170,11 @@ impl World {
             leaders: BTreeMap::new(),
             states: BTreeMap::new(),
             memberships: BTreeMap::new(),
-            answers: vec![],
-            acknowledged: BTreeSet::new(),
+            now: 0,
+            history: History::default(),
+            writes: vec![],
+            reads: vec![],
+            transfers: 0,
             orders: 0,
             wipes: 0,
         };
@@ -173,6 +202,7 @@ impl World {
             seen: (0, None),
             over: false,
             wiped: false,
+            stalled_until: 0,
         };
         self.machines.insert(id, machine);
         self.start(id);
@@ -226,6 +256,7 @@ impl World {
             let leader = *self.leaders.entry(status.term).or_insert(id);
             assert_eq!(leader, id, "two leaders in term {}", status.term);
         }
+        assert!(status.applied <= status.committed, "node {id} applied what is not committed: {status:?}");
         let there = self.states.entry(status.applied).or_insert_with(|| state.clone());
         assert_eq!(*there, state, "two states at entry {}", status.applied);
         if !membership.is_unknown() {
@@ -235,8 +266,12 @@ impl World {
     }
 
     fn any(&mut self, down: bool) -> Option<u64> {
-        let ids: Vec<u64> =
-            self.machines.iter().filter(|(_, it)| it.node.is_none() == down && !it.over).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> = self
+            .machines
+            .iter()
+            .filter(|(_, it)| it.node.is_none() == down && !it.over && !it.stalls(self.now))
+            .map(|(id, _)| *id)
+            .collect();
         (!ids.is_empty()).then(|| ids[self.below(ids.len())])
     }
 
@@ -255,6 +290,10 @@ impl World {
         let letter = self.messages.swap_remove(at);
         let Letter { message, store, to_store } = &letter;
         let (from, to, store) = (message.from, message.to, *store);
+        if self.machines.get(&to).is_some_and(|machine| machine.stalls(self.now)) {
+            // It waits before the node does.
+            return self.messages.push(letter);
+        }
         let Some(receiver) = self.machines.get(&to).filter(|machine| machine.node.is_some()) else {
             return self.tell_fate(&letter, Delivered::No);
         };
@@ -289,20 +328,53 @@ impl World {
         }
     }
 
-    fn order(&mut self) {
-        let Some(leader) = self.leader() else { return };
-        self.orders += 1;
-        let cap_bps = self.orders;
-        let order = ClientOrder::SetLinkCap {
-            from: "a".parse().unwrap(),
-            to: format!("s{}", self.orders).parse().unwrap(),
-            cap_bps,
+    /// Some node that takes itself for the leader: not always the newest.
+    fn a_leader(&mut self) -> Option<u64> {
+        let serves = |machine: &Machine| {
+            machine.node.as_ref().is_some_and(|node| node.status().leader == Some(node.status().id))
         };
-        let order = model::Order::Client { request: RequestId::generate(), order };
+        let ids: Vec<u64> = self.machines.iter().filter(|(_, machine)| serves(machine)).map(|(id, _)| *id).collect();
+        (!ids.is_empty()).then(|| ids[self.below(ids.len())])
+    }
+
+    fn write(&mut self) {
+        let Some(leader) = self.a_leader() else { return };
+        self.orders += 1;
+        let (cap_bps, key) = (self.orders, self.below(KEYS));
+        let (from, to) = link(key);
+        let order = model::Order::Client {
+            request: RequestId::generate(),
+            order: ClientOrder::SetLinkCap { from, to, cap_bps },
+        };
         let command = serde_json::to_vec(&Command { now_unix_ms: 0, order }).unwrap();
         let (answer, answered) = oneshot::channel();
+        self.writes.push((self.history.asked(key, Did::Write(cap_bps), self.now), answered));
         self.touch(leader, |node| node.take(Input::Propose { command, term: None, answer }));
-        self.answers.push((cap_bps, answered));
+    }
+
+    fn read(&mut self) {
+        let Some(leader) = self.a_leader() else { return };
+        let key = self.below(KEYS);
+        let (answer, answered) = oneshot::channel();
+        self.reads.push((self.history.asked(key, Did::Read(None), self.now), answered));
+        self.touch(leader, |node| node.take(Input::Read { answer }));
+    }
+
+    /// An operator hands leadership over, to whom it may concern.
+    fn transfer(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let voters: Vec<u64> = self.machines[&leader].membership.voters.keys().copied().collect();
+        let to = Some(voters[self.below(voters.len())]);
+        let (answer, mut answered) = oneshot::channel();
+        self.touch(leader, |node| node.take(Input::TransferLeadership { to, answer }));
+        self.transfers += u64::from(matches!(answered.try_recv(), Ok(Ok(heir)) if heir != leader));
+    }
+
+    fn stall(&mut self) {
+        if let Some(id) = self.any(false) {
+            let until = self.now + self.below(STALL) as u64;
+            self.machines.get_mut(&id).unwrap().stalled_until = until;
+        }
     }
 
     fn change(&mut self) {
@@ -368,20 +440,38 @@ impl World {
     }
 
     fn collect(&mut self) {
-        let mut answers = std::mem::take(&mut self.answers);
-        answers.retain_mut(|(number, answered)| match answered.try_recv() {
+        use oneshot::error::TryRecvError;
+        let (now, history) = (self.now, &mut self.history);
+        self.writes.retain_mut(|(call, answered)| match answered.try_recv() {
             Ok(Ok(outcome)) => {
                 outcome.unwrap();
-                self.acknowledged.insert(*number);
+                history.answered(*call, now);
                 false
             }
-            Ok(Err(_)) | Err(oneshot::error::TryRecvError::Closed) => false,
-            Err(oneshot::error::TryRecvError::Empty) => true,
+            // It never went into the log.
+            Ok(Err(ConsensusError::NotLeader)) => {
+                history.did_not(*call);
+                false
+            }
+            Ok(Err(_)) | Err(TryRecvError::Closed) => false,
+            Err(TryRecvError::Empty) => true,
         });
-        self.answers = answers;
+        self.reads.retain_mut(|(call, answered)| match answered.try_recv() {
+            Ok(Ok(state)) => {
+                let (from, to) = link(history.key(*call));
+                history.saw(*call, state.links.cap_bps(&from, &to), now);
+                false
+            }
+            Ok(Err(_)) | Err(TryRecvError::Closed) => {
+                history.did_not(*call);
+                false
+            }
+            Err(TryRecvError::Empty) => true,
+        });
     }
 
     fn step(&mut self) {
+        self.now += 1;
         match self.below(1000) {
             0..300 => {
                 if let Some(id) = self.any(false) {
@@ -400,7 +490,10 @@ impl World {
                     self.start(id);
                 }
             }
-            940..979 => self.order(),
+            940..956 => self.write(),
+            956..972 => self.read(),
+            972..976 => self.stall(),
+            976..979 => self.transfer(),
             979 => self.wipe(),
             _ => self.change(),
         }
@@ -410,6 +503,7 @@ impl World {
     /// Everything runs and is heard.
     fn rest(&mut self) -> Option<u64> {
         for _ in 0..REST {
+            self.now += 1;
             if let Some(id) = self.any(true) {
                 self.start(id);
             }
@@ -442,7 +536,7 @@ impl World {
 
 #[test]
 fn members_come_and_go_and_there_is_one_history() {
-    let (mut changes, mut wipes) = (0, 0);
+    let (mut changes, mut wipes, mut transfers, mut answered) = (0, 0, 0, 0);
     for seed in 0..SEEDS {
         let mut world = World::new(seed);
         for _ in 0..STEPS {
@@ -450,14 +544,22 @@ fn members_come_and_go_and_there_is_one_history() {
         }
         let leader = world.rest().unwrap_or_else(|| panic!("seed {seed}: no agreement"));
         let state = world.machines[&leader].node.as_ref().unwrap().state().clone();
-        for number in &world.acknowledged {
-            let kept = state.links.cap_bps(&"a".parse().unwrap(), &format!("s{number}").parse().unwrap());
-            assert_eq!(kept, *number, "seed {seed}: what was answered is lost");
+        // As if everyone had read at last, which finds what is lost.
+        for key in 0..KEYS {
+            let (from, to) = link(key);
+            let call = world.history.asked(key, Did::Read(None), world.now);
+            world.history.saw(call, state.links.cap_bps(&from, &to), world.now + 1);
         }
-        assert!(!world.acknowledged.is_empty(), "seed {seed}: nothing was done");
+        if let Err(call) = world.history.is_linearizable() {
+            panic!("seed {seed}: the history has no order in time: {call:?}");
+        }
         changes += world.memberships.len();
         wipes += world.wipes;
+        transfers += world.transfers;
+        answered += world.history.answers();
     }
     assert!(changes > SEEDS as usize * 3, "{changes} memberships: too few to tell");
     assert!(wipes > SEEDS / 4, "{wipes} lost disks: too few to tell");
+    assert!(transfers > SEEDS, "{transfers} transfers: too few to tell");
+    assert!(answered > SEEDS as usize * 20, "{answered} answers: too few to tell");
 }
