@@ -96,8 +96,9 @@ fn joined(state: &State, id: VmId, recovering: &Recovering, observations: &Obser
         let record = of_vm.and_then(record_of).unwrap_or(OwnershipRecord::UNKNOWN);
         let whose = of_vm.and_then(|report| report.whose.parse().ok());
         let report = Report { record, whose };
-        if recovering.recover.said(worker) != Some(&report) {
-            orders.push(Order::Joined { vm: id, worker: worker.clone(), report });
+        let runs = of_vm.is_some_and(|report| matches!(report.state(), VmState::Running | VmState::Paused));
+        if recovering.recover.said(worker) != Some(&report) || recovering.runs.contains(worker) != runs {
+            orders.push(Order::Joined { vm: id, worker: worker.clone(), report, runs });
         }
     }
     orders

@@ -69,7 +69,7 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
         }
         Order::VmHalted { vm, power_seq, cause, problem } => halted(state, vm, power_seq, cause, problem),
         Order::TakeOver(order) => return take_over(state, order, now),
-        Order::Joined { vm, worker, report } => recovery::joined(state, vm, worker, report),
+        Order::Joined { vm, worker, report, runs } => recovery::joined(state, vm, worker, report, runs),
         Order::ForgetVm { vm } => {
             if state.vms.get(&vm).is_some_and(|vm| vm.life == Life::Deleted) {
                 state.vms.remove(&vm);

@@ -137,6 +137,8 @@ pub enum Order {
         worker: WorkerName,
         /// What it has.
         report: Report<WorkerName>,
+        /// A guest runs there, or stands paused.
+        runs: bool,
     },
     /// No worker holds anything of a deleted VM any more.
     ForgetVm {

@@ -7,6 +7,8 @@
 //! A VM whose owner is not known is kept apart from the others ([`State::recovering`]): whoever looks for VMs to grant, lease, move,
 //! fail over or assign does not find it. What decides is [`pageport_ownership::Recover`].
 //!
+//! What an operator had ordered since about power is not known either: what runs goes on running, and what does not stays down.
+//!
 //! Guarantees: a new generation, so that epochs given from now on are newer than all that the lost controllers gave; no VM is given
 //! to anybody before every worker of the backup has joined or was declared dead. What was done since the backup is lost, but who
 //! owns what: VMs that were defined since are not known, and moves that were under way have no record.
@@ -19,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command::{Answer, Outcome, Rejection};
 use super::protection::turn_round;
-use super::state::{Life, Replica, ReplicaPhase, State, Vm};
+use super::state::{Life, Power, Replica, ReplicaPhase, State, Vm};
 
 /// A VM of the backup, and what is known of who owns it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +30,12 @@ pub struct Recovering {
     pub vm: Vm,
     /// What workers have said since.
     pub recover: Recover<WorkerName>,
+    /// Workers at which a guest runs.
+    pub runs: BTreeSet<WorkerName>,
 }
+
+/// Numbers of orders begin so much later than in the backup: workers may know some that were given since.
+const SKIPPED_NUMBERS: u64 = 1 << 32;
 
 /// An operator's word on a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,8 +93,11 @@ impl State {
         let unfinished = std::mem::take(&mut self.recovering).into_iter().map(|(id, recovering)| (id, recovering.vm));
         for (id, vm) in std::mem::take(&mut self.vms).into_iter().chain(unfinished) {
             let recover = Recover::new(self.generation, workers.iter().cloned());
-            self.recovering.insert(id, Recovering { vm: Vm { migration: None, ..vm }, recover });
+            let vm = Vm { migration: None, power_seq: vm.power_seq + SKIPPED_NUMBERS, ..vm };
+            self.recovering.insert(id, Recovering { vm, recover, runs: BTreeSet::new() });
         }
+        self.seed_seq += SKIPPED_NUMBERS;
+        self.protect_seq += SKIPPED_NUMBERS;
         self.declared_dead.clear();
         self.migrations.retain(|_, migration| migration.is_over());
         for migration in self.migrations.values_mut() {
@@ -120,8 +130,12 @@ impl State {
 }
 
 /// What a worker that has joined says of a VM.
-pub(super) fn joined(state: &mut State, id: VmId, worker: WorkerName, report: Report<WorkerName>) {
+pub(super) fn joined(state: &mut State, id: VmId, worker: WorkerName, report: Report<WorkerName>, runs: bool) {
     let Some(recovering) = state.recovering.get_mut(&id) else { return };
+    match runs {
+        true => recovering.runs.insert(worker.clone()),
+        false => recovering.runs.remove(&worker),
+    };
     recovering.recover.joined(worker, report);
     settle(state, id);
 }
@@ -156,8 +170,14 @@ fn settle(state: &mut State, id: VmId) {
             None => return,
         },
     };
-    let Some(Recovering { mut vm, .. }) = state.recovering.remove(&id) else { return };
+    let Some(Recovering { mut vm, recover, runs }) = state.recovering.remove(&id) else { return };
     let owner = ownership.owner().0.clone();
+    vm.power = match vm.power {
+        // What was handed over was running.
+        _ if runs.contains(&owner) || ownership.in_doubt() => Power::Run,
+        Power::Run if recover.said(&owner).is_some() => Power::Stop,
+        power => power,
+    };
     vm.ownership = ownership;
     state.vms.insert(id, vm);
     moved(state, id, &before, &owner, ReplicaPhase::Outdated);
@@ -184,7 +204,7 @@ mod tests {
     use super::*;
     use crate::model::command::{ClientOrder, Command, Order};
     use crate::model::spec::tests::sample;
-    use crate::model::state::{Power, Worker};
+    use crate::model::state::Worker;
     use crate::model::{Spec, apply, takeover};
 
     fn worker(letter: char) -> WorkerName {
@@ -210,8 +230,9 @@ mod tests {
     }
 
     fn says(state: &mut State, id: VmId, letter: char, record: Record, whose: Option<char>) {
+        let runs = record.owned().is_some();
         let report = Report { record, whose: whose.map(worker) };
-        carry_out(state, Order::Joined { vm: id, worker: worker(letter), report }).unwrap();
+        carry_out(state, Order::Joined { vm: id, worker: worker(letter), report, runs }).unwrap();
     }
 
     fn client(order: ClientOrder) -> Order {
@@ -237,6 +258,26 @@ mod tests {
         let vm = &state.vms[&id];
         assert_eq!((vm.ownership.owner(), vm.ownership.last()), ((&worker('a'), e(1)), Epoch::new(1, 0)));
         assert!(state.recovering.is_empty() && vm.replicas.contains_key(&"b".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_runs_goes_on_running_and_what_does_not_stays_down_whatever_the_backup_says() {
+        for (ordered, runs, expected) in [
+            (Power::Stop, true, Power::Run),
+            (Power::Run, false, Power::Stop),
+            (Power::Run, true, Power::Run),
+            (Power::Crashed, false, Power::Crashed),
+        ] {
+            let (mut state, id) = restored();
+            state.recovering.get_mut(&id).unwrap().vm.power = ordered;
+            says(&mut state, id, 'b', Record::UNKNOWN, None);
+            let e = Epoch::from_raw(1);
+            let report = Report { record: Record::Own { own: e, seen: e }, whose: None };
+            carry_out(&mut state, Order::Joined { vm: id, worker: worker('a'), report, runs }).unwrap();
+            let vm = &state.vms[&id];
+            assert_eq!(vm.power, expected, "{ordered:?}, runs: {runs}");
+            assert!(vm.power_seq > 1 << 31, "an order that a worker may know from before the restore");
+        }
     }
 
     #[test]

@@ -2,9 +2,9 @@
 //!
 //! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept. The
 //! leader says who the controllers are, so that they can be replaced one after the other: those are asked first, then the
-//! configuration's, which are all that is known after a restart.
+//! configuration's, which are all that is known after a restart. Those of a cluster that was given up for a backup come last.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -82,6 +82,8 @@ struct State {
     leader: Option<String>,
     /// As the leader last named them.
     named: Vec<String>,
+    /// Those that turned out to be of a cluster that was given up: asked last, since another may have taken the address.
+    given_up: BTreeSet<String>,
 }
 
 impl Controllers {
@@ -140,8 +142,17 @@ impl Controllers {
         if self.joined.hears(generation) {
             return Ok(answer);
         }
-        self.set_leader(None);
-        Err(ControllerError::GivenUp { generation })
+        Err(self.give_up(generation))
+    }
+
+    /// Whoever answered last is of a cluster that was given up: others are asked first from now on.
+    pub fn give_up(&self, generation: u32) -> ControllerError {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leader) = state.leader.take() {
+            tracing::warn!(address = leader, generation, "this controller is of a cluster that was given up");
+            state.given_up.insert(leader);
+        }
+        ControllerError::GivenUp { generation }
     }
 
     /// Opens the link to the leader.
@@ -214,7 +225,7 @@ impl Controllers {
 
     fn candidates(&self) -> Vec<String> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        candidates(&self.addresses, &state.named, state.leader.as_ref())
+        candidates(&self.addresses, &state.named, state.leader.as_ref(), &state.given_up)
     }
 
     fn channel(&self, address: &str) -> Result<Channel, ControllerError> {
@@ -241,9 +252,16 @@ impl Controllers {
 }
 
 /// Whom to ask, the last one first.
-fn candidates(configured: &[String], named: &[String], leader: Option<&String>) -> Vec<String> {
+fn candidates(
+    configured: &[String],
+    named: &[String],
+    leader: Option<&String>,
+    given_up: &BTreeSet<String>,
+) -> Vec<String> {
     let configured = configured.iter().rev().filter(|address| !named.contains(address));
-    configured.chain(named.iter().rev()).chain(leader).cloned().collect()
+    let mut all: Vec<String> = configured.chain(named.iter().rev()).chain(leader).cloned().collect();
+    all.sort_by_key(|address| !given_up.contains(address));
+    all
 }
 
 fn another_may_know(code: Code) -> bool {
@@ -267,12 +285,15 @@ mod tests {
     #[test]
     fn the_leader_is_asked_first_then_those_it_named_and_the_configured_are_never_given_up() {
         let all = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        let asked = |named: &[&str], leader: Option<&str>| {
-            let mut next = candidates(&all(&["a", "b", "c"]), &all(named), leader.map(str::to_owned).as_ref());
+        let asked = |named: &[&str], leader: Option<&str>, given_up: &[&str]| {
+            let given_up = all(given_up).into_iter().collect();
+            let leader = leader.map(str::to_owned);
+            let mut next = candidates(&all(&["a", "b", "c"]), &all(named), leader.as_ref(), &given_up);
             next.reverse();
             next
         };
-        assert_eq!(asked(&[], None), all(&["a", "b", "c"]));
-        assert_eq!(asked(&["c", "d", "e"], Some("e")), all(&["e", "c", "d", "e", "a", "b"]));
+        assert_eq!(asked(&[], None, &[]), all(&["a", "b", "c"]));
+        assert_eq!(asked(&["c", "d", "e"], Some("e"), &[]), all(&["e", "c", "d", "e", "a", "b"]));
+        assert_eq!(asked(&["a", "b"], None, &["a"]), all(&["b", "c", "a"]), "those that were given up come last");
     }
 }

@@ -47,7 +47,7 @@ async fn session(
     loop {
         match tokio::time::timeout(SILENCE_LIMIT, stream.message()).await {
             Ok(Ok(Some(assignment))) if !node.joined.hears(assignment.generation) => {
-                return Err(ControllerError::GivenUp { generation: assignment.generation });
+                return Err(node.controllers.give_up(assignment.generation));
             }
             Ok(Ok(Some(assignment))) => {
                 seq.send_replace(assignment.seq);
