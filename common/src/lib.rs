@@ -5,10 +5,12 @@
 //! | [`config`] | TOML file to typed struct, errors that name the file and the key |
 //! | [`telemetry`] | structured logs, OTLP export, trace context in and out of gRPC metadata |
 //! | [`tls`] | one identity per process; mutual TLS settings for gRPC and QUIC |
+//! | [`backup`] | the file of a backup |
 //! | [`store`] | the durable key-value store: sled with a real `fsync` |
 //!
 //! Nothing here knows what a VM is.
 
+pub mod backup;
 pub mod config;
 pub mod store;
 pub mod telemetry;

@@ -12,6 +12,7 @@ use pageport_ownership::lease::LeaseTermsError;
 use pageport_proto::SiteName;
 use serde::Deserialize;
 
+use crate::consensus::membership::{Member, is_address};
 use crate::fence::FenceConfig;
 use crate::fence::config::RawFence;
 
@@ -22,6 +23,8 @@ struct Raw {
     site: String,
     data_dir: PathBuf,
     listen: RawListen,
+    #[serde(default)]
+    join: bool,
     members: Vec<RawMember>,
     tls: TlsPaths,
     #[serde(default)]
@@ -61,15 +64,13 @@ struct RawMember {
     address: String,
 }
 
-/// One controller.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Member {
-    /// Its number.
-    pub id: u64,
-    /// Its site.
-    pub site: SiteName,
-    /// host:port of its mTLS gRPC.
-    pub address: String,
+/// What a controller without data does; one that has data goes on with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstStart {
+    /// Begins a cluster with the other members.
+    Found,
+    /// Waits until the members, of which it is none yet, take it in.
+    Join,
 }
 
 /// How much of the replicated log is kept; not configurable from the file.
@@ -100,7 +101,9 @@ pub struct Config {
     pub listen_api: SocketAddr,
     /// For browsers.
     pub listen_web: SocketAddr,
-    /// All controllers, this one included.
+    /// What it does when it has no data.
+    pub first_start: FirstStart,
+    /// The controllers of a cluster that is begun, this one included; or those of the cluster that it joins.
     pub members: Vec<Member>,
     /// How much of the replicated log is kept.
     pub log: LogLimits,
@@ -159,6 +162,27 @@ fn lease(raw: &RawLease) -> Result<LeaseTerms, ConfigError> {
     })
 }
 
+fn check_members(own: u64, members: &BTreeSet<u64>, first_start: FirstStart) -> Result<(), ConfigError> {
+    match first_start {
+        FirstStart::Join if own == 0 => invalid("id", "0 is no number: number the members from 1"),
+        FirstStart::Join if members.is_empty() => invalid("members", "empty: list the controllers that there are"),
+        FirstStart::Join if members.contains(&own) => invalid(
+            "id",
+            format!("{own} is among the [[members]]: with join = true list only those that there are already"),
+        ),
+        FirstStart::Join => Ok(()),
+        FirstStart::Found if !members.contains(&own) => {
+            let problem = "is not among the [[members]]: list every controller there, or set join = true";
+            invalid("id", format!("{own} {problem}"))
+        }
+        FirstStart::Found if members.len().is_multiple_of(2) => {
+            let count = members.len();
+            invalid("members", format!("{count} controllers tolerate no more failures than one fewer: use 1, 3 or 5"))
+        }
+        FirstStart::Found => Ok(()),
+    }
+}
+
 impl TryFrom<Raw> for Config {
     type Error = ConfigError;
 
@@ -169,21 +193,14 @@ impl TryFrom<Raw> for Config {
             if member.id == 0 || !ids.insert(member.id) {
                 return invalid("members.id", format!("{} is 0 or used twice: number the members from 1", member.id));
             }
-            let host_and_port = member.address.rsplit_once(':');
-            if !host_and_port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) {
+            if !is_address(&member.address) {
                 let problem = format!("\"{}\" is not an address such as \"192.0.2.1:7400\"", member.address);
                 return invalid("members.address", problem);
             }
-            members.push(Member { id: member.id, site: site("members.site", &member.site)?, address: member.address });
+            members.push(Member::new(member.id, site("members.site", &member.site)?, member.address));
         }
-        if !ids.contains(&raw.id) {
-            return invalid("id", format!("{} is not among the [[members]]: list every controller there", raw.id));
-        }
-        if members.len() % 2 == 0 {
-            let problem =
-                format!("{} controllers tolerate no more failures than one fewer: use 1, 3 or 5", members.len());
-            return invalid("members", problem);
-        }
+        let first_start = if raw.join { FirstStart::Join } else { FirstStart::Found };
+        check_members(raw.id, &ids, first_start)?;
         if !raw.data_dir.is_absolute() {
             return invalid("data_dir", format!("{} is not an absolute path", raw.data_dir.display()));
         }
@@ -193,6 +210,7 @@ impl TryFrom<Raw> for Config {
             data_dir: raw.data_dir,
             listen_api: address("listen.api", &raw.listen.api)?,
             listen_web: address("listen.web", &raw.listen.web)?,
+            first_start,
             members,
             log: LogLimits::default(),
             lease: lease(&raw.lease)?,
@@ -220,7 +238,20 @@ mod tests {
     #[test]
     fn the_example_that_is_shipped_is_valid() {
         let config = parse(EXAMPLE).unwrap();
-        assert_eq!((config.id, config.members.len()), (1, 3));
+        assert_eq!((config.id, config.members.len(), config.first_start), (1, 3, FirstStart::Found));
+    }
+
+    #[test]
+    fn who_joins_names_the_others_and_not_itself() {
+        let joining = EXAMPLE.replacen("id = 1\n", "id = 4\njoin = true\n", 1);
+        assert_eq!(parse(&joining).unwrap().first_start, FirstStart::Join);
+        match parse(&EXAMPLE.replacen("id = 1\n", "id = 1\njoin = true\n", 1)) {
+            Err(ConfigError::Invalid { key, problem }) => {
+                assert_eq!(key, "id");
+                assert!(problem.contains("list only those that there are already"), "{problem}");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

@@ -15,13 +15,17 @@
 //! | [`fence`] | commands that turn a worker's host off, and what follows |
 //! | [`api`] | what clients see |
 //! | [`web`] | the same for browsers, and the UI |
+//! | [`dial`] | the ways to the other controllers |
 //! | [`peer`] | who is at the other end |
+//! | [`backup`] | all that is agreed on as a file, and a new cluster from one |
 //! | [`config`] | the configuration, validated |
 //! | [`server`] | all of it, put together |
 
 pub mod api;
+pub mod backup;
 pub mod config;
 pub mod consensus;
+pub mod dial;
 pub mod fence;
 pub mod link;
 pub mod model;

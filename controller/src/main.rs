@@ -1,15 +1,22 @@
 //! `pageport-controller`: entry point. Everything else is the library's.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use pageport_common::telemetry;
 use pageport_common::tls::Identity;
+use pageport_controller::backup::{Restored, restore};
 use pageport_controller::config::Config;
 use pageport_controller::server::{Listeners, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// Exit code of a controller that would end the same way again (it was removed, or its data is damaged or lost): the unit does not start it
+/// again. (`EX_CONFIG` of sysexits.)
+const EXIT_FINAL: u8 = 78;
 
 /// The replicated brain of Pageport.
 #[derive(Debug, Parser)]
@@ -21,15 +28,27 @@ struct Args {
     /// Check the configuration and the certificates, and exit.
     #[arg(long)]
     check_config: bool,
+    /// Make the data of the first controller of a new cluster from a file of "pageportctl cluster backup", and exit.
+    ///
+    /// For the case that the controllers are lost: while one of them runs nothing is lost, and none of them may run again. data_dir must be
+    /// empty, and the number (id) one that none of them had. Start this controller then, and add others to it. Every VM is unknown until each worker of
+    /// the backup has reported, or was declared dead with "pageportctl worker declare-dead".
+    #[arg(long, value_name = "FILE", conflicts_with = "check_config")]
+    restore: Option<PathBuf>,
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
     let config = Config::load(&args.config)?;
     let identity = Identity::load(&config.tls)?;
     if args.check_config {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(file) = &args.restore {
+        let restored = restore(&config, file)?;
+        say_restored(&restored)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let _telemetry = telemetry::init("pageport-controller", &config.id.to_string(), &config.telemetry)?;
     let stop = CancellationToken::new();
@@ -45,6 +64,22 @@ async fn main() -> anyhow::Result<()> {
         stopping.cancel();
     });
     let listeners = Listeners::bind(&config).await?;
-    run(config, &identity, listeners, stop).await?;
-    Ok(())
+    match run(config, &identity, listeners, stop).await {
+        Err(error) if error.is_final() => {
+            // When standard error is closed nobody reads it.
+            let _ = writeln!(std::io::stderr(), "Error: {:?}", anyhow::Error::from(error));
+            Ok(ExitCode::from(EXIT_FINAL))
+        }
+        ended => Ok(ended.map(|()| ExitCode::SUCCESS)?),
+    }
+}
+
+fn say_restored(restored: &Restored) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "restored as generation {}: {} VMs, all unknown", restored.generation.0, restored.vms)?;
+    writeln!(out, "start this controller, and add others to it with \"pageportctl cluster add\"")?;
+    match restored.workers.join(", ") {
+        workers if workers.is_empty() => Ok(()),
+        workers => writeln!(out, "VMs are known again once these workers have reported: {workers}"),
+    }
 }

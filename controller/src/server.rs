@@ -1,20 +1,20 @@
 //! A controller, put together from its parts.
 //!
 //! ```text
-//!   api port, mTLS:  [forward] fleet, replication, migration, schedule · cluster · worker link · raft
+//!   api port, mTLS:  [forward] fleet, replication, migration, quote, schedule, membership · cluster · worker link · raft
 //!   web port:        gRPC-Web of the first five · UI
 //! ```
 //! Guarantees: [`run`] returns only when both ports are closed and the log is at rest; it fails when the log cannot go on.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use pageport_common::tls::{CONTROLLER_NAME, Identity};
+use pageport_common::tls::Identity;
 use pageport_proto::v1::cluster_service_server::ClusterServiceServer;
 use pageport_proto::v1::fleet_service_server::FleetServiceServer;
+use pageport_proto::v1::membership_service_server::MembershipServiceServer;
 use pageport_proto::v1::migration_service_server::MigrationServiceServer;
 use pageport_proto::v1::quote_service_server::QuoteServiceServer;
 use pageport_proto::v1::raft_transport_service_server::RaftTransportServiceServer;
@@ -25,15 +25,18 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::Server;
 
 use crate::api::Api;
 use crate::api::cluster::Cluster;
 use crate::api::forward::{Forwarder, forward};
-use crate::config::Config;
+use crate::api::membership::Members;
+use crate::config::{Config, FirstStart};
 use crate::consensus::Consensus;
 use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
+use crate::consensus::membership::Membership;
 use crate::consensus::peers::{MAX_ENVELOPE_BYTES, Peers, RaftTransport};
+use crate::dial::{Dialer, Directory, KEEP_ALIVE};
 use crate::fence;
 use crate::fence::Desk;
 use crate::fence::job::Tools;
@@ -43,8 +46,6 @@ use crate::link::observation::{Hub, hub};
 use crate::link::service::WorkerLink;
 use crate::web;
 
-const CONNECT_WITHIN: Duration = Duration::from_secs(2);
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Streams that do not end by themselves are cut after this when the controller stops.
 const STOP_WITHIN: Duration = Duration::from_secs(3);
 
@@ -71,15 +72,6 @@ pub enum ServerError {
         #[source]
         source: io::Error,
     },
-    /// A member's address or the certificates cannot be used.
-    #[error("prepare the connection to {address}")]
-    Dial {
-        /// The address.
-        address: String,
-        /// Why.
-        #[source]
-        source: tonic::transport::Error,
-    },
     /// The api port.
     #[error("serve the api port")]
     Api(#[source] tonic::transport::Error),
@@ -89,6 +81,13 @@ pub enum ServerError {
     /// The replicated log.
     #[error("keep the replicated log")]
     Core(#[from] CoreError),
+}
+
+impl ServerError {
+    /// Will it end the same way whenever it is started again?
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Core(error) if error.is_final())
+    }
 }
 
 /// Both ports, bound.
@@ -116,20 +115,6 @@ impl Listeners {
     }
 }
 
-/// A lazy, kept-alive mTLS channel to a controller.
-fn dial(identity: &Identity, address: &str) -> Result<Channel, ServerError> {
-    let endpoint = Endpoint::from_shared(format!("https://{address}"))
-        .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(CONTROLLER_NAME)))
-        .map_err(|source| ServerError::Dial { address: address.to_owned(), source })?;
-    Ok(endpoint
-        .connect_timeout(CONNECT_WITHIN)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true)
-        .tcp_nodelay(true)
-        .connect_lazy())
-}
-
 /// Runs a controller until it is told to stop.
 ///
 /// # Errors
@@ -142,16 +127,15 @@ pub async fn run(
 ) -> Result<(), ServerError> {
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|source| ServerError::DataDir { path: config.data_dir.clone(), source })?;
-    let dial_all = || {
-        let others = config.members.iter().filter(|member| member.id != config.id);
-        let dialled = others.map(|member| dial(identity, &member.address).map(|channel| (member.id, channel)));
-        dialled.collect::<Result<BTreeMap<_, _>, ServerError>>()
-    };
     let inbox = inbox();
-    let peers = Peers::start(&dial_all()?, inbox.sender());
+    let dialer = Dialer::new(identity.clone());
+    let peers = Peers::new(config.id, dialer.clone(), inbox.sender(), config.members.clone());
     let core = CoreConfig {
         id: config.id,
-        voters: config.members.iter().map(|member| member.id).collect(),
+        first: match config.first_start {
+            FirstStart::Found => Membership::first(config.members.clone()),
+            FirstStart::Join => Membership::default(),
+        },
         folder: config.data_dir.clone(),
         snapshot_every: config.log.snapshot_every,
         keep_entries: config.log.keep_entries,
@@ -162,10 +146,11 @@ pub async fn run(
     let (consensus, mut core_ended) = start(&core, inbox, peers, stop_core.clone())?;
     let hub = hub();
     let leases = Arc::new(Leases::new(config.lease, tokio::time::Instant::now()));
-    let forwarder = Forwarder::new(consensus.clone(), Arc::new(dial_all()?));
+    let forwarder = Forwarder::new(consensus.clone(), Directory::new(dialer, consensus.clone()));
     let tools = Tools { consensus: consensus.clone(), hub: hub.clone(), leases: leases.clone() };
     let desk = fence::desk::start(config.fence.clone(), tools, stop.child_token());
-    let (public, internal) = routes(&config, &consensus, &hub, &leases, desk, forwarder);
+    let transport = RaftTransport::new(consensus.clone(), config.data_dir.clone());
+    let (public, internal) = routes(&consensus, &hub, &leases, transport, desk, forwarder);
     let driver = tokio::spawn(drive(consensus, hub, leases, stop.child_token()));
 
     let ports = stop.child_token();
@@ -193,27 +178,27 @@ pub async fn run(
 
 /// What clients may ask on both ports, and what only daemons ask.
 fn routes(
-    config: &Config,
     consensus: &Consensus,
     hub: &Hub,
     leases: &Arc<Leases>,
+    transport: RaftTransport,
     desk: Desk,
     forwarder: Forwarder,
 ) -> (Router, Router) {
-    let members = Arc::new(config.members.clone());
     let api = Api::new(consensus.clone(), hub.clone(), desk);
     let forwarded = Routes::new(FleetServiceServer::new(api.clone()))
         .add_service(ReplicationServiceServer::new(api.clone()))
         .add_service(MigrationServiceServer::new(api.clone()))
         .add_service(QuoteServiceServer::new(api.clone()))
         .add_service(ScheduleServiceServer::new(api))
+        .add_service(MembershipServiceServer::new(Members::new(consensus.clone())))
         .prepare()
         .into_axum_router();
     let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));
-    let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone(), members.clone()));
+    let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone()));
     let cluster = Routes::new(cluster).prepare().into_axum_router().reset_fallback();
-    let raft = RaftTransportServiceServer::new(RaftTransport::new(consensus.clone()));
-    let link = WorkerLink::new(consensus.clone(), hub.clone(), leases.clone(), members);
+    let raft = RaftTransportServiceServer::new(transport);
+    let link = WorkerLink::new(consensus.clone(), hub.clone(), leases.clone());
     let internal = Routes::new(raft.max_decoding_message_size(MAX_ENVELOPE_BYTES))
         .add_service(WorkerLinkServiceServer::new(link))
         .prepare()

@@ -90,6 +90,35 @@ async fn all_nodes_restarted_from_disk_know_everything_also_past_a_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_node_gets_a_snapshot_of_many_parts() {
+    use pageport_controller::consensus::shipping::PART_BYTES;
+    let mut cluster = Cluster::start(LogLimits { snapshot_every: 8, keep_entries: 2 }).await;
+    let board = worker::Shared::default();
+    let _worker = worker::start(&cluster, "worker-a", "a", &board);
+    let late = cluster.a_follower().await;
+    defined(&cluster, late, &define("vm-0", "a")).await;
+    cluster.stop(late).await;
+    let node = cluster.leader().await;
+    let snapshot = cluster.data_dir(node).join("snapshot");
+    let mut vms = 1;
+    while std::fs::metadata(&snapshot).map_or(0, |file| file.len()) < 3 * PART_BYTES as u64 {
+        defined(&cluster, node, &define(&format!("vm-{vms}"), "a")).await;
+        vms += 1;
+    }
+    cluster.restart(late).await;
+    let names = eventually("the late node to catch up", async || {
+        let (there, here) = (cluster.status(late).await?, cluster.status(node).await?);
+        if there.applied_index < here.applied_index {
+            return None;
+        }
+        Some(list(&cluster, late).await)
+    })
+    .await;
+    assert_eq!(names.len(), vms);
+    assert!(!cluster.data_dir(late).join("snapshot.part").exists(), "nothing is left of its parts");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_majority_requests_are_refused_in_time() {
     let mut cluster = Cluster::start(LogLimits::default()).await;
     let leader = cluster.leader().await;

@@ -120,7 +120,11 @@ impl Story {
             let observed = Observed { report: Arc::new(report), at: instant, at_unix_ms: 0, assigned: None };
             observations.put(name, observed);
         }
-        let orders = reconcile(&self.state, &observations, Now { instant, unix_ms: 0 });
+        let orders = reconcile(
+            &self.state,
+            &observations,
+            Now { instant, unix_ms: 0, older_leases_out: std::time::Duration::ZERO },
+        );
         let about_disks = |order: &Order| matches!(order, Order::DiskMade { .. } | Order::HoldsDisks { .. });
         orders.into_iter().filter(about_disks).collect()
     }

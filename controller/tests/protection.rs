@@ -151,7 +151,11 @@ impl Story {
             ..v1::WorkerReport::default()
         };
         observations.put(reporter, Observed { report: Arc::new(report), at: instant, at_unix_ms: 0, assigned: None });
-        let orders = reconcile(&self.state, &observations, Now { instant, unix_ms: 0 });
+        let orders = reconcile(
+            &self.state,
+            &observations,
+            Now { instant, unix_ms: 0, older_leases_out: std::time::Duration::ZERO },
+        );
         orders.into_iter().filter(|order| matches!(order, Order::ReachedPoint { .. })).collect()
     }
 

@@ -15,6 +15,7 @@ pub mod config;
 pub mod drill;
 pub mod error;
 pub mod failpoint;
+pub mod generation;
 pub mod hypervisor;
 pub mod image;
 pub mod memory;

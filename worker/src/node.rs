@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::agent::controllers::Controllers;
 use crate::config::Config;
 use crate::drill::exports::Exports;
+use crate::generation::Joined;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
 use crate::memory::KeptMemory;
@@ -34,6 +35,8 @@ pub struct Node {
     pub config: Config,
     /// Which store its records are in.
     pub store: StoreIdentity,
+    /// Which controllers are heard.
+    pub joined: Arc<Joined>,
     /// That store.
     pub records: Arc<Store>,
     /// How QEMU is run here.

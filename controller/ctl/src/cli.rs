@@ -211,7 +211,12 @@ impl Command {
             Self::Scheduler(SchedulerCommand::Set { .. }) => "scheduler set",
             Self::Worker(WorkerCommand::List) => "worker list",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
+            Self::Worker(WorkerCommand::DeclareDead { .. }) => "worker declare-dead",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
+            Self::Cluster(ClusterCommand::Add { .. }) => "cluster add",
+            Self::Cluster(ClusterCommand::Remove { .. }) => "cluster remove",
+            Self::Cluster(ClusterCommand::TransferLeader { .. }) => "cluster transfer-leader",
+            Self::Cluster(ClusterCommand::Backup { .. }) => "cluster backup",
             Self::Vm(VmCommand::Define { .. }) => "vm define",
             Self::Vm(VmCommand::List) => "vm list",
             Self::Vm(VmCommand::Get { .. }) => "vm get",
@@ -307,14 +312,110 @@ pub enum WorkerCommand {
         #[arg(long, conflicts_with_all = ["reason", "confirm"])]
         check: bool,
     },
+    /// After a restore of the controllers: say that a worker is not coming back with any VM.
+    ///
+    /// VMs are unknown until every worker of the backup has reported; this one is not waited for any more. If it runs a VM all the same, that VM may
+    /// run twice: be sure that its host is off. The word is kept. Refused while the worker is connected, and when every VM is known.
+    DeclareDead {
+        /// Name of the worker.
+        worker: String,
+        /// The worker's name once more; asked for at the terminal when left out.
+        #[arg(long, value_name = "NAME")]
+        confirm: Option<String>,
+        /// How you know; kept for good.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
 }
 
 /// `cluster ...`
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
+    /// Write all that the controllers have agreed on to a file.
+    ///
+    /// It holds everything that was answered before: VMs, replicas, moves, links, answers to repeated requests; no disks and no memory. Take one
+    /// after each change of the fleet that you would not like to make again, and keep it where the controllers are not. It is for the case that a
+    /// majority of the controllers is lost for good: "pageport-controller --restore FILE" begins a new cluster from it. The file appears whole or
+    /// not at all.
+    #[command(after_help = BACKUP_EXAMPLE)]
+    Backup {
+        /// Where to.
+        file: PathBuf,
+        /// Replace a file that is there.
+        #[arg(long)]
+        replace: bool,
+    },
     /// Members, leader and log positions.
+    ///
+    /// When the leader answers (name its address with --controllers): also what each member lacks of the log, and for how long it has
+    /// been silent.
     Status,
+    /// Add a controller, and follow it until it votes; or give one that is there another address.
+    ///
+    /// The new controller first only receives the log. When it has caught up it gets its vote, which is when this command ends. Interrupted, or
+    /// when the new controller does not answer, it stays without a vote: give the same command again, or take it back with `cluster remove`.
+    /// Everything else goes on meanwhile. Three or five controllers at as many sites are what to aim for: an even number tolerates no more failures
+    /// than one fewer.
+    #[command(after_help = ADD_MEMBER_EXAMPLE)]
+    Add {
+        /// Number of the controller, as in its configuration; none that was ever used.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        id: u64,
+        /// Its site.
+        #[arg(long, value_name = "SITE")]
+        site: String,
+        /// Where the other controllers, the workers and pageportctl reach it.
+        #[arg(long, value_name = "HOST:PORT")]
+        address: String,
+    },
+    /// Remove a controller for good.
+    ///
+    /// It stops with a message, and its number is never given again. If it leads another takes over first. Refused when fewer than a majority
+    /// of those that are left answer: nothing could be decided any more.
+    #[command(after_help = REMOVE_MEMBER_EXAMPLE)]
+    Remove {
+        /// Number of the controller.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        id: u64,
+        /// Also when fewer than a majority of those that are left answer.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make another controller lead, and wait until it does.
+    ///
+    /// For a planned stop of the leader's host: without it the others elect a leader only after 1.5 to 3 s of silence. Commands
+    /// that come meanwhile wait for the new leader; migrations, replication and guests go on. Refused when the member does not
+    /// vote, does not answer or lacks much of the log; then nothing has changed.
+    #[command(after_help = TRANSFER_EXAMPLE)]
+    TransferLeader {
+        /// Number of the member; left out: the one with the most complete log.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        member: Option<u64>,
+    },
 }
+
+const BACKUP_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster backup --replace /var/backups/pageport-controllers";
+
+const ADD_MEMBER_EXAMPLE: &str = "\
+Example, a fourth controller that takes the place of controller 2, whose host is lost:
+  on its host: controller.toml with id = 4, join = true, the three [[members]] that there are; then
+  systemctl start pageport-controller
+  pageportctl cluster add 4 --site b --address 192.0.2.4:7400
+  pageportctl cluster remove 2
+  pageportctl cluster status";
+
+const REMOVE_MEMBER_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster remove 2
+Then stop its service for good and delete its data_dir. Take its address out of the lists of controllers in worker.toml and ctl.toml.";
+
+const TRANSFER_EXAMPLE: &str = "\
+Example:
+  pageportctl cluster status                 who leads
+  pageportctl cluster transfer-leader        someone else, before its host is stopped
+  pageportctl cluster transfer-leader 2";
 
 /// `vm ...`
 #[derive(Debug, Subcommand)]
@@ -680,6 +781,32 @@ mod tests {
         parse(&["migration", "set", "m1", "--rate", "none"]).unwrap();
         parse(&["scheduler", "set", "--per-link", "1", "--memory-percent", "90"]).unwrap();
         assert!(parse(&["site", "drain", "a", "--dry-run", "--watch"]).is_err());
+    }
+
+    #[test]
+    fn a_controller_is_added_with_its_site_and_address() {
+        let parse = |more: &[&str]| Cli::try_parse_from([&["pageportctl", "cluster"], more].concat());
+        let whole = ["add", "4", "--site", "b", "--address", "192.0.2.4:7400"];
+        let Command::Cluster(ClusterCommand::Add { id, site, address }) = parse(&whole).unwrap().command else {
+            panic!()
+        };
+        assert_eq!((id, site.as_str(), address.as_str()), (4, "b", "192.0.2.4:7400"));
+        for wrong in [&whole[..2], &whole[..4], &["remove"], &["remove", "0"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_leader_is_named_by_its_number_or_left_to_be_chosen() {
+        let parse =
+            |more: &[&str]| Cli::try_parse_from([&["pageportctl", "cluster", "transfer-leader"], more].concat());
+        for (given, expected) in [(&[][..], None), (&["2"], Some(2))] {
+            let Command::Cluster(ClusterCommand::TransferLeader { member }) = parse(given).unwrap().command else {
+                panic!()
+            };
+            assert_eq!(member, expected);
+        }
+        assert!(parse(&["0"]).is_err() && parse(&["controller-2"]).is_err());
     }
 
     #[test]

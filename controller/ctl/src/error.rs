@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::io;
+use std::path::PathBuf;
 
 use crate::client::ClientError;
 use crate::config::ConfigError;
@@ -44,6 +45,24 @@ pub enum CtlError {
         /// What would be.
         fix: &'static str,
     },
+    /// The file of a backup.
+    #[error("write the backup {}", path.display())]
+    Backup {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is there.
+    #[error("{} is there already: name another file, or give --replace", path.display())]
+    BackupThere {
+        /// Which.
+        path: PathBuf,
+    },
+    /// What came is not what was sent.
+    #[error("the backup did not arrive as it was sent; nothing was written, try again")]
+    BackupDamaged(#[source] pageport_common::backup::BackupError),
     /// A controller left out what its answer must hold.
     #[error("the controller's answer to {operation} lacks its {field}: is it of another version?")]
     Incomplete {

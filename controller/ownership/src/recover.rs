@@ -93,6 +93,24 @@ impl<W: Ord + Clone> Recover<W> {
         self.dead.insert(worker);
     }
 
+    /// What this worker has said, if it has joined.
+    pub fn said(&self, worker: &W) -> Option<&Report<W>> {
+        self.reports.get(worker)
+    }
+
+    /// Everyone has joined, and no record speaks of an owner: nobody has ever had it, or those who had are declared dead. The backup's
+    /// owner gets it, under a new epoch; [`None`]: a release speaks of a destination that may yet acquire it.
+    pub fn never_held(&self, owner: &W) -> Option<Ownership<W>> {
+        let released = |report: &Report<W>| matches!(report.record, Record::Released { .. });
+        match self.outcome() {
+            Recovered::Unknown if !self.reports.values().any(released) => match self.new_epoch(owner) {
+                Recovered::Known(ownership) => Some(ownership),
+                Recovered::Waiting { .. } | Recovered::Unknown => None,
+            },
+            Recovered::Unknown | Recovered::Waiting { .. } | Recovered::Known(_) => None,
+        }
+    }
+
     /// Who owns the VM, if that is known.
     pub fn outcome(&self) -> Recovered<W> {
         let known = |worker: &&W| self.reports.contains_key(worker) || self.dead.contains(worker);
@@ -213,6 +231,19 @@ mod tests {
         assert_eq!((state.last(), state.in_doubt()), (floor, true));
         assert_eq!(outcome(&[('a', replica(2), Some('b')), ('b', replica(1), Some('a'))]), owned('b', new, new));
         assert_eq!(outcome(&[('a', replica(0), None), ('b', replica(0), None)]), Recovered::Unknown);
+    }
+
+    #[test]
+    fn a_vm_that_nobody_has_had_is_its_owner_s_and_one_that_was_released_is_not() {
+        let mut recover = Recover::new(Generation(1), ['a', 'b', 'c']);
+        assert_eq!(recover.never_held(&'a'), None, "not everyone has joined");
+        for worker in ['a', 'b', 'c'] {
+            recover.joined(worker, Report { record: Record::UNKNOWN, whose: None });
+        }
+        let new = Epoch::new(1, 1);
+        assert_eq!(recover.never_held(&'a').map(Recovered::Known), Some(owned('a', new, new)));
+        recover.joined('b', Report { record: Record::Released { epoch: e(2) }, whose: None });
+        assert_eq!((recover.outcome(), recover.never_held(&'a')), (Recovered::Unknown, None), "a or c may acquire it");
     }
 
     #[test]

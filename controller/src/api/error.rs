@@ -5,6 +5,8 @@ use pageport_proto::{SiteName, WorkerName};
 use tonic::{Code, Status};
 
 use crate::consensus::ConsensusError;
+use crate::consensus::membership::ChangeError;
+use crate::consensus::standing::TransferError;
 use crate::fence::desk::FenceError;
 use crate::model::Rejection;
 use crate::model::protection::TermsError;
@@ -29,6 +31,23 @@ pub enum ApiError {
     /// No agreement.
     #[error(transparent)]
     Consensus(#[from] ConsensusError),
+    /// The members stay who they are.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// A controller that is being added.
+    #[error(
+        "controller {member} does not answer at {address}: start it there with \"join = true\" in its configuration, and give \
+         the same command again; \"cluster remove {member}\" takes the addition back. It does not vote yet"
+    )]
+    MemberSilent {
+        /// Its number.
+        member: u64,
+        /// Where it should be.
+        address: String,
+    },
+    /// Leadership stays where it is.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
     /// No such site.
     #[error("site \"{site}\" is unknown; known sites: {known}")]
     SiteUnknown {
@@ -191,6 +210,8 @@ impl ApiError {
                 | Rejection::NoPointYet { .. }
                 | Rejection::InDoubt { .. }
                 | Rejection::NotToBeTaken { .. }
+                | Rejection::OwnerUnknown { .. }
+                | Rejection::NotRecovering { .. }
                 | Rejection::Overtaken { .. }
                 | Rejection::TooLate { .. }
                 | Rejection::AlreadyEnded { .. } => Code::FailedPrecondition,
@@ -216,13 +237,30 @@ impl ApiError {
             },
             Self::LeaderChanged | Self::NoAnswer { .. } => Code::Unavailable,
             Self::TooManyQuestions => Code::ResourceExhausted,
-            Self::Consensus(error) => match error {
-                ConsensusError::NotLeader
-                | ConsensusError::Unknown
-                | ConsensusError::NoQuorum
-                | ConsensusError::Stopped => Code::Unavailable,
-                ConsensusError::TooLarge { .. } => Code::InvalidArgument,
-                ConsensusError::Encode(_) => Code::Internal,
+            Self::Consensus(error) => consensus_code(error),
+            Self::Change(error) => match error {
+                ChangeError::Consensus(error) => consensus_code(error),
+                ChangeError::Busy => Code::Unavailable,
+                ChangeError::NotMember { .. } => Code::NotFound,
+                ChangeError::Unusable { .. } => Code::InvalidArgument,
+                ChangeError::Decode(_) => Code::Internal,
+                ChangeError::Removed { .. }
+                | ChangeError::AddressTaken { .. }
+                | ChangeError::AnotherSite { .. }
+                | ChangeError::TooMany
+                | ChangeError::NotNear { .. }
+                | ChangeError::Leads { .. }
+                | ChangeError::LastVoter { .. }
+                | ChangeError::QuorumLost { .. } => Code::FailedPrecondition,
+            },
+            Self::MemberSilent { .. } => Code::FailedPrecondition,
+            Self::Transfer(error) => match error {
+                TransferError::Consensus(error) => consensus_code(error),
+                TransferError::NotVoter { .. }
+                | TransferError::Silent { .. }
+                | TransferError::Behind { .. }
+                | TransferError::Alone { .. }
+                | TransferError::NotTaken { .. } => Code::FailedPrecondition,
             },
         }
     }
@@ -233,6 +271,16 @@ impl ApiError {
             Code::Unavailable => Remedy::Retry,
             _ => Remedy::Reject,
         }
+    }
+}
+
+fn consensus_code(error: &ConsensusError) -> Code {
+    match error {
+        ConsensusError::NotLeader | ConsensusError::Unknown | ConsensusError::NoQuorum | ConsensusError::Stopped => {
+            Code::Unavailable
+        }
+        ConsensusError::TooLarge { .. } => Code::InvalidArgument,
+        ConsensusError::Encode(_) => Code::Internal,
     }
 }
 

@@ -1,5 +1,7 @@
 //! Sites, workers, VMs.
 
+use std::sync::Arc;
+
 use pageport_ownership::Proof;
 use pageport_proto::v1::fleet_service_server::FleetService;
 use pageport_proto::v1::{self, VmState};
@@ -59,7 +61,10 @@ impl Api {
 
     async fn resolve(&self, request: v1::ResolveVmRequest, operator: String) -> Result<Option<v1::Vm>, ApiError> {
         let request_id = request_id(&request.request_id)?;
-        let moment = self.read().await?;
+        let mut moment = self.read().await?;
+        if let Some((id, _)) = moment.state.find_recovering(&request.vm) {
+            Arc::make_mut(&mut moment.state).leave_to_the_operator(id);
+        }
         let (id, vm) = moment.vm(&request.vm)?;
         if request.confirm_name != vm.spec.name {
             let typed = super::echo(&request.confirm_name);
@@ -92,6 +97,31 @@ impl Api {
         }
         let (_, after) = self.order(request_id, order).await?;
         Ok(vm_of(&after, id))
+    }
+
+    async fn declare_dead(
+        &self,
+        request: v1::DeclareWorkerDeadRequest,
+        by: String,
+    ) -> Result<v1::DeclareWorkerDeadResponse, ApiError> {
+        let id = request_id(&request.request_id)?;
+        let worker = request.worker.parse().map_err(|source| ApiError::BadId { field: "worker", source })?;
+        if request.confirm_name != request.worker {
+            return Err(ApiError::WorkerNotConfirmed { typed: super::echo(&request.confirm_name), worker });
+        }
+        let reason = super::clip(request.reason.trim(), super::MAX_REASON_CHARS);
+        if reason.is_empty() {
+            return Err(ApiError::Missing { field: "reason", fix: "say how you know that it is not coming back" });
+        }
+        let moment = self.read().await?;
+        if moment.observations.connected(&worker, moment.now).is_some() {
+            return Err(ApiError::WorkerAnswers { worker });
+        }
+        let (_, after) = self.order(id, ClientOrder::DeclareDead { worker, by, reason }).await?;
+        Ok(v1::DeclareWorkerDeadResponse {
+            vms_unknown: after.state.recovering.len() as u32,
+            awaited_workers: after.state.awaited().iter().map(ToString::to_string).collect(),
+        })
     }
 
     async fn delete_vm(&self, request: RequestId, vm: &str) -> Result<(), ApiError> {
@@ -137,7 +167,11 @@ impl FleetService for Api {
 
     async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Reply<v1::GetVmResponse> {
         let moment = self.read().await?;
-        let (id, _) = moment.vm(&request.into_inner().vm)?;
+        let name = request.into_inner().vm;
+        if let Some((id, recovering)) = moment.state.find_recovering(&name) {
+            return Ok(Response::new(v1::GetVmResponse { vm: Some(moment.view().recovering(id, recovering)) }));
+        }
+        let (id, _) = moment.vm(&name)?;
         Ok(Response::new(v1::GetVmResponse { vm: vm_of(&moment, id) }))
     }
 
@@ -169,6 +203,14 @@ impl FleetService for Api {
     async fn fence_worker(&self, request: Request<v1::FenceWorkerRequest>) -> Reply<Self::FenceWorkerStream> {
         let operator = peer::operator(&request)?;
         Ok(Response::new(self.fence(request.into_inner(), operator).await?))
+    }
+
+    async fn declare_worker_dead(
+        &self,
+        request: Request<v1::DeclareWorkerDeadRequest>,
+    ) -> Reply<v1::DeclareWorkerDeadResponse> {
+        let operator = peer::operator(&request)?;
+        Ok(Response::new(self.declare_dead(request.into_inner(), operator).await?))
     }
 
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Reply<v1::DeleteVmResponse> {

@@ -6,7 +6,6 @@
 //! Guarantees: a request is passed on once at most; waiting for a leader has a limit. It does not repeat a request: the
 //! client does, with the same request id.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use tonic::transport::Channel;
 use tower::{Service, ServiceExt};
 
 use crate::consensus::Consensus;
+use crate::dial::Directory;
 use crate::peer::{self, CALLER_KEY};
 
 const FORWARDED: &str = "pageport-forwarded";
@@ -29,13 +29,13 @@ const LEADER_WITHIN: Duration = Duration::from_secs(4);
 #[derive(Debug, Clone)]
 pub struct Forwarder {
     consensus: Consensus,
-    channels: Arc<BTreeMap<u64, Channel>>,
+    directory: Arc<Directory>,
 }
 
 impl Forwarder {
-    /// Over these channels.
-    pub fn new(consensus: Consensus, channels: Arc<BTreeMap<u64, Channel>>) -> Self {
-        Self { consensus, channels }
+    /// Finds the others here.
+    pub fn new(consensus: Consensus, directory: Directory) -> Self {
+        Self { consensus, directory: Arc::new(directory) }
     }
 
     async fn leader(&self) -> Option<u64> {
@@ -51,11 +51,18 @@ pub async fn forward(State(forwarder): State<Forwarder>, request: Request, next:
         let reason = "the controllers have no leader: is a majority of them running and connected?";
         return refusal(Status::unavailable(reason));
     };
-    let Some(channel) = forwarder.channels.get(&leader) else { return next.run(request).await };
+    if leader == forwarder.consensus.status().id {
+        return next.run(request).await;
+    }
     if request.headers().contains_key(FORWARDED) {
         return refusal(Status::unavailable("the leader has just changed: try again"));
     }
-    pass_on(leader, channel.clone(), request).await
+    let Some(channel) = forwarder.directory.channel(leader) else {
+        let reason =
+            format!("controller {leader} leads, and its address is not known here yet: ask another controller");
+        return refusal(Status::unavailable(reason));
+    };
+    pass_on(leader, channel, request).await
 }
 
 async fn pass_on(leader: u64, mut channel: Channel, mut request: Request) -> Response {

@@ -5,7 +5,7 @@
 //! ```
 //! | module | what |
 //! |---|---|
-//! | [`fleet`], [`replication`], [`migration`], [`cluster`] | the services |
+//! | [`fleet`], [`replication`], [`migration`], [`cluster`], [`membership`] | the services |
 //! | [`disks`] | orders about disks |
 //! | [`quote`] | forecasts, which workers make while their caller waits |
 //! | [`schedule`] | what the scheduler is told, and how drains stand |
@@ -26,6 +26,7 @@ pub mod fence;
 pub mod fleet;
 pub mod forward;
 pub mod lag;
+pub mod membership;
 pub mod migration;
 pub mod quote;
 pub mod replication;
@@ -116,8 +117,13 @@ impl Moment {
     /// # Errors
     /// [`Rejection::VmUnknown`].
     pub fn vm(&self, id_or_name: &str) -> Result<(VmId, &Vm), ApiError> {
-        let found = self.state.find_vm(id_or_name);
-        found.ok_or_else(|| Rejection::VmUnknown { vm: echo(id_or_name) }.into())
+        if let Some(found) = self.state.find_vm(id_or_name) {
+            return Ok(found);
+        }
+        Err(match self.state.find_recovering(id_or_name) {
+            Some((_, recovering)) => recovering.refusal().into(),
+            None => Rejection::VmUnknown { vm: echo(id_or_name) }.into(),
+        })
     }
 
     /// The site of this name.

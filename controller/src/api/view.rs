@@ -12,6 +12,7 @@ use crate::link::budget;
 use crate::link::observation::Observations;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::protection::told_places;
+use crate::model::recovery::Recovering;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
 use crate::model::takeover::Takeover;
 use crate::model::{Migration, State};
@@ -71,7 +72,21 @@ impl<'a> View<'a> {
     /// All VMs.
     pub fn vms(&self) -> Vec<v1::Vm> {
         let defined = self.state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
-        defined.map(|(id, vm)| self.vm(*id, vm)).collect()
+        let known = defined.map(|(id, vm)| self.vm(*id, vm));
+        let unknown = self.state.recovering.iter().filter(|(_, recovering)| recovering.vm.life == Life::Defined);
+        known.chain(unknown.map(|(id, recovering)| self.recovering(*id, recovering))).collect()
+    }
+
+    /// One of which it is not known who owns it.
+    pub fn recovering(&self, id: VmId, recovering: &Recovering) -> v1::Vm {
+        v1::Vm {
+            id: id.to_string(),
+            spec: Some(v1::VmSpec::from(&recovering.vm.spec)),
+            state: VmState::Unknown.into(),
+            desired_running: recovering.vm.power == Power::Run,
+            problem: recovering.problem(),
+            ..v1::Vm::default()
+        }
     }
 
     /// One VM.

@@ -2,7 +2,6 @@
 //!
 //! Gives the node time and inputs, and publishes what it has applied and where it stands. A disk that fails ends it.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,9 +11,11 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::disk::FileDisk;
+use super::membership::Membership;
 use super::node::{Node, NodeConfig, NodeError, Outlet, TICK};
 use super::peers::Peers;
 use super::storage::{LogError, LogStorage};
+use super::way_out::WayOut;
 use super::{Consensus, Input, Status};
 use crate::model::State;
 
@@ -27,7 +28,27 @@ const QUEUE: usize = 1024;
 pub enum CoreError {
     /// The log cannot be opened.
     #[error("open the replicated log")]
-    Open(#[from] LogError),
+    Open(#[source] LogError),
+    /// What it promised and what it acknowledged may be forgotten: it must not take part.
+    #[error("the data of controller {id} in {} is damaged, and it does not start. The way out {}", folder.display(), WayOut(*id))]
+    Damaged {
+        /// This node.
+        id: u64,
+        /// Where its data is.
+        folder: PathBuf,
+        /// What was found.
+        #[source]
+        source: LogError,
+    },
+    /// There is no room to start.
+    #[error("the disk is full: make room at {} and start this controller again", folder.display())]
+    Full {
+        /// Where its data is.
+        folder: PathBuf,
+        /// What was not possible.
+        #[source]
+        source: LogError,
+    },
     /// It could not go on.
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -39,13 +60,36 @@ pub enum CoreError {
     Panicked,
 }
 
+impl CoreError {
+    fn open(config: &CoreConfig, source: LogError) -> Self {
+        let folder = config.folder.clone();
+        match source.is_damage() {
+            true => Self::Damaged { id: config.id, folder, source },
+            false if source.is_full() => Self::Full { folder, source },
+            false => Self::Open(source),
+        }
+    }
+
+    /// Will it end the same way whenever it is started again?
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Node(error) => {
+                use NodeError::{OlderGeneration, OtherStore, Removed};
+                matches!(error, Removed { .. } | OtherStore { .. } | OlderGeneration { .. })
+            }
+            Self::Open(_) | Self::Full { .. } | Self::Thread(_) | Self::Panicked => false,
+        }
+    }
+}
+
 /// What the core needs to know.
 #[derive(Debug, Clone)]
 pub struct CoreConfig {
     /// This node.
     pub id: u64,
-    /// All members, this node included.
-    pub voters: BTreeSet<u64>,
+    /// The members, as long as log and snapshot do not say who they are.
+    pub first: Membership,
     /// Where log and snapshot lie.
     pub folder: PathBuf,
     /// A snapshot is made after so many entries.
@@ -84,13 +128,19 @@ pub fn start(
     peers: Peers,
     stop: CancellationToken,
 ) -> Result<(Consensus, oneshot::Receiver<Result<(), CoreError>>), CoreError> {
-    let (storage, state) = LogStorage::open(&config.folder, config.voters.iter().copied().collect())?;
+    let opened = LogStorage::open(&config.folder, config.first.clone());
+    let (storage, state) = opened.map_err(|source| CoreError::open(config, source))?;
+    let store = storage.store();
+    let mut peers = peers.of_store(store);
+    peers.of_generation(state.generation);
     let (published, state_watch) = watch::channel(Arc::new(state.clone()));
     let settings =
         NodeConfig { id: config.id, snapshot_every: config.snapshot_every, keep_entries: config.keep_entries };
-    let node = Node::new(&settings, storage, state, Outside { peers, published })?;
+    let (members, members_watch) = watch::channel(storage.membership().clone());
+    let node = Node::new(&settings, storage, state, Outside { peers, published, members })?;
     let (status, status_watch) = watch::channel(node.status());
-    let consensus = Consensus { inbox: inbox.sender, status: status_watch, state: state_watch };
+    let consensus =
+        Consensus { inbox: inbox.sender, status: status_watch, state: state_watch, membership: members_watch, store };
     let core = Core { node, inbox: inbox.receiver, status };
     let (done, ended) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
@@ -140,6 +190,7 @@ impl Core {
 struct Outside {
     peers: Peers,
     published: watch::Sender<Arc<State>>,
+    members: watch::Sender<Arc<Membership>>,
 }
 
 impl Outlet for Outside {
@@ -148,6 +199,12 @@ impl Outlet for Outside {
     }
 
     fn publish(&mut self, state: &Arc<State>) {
+        self.peers.of_generation(state.generation);
         self.published.send_replace(state.clone());
+    }
+
+    fn regroup(&mut self, membership: &Arc<Membership>) {
+        self.peers.follow(membership);
+        self.members.send_replace(membership.clone());
     }
 }

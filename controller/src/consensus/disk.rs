@@ -19,9 +19,33 @@ pub enum DiskError {
     /// The snapshot file said no.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The store is gone and the snapshot is not: terms and votes would be forgotten.
+    #[error(
+        "{} is missing, and {} is there: terms and votes are lost",
+        store.display(),
+        snapshot.display()
+    )]
+    StoreMissing {
+        /// What should be there.
+        store: PathBuf,
+        /// What is.
+        snapshot: PathBuf,
+    },
     /// The machine went down.
     #[error("the machine went down")]
     Down,
+}
+
+impl DiskError {
+    /// Is what is on the disk not what was written?
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_damage(),
+            Self::Snapshot(error) => error.is_damage(),
+            Self::StoreMissing { .. } => true,
+            Self::Down => false,
+        }
+    }
 }
 
 /// One change of many that take effect together.
@@ -91,6 +115,12 @@ impl FileDisk {
     /// # Errors
     /// [`DiskError`].
     pub fn open(folder: &Path) -> Result<Self, DiskError> {
+        // The store is always made before the first snapshot.
+        let (store, snapshot) = (folder.join("log/db"), snapshot::path(folder));
+        if snapshot.exists() && !store.exists() {
+            return Err(DiskError::StoreMissing { store, snapshot });
+        }
+        snapshot::clean_up(folder)?;
         Ok(Self { store: Store::open(&folder.join("log"))?, folder: folder.to_owned() })
     }
 }

@@ -12,34 +12,47 @@
 //! | [`storage`] | log, hard state and configuration on a disk |
 //! | [`disk`] | what is needed of stable storage: the durable store and a file |
 //! | [`snapshot`] | the whole state as one checksummed file |
+//! | [`membership`] | who the controllers are, and what may be changed about it: pure |
+//! | [`standing`] | how far the members are, and who may lead instead: pure |
 //! | [`pending`] | who waits for which entry or read |
+//! | [`way_out`] | what to do about a controller that cannot go on, for people |
 //! | [`peers`] | raft messages over tonic as opaque bytes |
+//! | [`shipping`] | snapshots in parts |
 //! | [`log`] | raft's own log lines into tracing |
 //!
 //! Guarantees: a command that was answered is on stable storage at a majority and applied once, in the same order
-//! everywhere; a read sees every command that was answered before it began; every wait has a deadline. Membership is
-//! the configuration's; changing it online comes later.
+//! everywhere; a read sees every command that was answered before it began; every wait has a deadline. Members change one
+//! at a time while everything goes on; the configuration says only who they were at first.
 
 pub mod core;
 pub mod disk;
 pub mod log;
+pub mod membership;
 pub mod node;
 pub mod peers;
 pub mod pending;
+pub mod shipping;
 pub mod snapshot;
+pub mod standing;
 pub mod storage;
+pub mod way_out;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_proto::StoreId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::model::{Command, Outcome, State};
+use membership::{ChangeError, Membership, TurnedAway};
+use standing::{Standing, TransferError};
 
 /// Longest wait for a command to be committed.
 pub const PROPOSE_WITHIN: Duration = Duration::from_secs(5);
 /// Longest wait for a quorum round before a read.
 pub const READ_WITHIN: Duration = Duration::from_secs(5);
+/// Longest wait until another node leads. Raft gives a transfer up after [`node::ELECTION_TICKS`], and the leader goes on.
+pub const TRANSFER_WITHIN: Duration = Duration::from_secs(5);
 /// Largest encoded command: an entry must fit into a value of the store.
 pub const MAX_COMMAND_BYTES: usize = 60 * 1024;
 
@@ -103,10 +116,38 @@ pub enum Input {
         /// Gets the state.
         answer: oneshot::Sender<Result<Arc<State>, ConsensusError>>,
     },
+    /// Another node is to lead.
+    TransferLeadership {
+        /// Which; [`None`]: the one that is the most up to date.
+        to: Option<u64>,
+        /// Gets who was asked to take over, which is this node itself if it was named.
+        answer: oneshot::Sender<Result<u64, TransferError>>,
+    },
+    /// How far the members are.
+    Inspect {
+        /// Gets the leader's view.
+        answer: oneshot::Sender<Result<Standing, ConsensusError>>,
+    },
+    /// Other members.
+    Change {
+        /// Which change.
+        order: membership::Order,
+        /// Gets the members after it.
+        answer: oneshot::Sender<Result<Arc<Membership>, ChangeError>>,
+    },
+    /// A peer listens to this node no more.
+    TurnedAway {
+        /// Who.
+        by: u64,
+        /// Why.
+        why: TurnedAway,
+    },
     /// A message of a peer, as it came.
     Step {
         /// Encoded.
         message: Vec<u8>,
+        /// The peer's store, if it said.
+        store: Option<StoreId>,
     },
     /// A message could not be sent.
     Unreachable {
@@ -137,6 +178,8 @@ pub struct Consensus {
     inbox: mpsc::Sender<Input>,
     status: watch::Receiver<Status>,
     state: watch::Receiver<Arc<State>>,
+    membership: watch::Receiver<Arc<Membership>>,
+    store: StoreId,
 }
 
 impl Consensus {
@@ -183,12 +226,73 @@ impl Consensus {
         }
     }
 
+    /// Makes another node lead, and waits until it does. Gives the node that leads and its term.
+    ///
+    /// # Errors
+    /// [`TransferError`]; [`TransferError::NotTaken`] leaves open whether it takes over later.
+    pub async fn transfer_leadership(&self, to: Option<u64>) -> Result<(u64, u64), TransferError> {
+        let (answer, answered) = oneshot::channel();
+        self.put(Input::TransferLeadership { to, answer }).await?;
+        let asked = tokio::time::timeout(TRANSFER_WITHIN, answered).await;
+        let member = asked.map_err(|_| ConsensusError::NoQuorum)?.map_err(|_| ConsensusError::Stopped)??;
+        let mut status = self.status.clone();
+        let taken = status.wait_for(|status| status.leader == Some(member));
+        let found = match tokio::time::timeout(TRANSFER_WITHIN, taken).await {
+            Ok(Ok(status)) => Some(status.term),
+            Ok(Err(_)) => return Err(ConsensusError::Stopped.into()),
+            Err(_) => None,
+        };
+        let leader = self.status().leader;
+        found.map(|term| (member, term)).ok_or(TransferError::NotTaken { member, within: TRANSFER_WITHIN, leader })
+    }
+
+    /// Changes the members, and waits until the change is applied here. Gives the members after it.
+    ///
+    /// # Errors
+    /// [`ChangeError`]; only [`ConsensusError::Unknown`] leaves open whether they change. The same order may be given again.
+    pub async fn change(&self, order: membership::Order) -> Result<Arc<Membership>, ChangeError> {
+        let (answer, answered) = oneshot::channel();
+        self.put(Input::Change { order, answer }).await?;
+        match tokio::time::timeout(PROPOSE_WITHIN, answered).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => Err(ConsensusError::Unknown.into()),
+        }
+    }
+
+    /// How far the members are, as this node, which leads, sees it.
+    ///
+    /// # Errors
+    /// [`ConsensusError::NotLeader`], [`ConsensusError::Stopped`].
+    pub async fn standing(&self) -> Result<Standing, ConsensusError> {
+        let (answer, answered) = oneshot::channel();
+        self.put(Input::Inspect { answer }).await?;
+        answered.await.map_err(|_| ConsensusError::Stopped)?
+    }
+
+    /// Who the controllers are, as applied here.
+    pub fn membership(&self) -> Arc<Membership> {
+        self.membership.borrow().clone()
+    }
+
+    /// This node's store.
+    pub fn store(&self) -> StoreId {
+        self.store
+    }
+
     /// Hands in a peer's message.
     ///
     /// # Errors
     /// [`ConsensusError::Stopped`].
-    pub async fn step(&self, message: Vec<u8>) -> Result<(), ConsensusError> {
-        self.put(Input::Step { message }).await
+    pub async fn step(&self, message: Vec<u8>, store: Option<StoreId>) -> Result<(), ConsensusError> {
+        self.put(Input::Step { message, store }).await
+    }
+
+    /// Hands in that a peer listens to this node no more.
+    ///
+    /// # Errors
+    /// [`ConsensusError::Stopped`].
+    pub async fn turned_away(&self, by: u64, why: TurnedAway) -> Result<(), ConsensusError> {
+        self.put(Input::TurnedAway { by, why }).await
     }
 
     /// Where this node stands, now.

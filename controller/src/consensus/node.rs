@@ -6,25 +6,31 @@
 //!  2 install a snapshot, if one came: file, then log, then state
 //!  3 persist entries and hard state, one batch, synced
 //!  4 send persisted_messages()  (votes and acknowledgements: only what is on disk may be promised)
-//!  5 apply committed entries, publish the state, then answer the proposers
+//!  5 apply committed entries, publish the state, then answer the proposers; a change of the members is made durable before
+//!    this node acts on it
 //!  6 advance; the same for what that brings
 //! ```
 //! Guarantees: nothing is promised before it is durable, nothing answered before it is applied and published. A disk
 //! that fails ends the node: what it holds is unknown until it is opened again. Reads no clock and waits for nothing but its
 //! disk: [`super::core`] drives it in the daemon, the simulator drives it in its own time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageport_proto::StoreId;
 use prost_011::Message as _;
-use raft::eraftpb::{Entry, EntryType, Message};
+use raft::eraftpb::{ConfChange, Entry, EntryType, Message};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
 use tokio::sync::oneshot;
 
 use super::disk::Disk;
+use super::membership::{Change, ChangeError, Membership, Order, Plan, TurnedAway};
 use super::pending::{Proposals, Reads};
 use super::snapshot::{self, SnapshotError};
+use super::standing::{Peer, Role, Standing, TransferError};
 use super::storage::{LogError, LogStorage, Place};
+use super::way_out::WayOut;
 use super::{ConsensusError, Delivered, Input, Status, log};
 use crate::model::{Command, Outcome, State, apply};
 
@@ -44,10 +50,61 @@ const MAX_UNCOMMITTED_BYTES: u64 = 16 << 20;
 pub enum NodeError {
     /// The disk.
     #[error("the replicated log cannot go on")]
-    Log(#[from] LogError),
+    Log(#[source] LogError),
+    /// The disk has no room.
+    #[error(
+        "the disk is full and this controller stops: make room where its data_dir is and start it again; nothing that it acknowledged is lost"
+    )]
+    Full(#[source] LogError),
     /// A snapshot that came cannot be used.
     #[error("a peer's snapshot cannot be used")]
     Snapshot(#[from] SnapshotError),
+    /// This node is no member any more.
+    #[error(
+        "controller {id} was removed from the cluster (\"pageportctl cluster remove {id}\"): stop its service for good and \
+         delete its data_dir; to use this host again add it under another number"
+    )]
+    Removed {
+        /// This node.
+        id: u64,
+    },
+    /// The others know it with another store.
+    #[error(
+        "controller {id} has lost its data: the others know it with another data_dir. If that one is still there, point data_dir to it. \
+         The way out otherwise, {}",
+        WayOut(*id)
+    )]
+    OtherStore {
+        /// This node.
+        id: u64,
+    },
+    /// Another cluster has taken its place.
+    #[error(
+        "controller {id} belongs to a cluster that was given up: the controllers were restored from a backup since. Stop its service, move its data_dir \
+         away, and to use this host again add it under a number that the restored ones do not have"
+    )]
+    OlderGeneration {
+        /// This node.
+        id: u64,
+    },
+    /// An entry that changes the members cannot be read.
+    #[error("decode entry {index} of the replicated log, which changes the members")]
+    Members {
+        /// The entry.
+        index: u64,
+        /// Why.
+        #[source]
+        source: ChangeError,
+    },
+    /// An entry that changes the members is damaged.
+    #[error("decode entry {index} of the replicated log, which changes the members")]
+    MembersDamaged {
+        /// The entry.
+        index: u64,
+        /// Why.
+        #[source]
+        source: prost_011::DecodeError,
+    },
     /// raft refuses its configuration or its log.
     #[error("start raft")]
     Start(#[source] raft::Error),
@@ -60,6 +117,12 @@ pub enum NodeError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl From<LogError> for NodeError {
+    fn from(error: LogError) -> Self {
+        if error.is_full() { Self::Full(error) } else { Self::Log(error) }
+    }
 }
 
 /// What a node needs to know besides its log.
@@ -80,6 +143,9 @@ pub trait Outlet {
 
     /// The state has changed; called before those who asked for the change are answered.
     fn publish(&mut self, state: &Arc<State>);
+
+    /// These are the members from now on; called once at the start, then before those who asked for the change are answered.
+    fn regroup(&mut self, membership: &Arc<Membership>);
 }
 
 /// One member of the cluster.
@@ -90,18 +156,31 @@ pub struct Node<D: Disk, O: Outlet> {
     state: Arc<State>,
     applied: u64,
     proposals: Proposals<Result<Outcome, ConsensusError>>,
+    changes: Proposals<Result<Arc<Membership>, ChangeError>>,
     reads: Reads<Result<Arc<State>, ConsensusError>>,
     snapshot_every: u64,
     keep_entries: u64,
+    /// Since the start.
+    ticks: u32,
+    /// When each member was last heard.
+    heard: BTreeMap<u64, u32>,
+    /// The stores of this node and of those that were heard.
+    stores: BTreeMap<u64, StoreId>,
+    /// A peer said so.
+    turned_away: Option<TurnedAway>,
 }
 
 impl<D: Disk, O: Outlet> Node<D, O> {
     /// Takes up the log where it ends, with the state of its last snapshot.
     ///
     /// # Errors
-    /// [`NodeError::Start`].
-    pub fn new(config: &NodeConfig, storage: LogStorage<D>, state: State, outlet: O) -> Result<Self, NodeError> {
-        let applied = storage.snapshot_place().index;
+    /// [`NodeError::Start`], [`NodeError::Removed`].
+    pub fn new(config: &NodeConfig, storage: LogStorage<D>, state: State, mut outlet: O) -> Result<Self, NodeError> {
+        if storage.membership().removed.contains(&config.id) {
+            return Err(NodeError::Removed { id: config.id });
+        }
+        outlet.regroup(storage.membership());
+        let (applied, store) = (storage.snapshot_place().index, storage.store());
         let raft_config = Config {
             id: config.id,
             election_tick: ELECTION_TICKS,
@@ -124,14 +203,20 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             state: Arc::new(state),
             applied,
             proposals: Proposals::default(),
+            changes: Proposals::default(),
             reads: Reads::default(),
             snapshot_every: config.snapshot_every,
             keep_entries: config.keep_entries,
+            ticks: 0,
+            heard: BTreeMap::new(),
+            stores: BTreeMap::from([(config.id, store)]),
+            turned_away: None,
         })
     }
 
     /// [`TICK`] has passed.
     pub fn tick(&mut self) {
+        self.ticks = self.ticks.saturating_add(1);
         self.raft.tick();
         self.reads.tick(READ_PATIENCE_TICKS);
     }
@@ -141,6 +226,14 @@ impl<D: Disk, O: Outlet> Node<D, O> {
     /// # Errors
     /// [`NodeError`]: what the disk holds is unknown until it is opened again, and the node must end.
     pub fn settle(&mut self) -> Result<(), NodeError> {
+        let id = self.raft.raft.id;
+        match self.turned_away {
+            Some(TurnedAway::Removed) => return Err(NodeError::Removed { id }),
+            Some(TurnedAway::OtherStore) => return Err(NodeError::OtherStore { id }),
+            Some(TurnedAway::OlderGeneration) => return Err(NodeError::OlderGeneration { id }),
+            None => {}
+        }
+        self.note_stores();
         self.start_read_round();
         while self.raft.has_ready() {
             self.handle_ready()?;
@@ -160,6 +253,20 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             committed: raft.raft_log.committed,
             applied: self.applied,
         }
+    }
+
+    /// How far the others are, as far as this node, which leads, knows.
+    fn standing(&self) -> Standing {
+        let raft = &self.raft.raft;
+        let learners = &raft.prs().conf().learners();
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let peers = others.map(|(id, progress)| Peer {
+            id: *id,
+            role: if learners.contains(id) { Role::Learner } else { Role::Voter },
+            matched: progress.matched,
+            silent: self.heard.get(id).map(|at| TICK * (self.ticks - at)),
+        });
+        Standing { leader: raft.id, last: raft.raft_log.last_index(), peers: peers.collect() }
     }
 
     /// The applied state.
@@ -189,12 +296,18 @@ impl<D: Disk, O: Outlet> Node<D, O> {
             Input::Read { answer } if self.leads() => self.reads.wait(answer),
             // Whoever asked may have stopped waiting: then nobody needs the answer.
             Input::Read { answer } => drop(answer.send(Err(ConsensusError::NotLeader))),
-            Input::Step { message } => match Message::decode(message.as_slice()) {
-                Ok(message) => {
-                    if let Err(error) = self.raft.step(message) {
-                        tracing::debug!(%error, "a peer's message was not taken");
-                    }
-                }
+            Input::Change { order, answer } => self.change(&order, answer),
+            Input::Inspect { answer } => {
+                let standing = if self.leads() { Ok(self.standing()) } else { Err(ConsensusError::NotLeader) };
+                drop(answer.send(standing));
+            }
+            Input::TurnedAway { by, why } => {
+                tracing::warn!(by, ?why, "a peer listens to this controller no more");
+                self.turned_away = Some(why);
+            }
+            Input::TransferLeadership { to, answer } => drop(answer.send(self.transfer_leadership(to))),
+            Input::Step { message, store } => match Message::decode(message.as_slice()) {
+                Ok(message) => self.hear(message, store),
                 Err(error) => tracing::warn!(%error, "a peer's message is no raft message"),
             },
             Input::Unreachable { peer } => self.raft.report_unreachable(peer),
@@ -205,6 +318,31 @@ impl<D: Disk, O: Outlet> Node<D, O> {
                 };
                 self.raft.report_snapshot(peer, status);
             }
+        }
+    }
+
+    fn hear(&mut self, message: Message, store: Option<StoreId>) {
+        if self.raft.store().membership().turns_away(message.from, store).is_some() {
+            return;
+        }
+        if self.raft.raft.prs().get(message.from).is_some() {
+            self.heard.insert(message.from, self.ticks);
+            self.stores.extend(store.map(|store| (message.from, store)));
+        }
+        if let Err(error) = self.raft.step(message) {
+            tracing::debug!(%error, "a peer's message was not taken");
+        }
+    }
+
+    /// Whoever was heard is known by its store from then on.
+    fn note_stores(&mut self) {
+        if !self.may_change() {
+            return;
+        }
+        if let Some(change) = self.raft.store().membership().news_of(&self.stores)
+            && let Err(error) = self.propose_members(&change)
+        {
+            tracing::debug!(%error, "a member's store is not noted yet");
         }
     }
 
@@ -230,6 +368,55 @@ impl<D: Disk, O: Outlet> Node<D, O> {
                 drop(answer.send(Err(ConsensusError::NotLeader)));
             }
         }
+    }
+
+    fn change(&mut self, order: &Order, answer: oneshot::Sender<Result<Arc<Membership>, ChangeError>>) {
+        match self.propose_change(order) {
+            Ok(Some(index)) => self.changes.wait(index, self.raft.raft.term, answer),
+            Ok(None) => drop(answer.send(Ok(self.raft.store().membership().clone()))),
+            Err(error) => drop(answer.send(Err(error))),
+        }
+    }
+
+    /// The entry that will make the change; [`None`]: it is so already.
+    fn propose_change(&mut self, order: &Order) -> Result<Option<u64>, ChangeError> {
+        if !self.leads() {
+            return Err(ConsensusError::NotLeader.into());
+        }
+        if !self.may_change() {
+            return Err(ChangeError::Busy);
+        }
+        let Plan::Propose(change) = self.raft.store().membership().plan(order, &self.standing())? else {
+            return Ok(None);
+        };
+        self.propose_members(&change).map(Some)
+    }
+
+    /// One change at a time. Also all of a former leader's entries must be applied: one of them may be a change.
+    fn may_change(&self) -> bool {
+        self.leads() && !self.raft.raft.has_pending_conf() && self.raft.raft.commit_to_current_term()
+    }
+
+    fn propose_members(&mut self, change: &Change) -> Result<u64, ChangeError> {
+        let encoded = change.encode()?;
+        self.raft.propose_conf_change(vec![], encoded).map_err(|error| {
+            tracing::debug!(%error, "a change of the members was not proposed");
+            ConsensusError::NotLeader
+        })?;
+        tracing::info!(?change, "changing the members");
+        Ok(self.raft.raft.raft_log.last_index())
+    }
+
+    fn transfer_leadership(&mut self, to: Option<u64>) -> Result<u64, TransferError> {
+        if !self.leads() {
+            return Err(ConsensusError::NotLeader.into());
+        }
+        let heir = self.standing().heir(to)?;
+        if heir != self.raft.raft.id {
+            tracing::info!(to = heir, "handing leadership over");
+            self.raft.transfer_leader(heir);
+        }
+        Ok(heir)
     }
 
     fn start_read_round(&mut self) {
@@ -287,6 +474,7 @@ impl<D: Disk, O: Outlet> Node<D, O> {
     /// Whoever waits for this node as a leader learns that it is none.
     fn step_down(&mut self) {
         self.proposals.clear();
+        self.changes.clear();
         for answer in self.reads.drain() {
             drop(answer.send(Err(ConsensusError::NotLeader)));
         }
@@ -298,7 +486,11 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         for entry in entries {
             let waiting = self.proposals.take(entry.index, entry.term);
             self.applied = entry.index;
-            if entry.data.is_empty() || entry.get_entry_type() != EntryType::EntryNormal {
+            if entry.get_entry_type() != EntryType::EntryNormal {
+                self.apply_change(&entry)?;
+                continue;
+            }
+            if entry.data.is_empty() {
                 continue;
             }
             let command: Command = serde_json::from_slice(&entry.data)
@@ -318,21 +510,52 @@ impl<D: Disk, O: Outlet> Node<D, O> {
         Ok(())
     }
 
+    fn apply_change(&mut self, entry: &Entry) -> Result<(), NodeError> {
+        let waiting = self.changes.take(entry.index, entry.term);
+        let index = entry.index;
+        let change = ConfChange::decode(entry.data.as_ref());
+        let change = change.map_err(|source| NodeError::MembersDamaged { index, source })?;
+        // A node that starts again has its members from disk: they are newer than the state that it builds up again.
+        if index > self.raft.store().membership().index {
+            let next = self.raft.store().membership().after(index, &change);
+            let next = next.map_err(|source| NodeError::Members { index, source })?;
+            self.raft.apply_conf_change(&change).map_err(NodeError::Start)?;
+            self.raft.mut_store().keep_membership(next)?;
+            self.regroup()?;
+        }
+        if let Some(waiting) = waiting {
+            drop(waiting.send(Ok(self.raft.store().membership().clone())));
+        }
+        Ok(())
+    }
+
+    fn regroup(&mut self) -> Result<(), NodeError> {
+        let membership = self.raft.store().membership().clone();
+        let (voters, learners) = (membership.voters.keys(), membership.learners.keys());
+        tracing::info!(index = membership.index, ?voters, ?learners, "members");
+        self.heard.retain(|id, _| membership.get(*id).is_some());
+        self.outlet.regroup(&membership);
+        let id = self.raft.raft.id;
+        if membership.removed.contains(&id) { Err(NodeError::Removed { id }) } else { Ok(()) }
+    }
+
     fn install(&mut self, snapshot: &raft::eraftpb::Snapshot) -> Result<(), NodeError> {
         let decoded = snapshot::decode(&snapshot.data)?;
         let at = Place { index: decoded.index, term: decoded.term };
         tracing::info!(index = at.index, "taking the leader's snapshot");
-        self.raft.mut_store().install(&snapshot.data, at)?;
+        self.raft.mut_store().install(&snapshot.data, at, decoded.membership)?;
         self.state = Arc::new(decoded.state);
         self.applied = at.index;
         self.outlet.publish(&self.state);
-        Ok(())
+        self.regroup()
     }
 
     fn make_snapshot_if_due(&mut self) -> Result<(), NodeError> {
         let since = self.applied.saturating_sub(self.raft.store().snapshot_place().index);
         let wanted = self.raft.store().take_snapshot_wanted() && since > 0;
-        if since < self.snapshot_every && !wanted {
+        // The first entry is dropped at once: see `LogStorage::make_snapshot`.
+        let begins_at_one = self.applied > 0 && self.raft.store().truncated().index == 0;
+        if since < self.snapshot_every && !wanted && !begins_at_one {
             return Ok(());
         }
         let (applied, keep) = (self.applied, self.keep_entries);

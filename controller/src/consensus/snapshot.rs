@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::membership::Membership;
 use crate::model::State;
 
 const MAGIC: &[u8; 8] = b"PPSNAP1\n";
@@ -25,8 +26,9 @@ pub struct Snapshot {
     pub index: u64,
     /// Its term.
     pub term: u64,
-    /// The members.
-    pub voters: Vec<u64>,
+    /// Who the controllers were at that entry; [`None`] in snapshots of versions that had it in the configuration alone.
+    #[serde(default)]
+    pub membership: Option<Membership>,
     /// The state.
     pub state: State,
 }
@@ -46,14 +48,21 @@ pub enum SnapshotError {
         source: std::io::Error,
     },
     /// The bytes are not what was written.
-    #[error("the snapshot is damaged: move this node's data away and let it join again from its peers")]
+    #[error("the snapshot is damaged")]
     Damaged,
     /// The bytes are no state of this version.
-    #[error("decode the snapshot")]
+    #[error("decode the snapshot: is it of a newer version?")]
     Decode(#[source] serde_json::Error),
     /// The state cannot be written as JSON.
     #[error("encode the snapshot")]
     Encode(#[source] serde_json::Error),
+}
+
+impl SnapshotError {
+    /// Are the bytes not what was written?
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged)
+    }
 }
 
 /// To bytes, for the file and for peers.
@@ -93,9 +102,35 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
         move |source| SnapshotError::File { operation, path, source }
     };
     let mut file = File::create(&beside).map_err(fail("write"))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(fail("write"))?;
+    if let Err(source) = file.write_all(bytes).and_then(|()| file.sync_all()) {
+        // A part of a file is of no use, and the room may be needed.
+        let _ = fs::remove_file(&beside);
+        return Err(fail("write")(source));
+    }
     fs::rename(&beside, folder.join(FILE)).map_err(fail("replace"))?;
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail("replace"))
+}
+
+/// Removes what a crash left of files that were being written.
+///
+/// # Errors
+/// [`SnapshotError::File`].
+pub fn clean_up(folder: &Path) -> Result<(), SnapshotError> {
+    for file in [FILE_BESIDE, super::shipping::FILE] {
+        let path = folder.join(file);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(SnapshotError::File { operation: "clean up", path, source });
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Where the snapshot of `folder` lies.
+pub fn path(folder: &Path) -> PathBuf {
+    folder.join(FILE)
 }
 
 /// Reads the file in `folder`; [`None`] when there is none yet. Damage is found by [`decode`].
@@ -103,7 +138,7 @@ pub fn replace(folder: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
 /// # Errors
 /// [`SnapshotError::File`].
 pub fn read(folder: &Path) -> Result<Option<Vec<u8>>, SnapshotError> {
-    let path = folder.join(FILE);
+    let path = path(folder);
     match fs::read(&path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -118,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_flipped_bit_anywhere_is_noticed() {
-        let snapshot = Snapshot { index: 7, term: 2, voters: vec![1, 2, 3], state: State::default() };
+        let snapshot = Snapshot { index: 7, term: 2, membership: Some(Membership::default()), state: State::default() };
         let good = encode(&snapshot).unwrap();
         assert_eq!(decode(&good).unwrap(), snapshot);
         for at in 0..good.len() {

@@ -3,11 +3,17 @@
 //! | key | value |
 //! |---|---|
 //! | `hard` | term, vote, commit (raft's own encoding) |
+//! | `store` | the id of this store, made with it |
+//! | `members` | who the controllers are (JSON), once that was changed |
 //! | `truncated` | index and term of the newest entry that was dropped from the log (2 x u64, big-endian) |
 //! | `log/` + index (u64, big-endian) | one entry |
 //!
 //! The applied state is the snapshot plus the committed entries after it: they are applied again at the start.
 //! Entries since the last truncation are also in memory; [`super::core`] bounds their number by making snapshots.
+//!
+//! A change of the members counts from when it is applied, and for good: it is on disk before this node acts on it, together
+//! with a commit index that covers it. A node that fell back to an older membership could elect a leader with a majority that
+//! is none any more.
 //!
 //! Guarantees: [`LogStorage::persist`] and [`LogStorage::install`] return when all they were given is on stable storage,
 //! as one batch; a snapshot file newer than the log (a crash in between) wins at the start.
@@ -15,16 +21,21 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 
+use pageport_proto::StoreId;
 use prost_011::Message as _;
-use raft::eraftpb::{ConfState, Entry, HardState};
+use raft::eraftpb::{Entry, HardState};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
 use super::disk::{Change, Disk, DiskError, FileDisk};
+use super::membership::Membership;
 use super::snapshot::{self, Snapshot, SnapshotError};
 use crate::model::State;
 
+const STORE: &str = "store";
 const HARD: &str = "hard";
+const MEMBERS: &str = "members";
 const TRUNCATED: &str = "truncated";
 const LOG: &str = "log/";
 
@@ -37,12 +48,58 @@ pub enum LogError {
     /// The snapshot cannot be made or read.
     #[error("keep the replicated state")]
     Snapshot(#[from] SnapshotError),
+    /// The members cannot be written as JSON.
+    #[error("encode the members")]
+    Members(#[source] serde_json::Error),
+    /// The snapshot is older than the beginning of the log, or gone.
+    #[error(
+        "the log begins after entry {log}, and the snapshot reaches only to entry {snapshot} (0: it is missing): what lies between is lost here"
+    )]
+    Gap {
+        /// The last entry that was dropped from the log.
+        log: u64,
+        /// The entry that the snapshot reaches to.
+        snapshot: u64,
+    },
+    /// Entries that were committed are missing.
+    #[error("the log ends at entry {last}, and entry {commit} was committed: the end of the log is lost here")]
+    Short {
+        /// The last entry that is there.
+        last: u64,
+        /// One that was.
+        commit: u64,
+    },
     /// A value is not what was written.
-    #[error("the replicated log is damaged at {key}: move this node's data away and let it join again from its peers")]
+    #[error("the replicated log is damaged at {key}")]
     Damaged {
         /// Where.
         key: String,
     },
+}
+
+impl LogError {
+    /// Is what is on the disk not what was written? Anything else may pass, or be put right outside it.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Disk(error) => error.is_damage(),
+            Self::Snapshot(error) => error.is_damage(),
+            Self::Gap { .. } | Self::Short { .. } | Self::Damaged { .. } => true,
+            Self::Members(_) => false,
+        }
+    }
+
+    /// Is there no room?
+    pub fn is_full(&self) -> bool {
+        let causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
+        causes.filter_map(io_error).any(|error| error.kind() == std::io::ErrorKind::StorageFull)
+    }
+}
+
+fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
+    match error.downcast_ref::<pageport_common::store::EngineError>() {
+        Some(pageport_common::store::EngineError::Io(error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
 }
 
 /// An entry's place in the log.
@@ -58,8 +115,9 @@ pub struct Place {
 #[derive(Debug)]
 pub struct LogStorage<D = FileDisk> {
     disk: D,
+    store: StoreId,
     hard: HardState,
-    voters: ConfState,
+    membership: Arc<Membership>,
     truncated: Place,
     entries: VecDeque<Entry>,
     snapshot: Place,
@@ -75,21 +133,22 @@ fn damaged(key: impl Into<String>) -> LogError {
 }
 
 impl LogStorage {
-    /// Opens or creates the log in `folder`; gives the state of the last snapshot with it.
+    /// Opens or creates the log in `folder`; gives the state of the last snapshot with it. `first` is who the controllers are
+    /// as long as neither log nor snapshot says so.
     ///
     /// # Errors
     /// [`LogError`].
-    pub fn open(folder: &Path, voters: Vec<u64>) -> Result<(Self, State), LogError> {
-        Self::open_on(FileDisk::open(folder)?, voters)
+    pub fn open(folder: &Path, first: Membership) -> Result<(Self, State), LogError> {
+        Self::open_on(FileDisk::open(folder)?, first, StoreId::generate())
     }
 }
 
 impl<D: Disk> LogStorage<D> {
-    /// Takes up what is on a disk; gives the state of the last snapshot with it.
+    /// Takes up what is on a disk; the rest as [`LogStorage::open`]. A new one is called `fresh`.
     ///
     /// # Errors
     /// [`LogError`].
-    pub fn open_on(disk: D, voters: Vec<u64>) -> Result<(Self, State), LogError> {
+    pub fn open_on(mut disk: D, first: Membership, fresh: StoreId) -> Result<(Self, State), LogError> {
         let snapshot = match disk.snapshot()? {
             Some(bytes) => snapshot::decode(&bytes)?,
             None => Snapshot::default(),
@@ -114,15 +173,41 @@ impl<D: Disk> LogStorage<D> {
             }
             entries.push_back(entry);
         }
-        let voters = ConfState { voters, ..ConfState::default() };
+        let kept = match disk.get(MEMBERS)? {
+            Some(bytes) => Some(serde_json::from_slice(&bytes).map_err(|_| damaged(MEMBERS))?),
+            None => None,
+        };
+        let known = snapshot.membership.into_iter().chain(kept);
+        let membership = Arc::new(known.max_by_key(|known: &Membership| known.index).unwrap_or(first));
         let place = Place { index: snapshot.index, term: snapshot.term };
-        let mut storage =
-            Self { disk, hard, voters, truncated, entries, snapshot: place, snapshot_wanted: Cell::new(false) };
+        if place.index < truncated.index {
+            return Err(LogError::Gap { log: truncated.index, snapshot: place.index });
+        }
+        let last = truncated.index + entries.len() as u64;
+        let commit = hard.commit.max(membership.index);
+        if commit > last.max(place.index) {
+            return Err(LogError::Short { last, commit });
+        }
+        let store = match disk.get(STORE)? {
+            Some(bytes) => String::from_utf8_lossy(&bytes).parse().map_err(|_| damaged(STORE))?,
+            None => {
+                disk.commit(vec![Change::put(STORE, fresh.to_string().into_bytes())])?;
+                fresh
+            }
+        };
+        let snapshot_wanted = Cell::new(false);
+        let mut storage = Self { disk, store, hard, membership, truncated, entries, snapshot: place, snapshot_wanted };
         if storage.last().index < place.index {
-            storage.reset_log(place)?;
+            storage.hard.term = storage.hard.term.max(place.term);
+            storage.reset_log(place, None)?;
         }
         storage.hard.commit = storage.hard.commit.max(place.index);
         Ok((storage, snapshot.state))
+    }
+
+    /// Which store this is.
+    pub fn store(&self) -> StoreId {
+        self.store
     }
 
     /// The entry up to which the last snapshot reaches.
@@ -130,9 +215,30 @@ impl<D: Disk> LogStorage<D> {
         self.snapshot
     }
 
+    /// The newest entry that was dropped from the log.
+    pub fn truncated(&self) -> Place {
+        self.truncated
+    }
+
     /// Entries kept since the last truncation.
     pub fn kept(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Who the controllers are.
+    pub fn membership(&self) -> &Arc<Membership> {
+        &self.membership
+    }
+
+    /// Keeps a change of the members, and that the entry that made it is committed.
+    ///
+    /// # Errors
+    /// [`LogError`]: the node must end, since what is on disk is unknown.
+    pub fn keep_membership(&mut self, membership: Membership) -> Result<(), LogError> {
+        self.note_commit(membership.index);
+        let mut changes = vec![Change::put(HARD, self.hard.encode_to_vec())];
+        self.put_membership(&mut changes, membership)?;
+        Ok(self.disk.commit(changes)?)
     }
 
     /// Did a peer need a newer snapshot since the last call?
@@ -174,25 +280,26 @@ impl<D: Disk> LogStorage<D> {
     ///
     /// # Errors
     /// [`LogError`].
-    pub fn install(&mut self, bytes: &[u8], at: Place) -> Result<(), LogError> {
+    pub fn install(&mut self, bytes: &[u8], at: Place, membership: Option<Membership>) -> Result<(), LogError> {
         self.disk.replace_snapshot(bytes)?;
         self.snapshot = at;
         self.hard.commit = self.hard.commit.max(at.index);
         self.hard.term = self.hard.term.max(at.term);
-        self.reset_log(at)
+        self.reset_log(at, membership)
     }
 
-    /// Keeps the state as a snapshot and drops all but the newest `keep` entries up to it.
+    /// Keeps the state as a snapshot and drops all but the newest `keep` entries up to it, but always the first one: who joins
+    /// must begin with a snapshot, since the log does not say who the members were before it.
     ///
     /// # Errors
     /// [`LogError`].
     pub fn make_snapshot(&mut self, applied: u64, state: &State, keep: u64) -> Result<(), LogError> {
         let Ok(term) = self.term(applied) else { return Ok(()) };
-        let voters = self.voters.voters.clone();
-        let bytes = snapshot::encode(&Snapshot { index: applied, term, voters, state: state.clone() })?;
+        let membership = Some(Membership::clone(&self.membership));
+        let bytes = snapshot::encode(&Snapshot { index: applied, term, membership, state: state.clone() })?;
         self.disk.replace_snapshot(&bytes)?;
         self.snapshot = Place { index: applied, term };
-        let index = applied.saturating_sub(keep);
+        let index = applied.saturating_sub(keep).max(1);
         if index <= self.truncated.index {
             return Ok(());
         }
@@ -207,14 +314,23 @@ impl<D: Disk> LogStorage<D> {
     }
 
     /// The log begins after `at`, empty.
-    fn reset_log(&mut self, at: Place) -> Result<(), LogError> {
+    fn reset_log(&mut self, at: Place, membership: Option<Membership>) -> Result<(), LogError> {
         let mut changes = vec![];
+        if let Some(membership) = membership {
+            self.put_membership(&mut changes, membership)?;
+        }
         for entry in self.entries.drain(..) {
             changes.push(Change::Remove(log_key(entry.index)));
         }
         changes.push(Change::put(HARD, self.hard.encode_to_vec()));
         self.put_truncated(&mut changes, at);
         Ok(self.disk.commit(changes)?)
+    }
+
+    fn put_membership(&mut self, changes: &mut Vec<Change>, membership: Membership) -> Result<(), LogError> {
+        changes.push(Change::put(MEMBERS, serde_json::to_vec(&membership).map_err(LogError::Members)?));
+        self.membership = Arc::new(membership);
+        Ok(())
     }
 
     fn put_truncated(&mut self, changes: &mut Vec<Change>, at: Place) {
@@ -232,7 +348,7 @@ impl<D: Disk> LogStorage<D> {
 
 impl<D: Disk> Storage for LogStorage<D> {
     fn initial_state(&self) -> raft::Result<RaftState> {
-        Ok(RaftState { hard_state: self.hard.clone(), conf_state: self.voters.clone() })
+        Ok(RaftState { hard_state: self.hard.clone(), conf_state: self.membership.conf_state() })
     }
 
     fn entries(
@@ -278,7 +394,9 @@ impl<D: Disk> Storage for LogStorage<D> {
 
     fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<raft::eraftpb::Snapshot> {
         let unavailable = raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable);
-        if self.snapshot.index < request_index.max(self.truncated.index) || self.snapshot.index == 0 {
+        // One from before a change of the members would not tell a new member that it is one.
+        let oldest = request_index.max(self.truncated.index).max(self.membership.index);
+        if self.snapshot.index < oldest || self.snapshot.index == 0 {
             self.snapshot_wanted.set(true);
             return Err(unavailable);
         }
@@ -291,7 +409,7 @@ impl<D: Disk> Storage for LogStorage<D> {
         let metadata = out.mut_metadata();
         metadata.index = decoded.index;
         metadata.term = decoded.term;
-        metadata.set_conf_state(self.voters.clone());
+        metadata.set_conf_state(self.membership.conf_state());
         Ok(out)
     }
 }
@@ -299,7 +417,12 @@ impl<D: Disk> Storage for LogStorage<D> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::membership::Member;
     use super::*;
+
+    fn one() -> Membership {
+        Membership::first([Member::new(1, "a".parse().unwrap(), "192.0.2.1:7400".into())])
+    }
 
     fn entry(index: u64, term: u64) -> Entry {
         Entry { index, term, data: vec![index as u8], ..Entry::default() }
@@ -312,17 +435,25 @@ mod tests {
     }
 
     #[test]
+    fn a_store_is_the_same_for_its_life() {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let id = |folder: &tempfile::TempDir| LogStorage::open(folder.path(), one()).unwrap().0.store();
+        assert_eq!(id(&folder), id(&folder));
+        assert_ne!(id(&folder), id(&other));
+    }
+
+    #[test]
     fn a_conflicting_tail_is_overwritten_and_stays_so_after_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let expected = vec![(1, 1), (2, 2)];
         {
-            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
             storage.persist(&[entry(1, 1), entry(2, 1), entry(3, 1)]).unwrap();
             storage.note_hard(&HardState { term: 2, vote: 1, commit: 1 });
             storage.persist(&[entry(2, 2)]).unwrap();
             assert_eq!(indexes(&storage), expected);
         }
-        let (storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
         assert_eq!(indexes(&storage), expected);
         assert_eq!(storage.initial_state().unwrap().hard_state.term, 2);
     }
@@ -332,28 +463,105 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = State { seed_seq: 42, ..State::default() };
         {
-            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
             storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
             storage.make_snapshot(8, &state, 2).unwrap();
             assert_eq!(indexes(&storage), [(7, 1), (8, 1), (9, 1), (10, 1)]);
         }
-        let (storage, found) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        let (storage, found) = LogStorage::open(folder.path(), one()).unwrap();
         assert_eq!((found, storage.snapshot_place().index, storage.term(6).unwrap()), (state, 8, 1));
         assert!(storage.entries(6, 8, None, GetEntriesContext::empty(false)).is_err());
         assert_eq!(storage.snapshot(0, 2).unwrap().get_metadata().index, 8);
+    }
+
+    /// A node's files: 10 entries, committed to 9, a snapshot at 8.
+    fn used() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
+        storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
+        storage.note_hard(&HardState { term: 1, vote: 1, commit: 9 });
+        storage.make_snapshot(8, &State::default(), 2).unwrap();
+        folder
+    }
+
+    fn refusal(folder: &tempfile::TempDir) -> String {
+        let error = LogStorage::open(folder.path(), one()).map(drop).unwrap_err();
+        assert!(error.is_damage(), "{error:?}");
+        let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+
+    #[test]
+    fn a_file_that_is_missing_is_a_refusal_and_not_a_fresh_start() {
+        let folder = used();
+        std::fs::remove_file(folder.path().join("snapshot")).unwrap();
+        assert!(refusal(&folder).contains("the log begins after entry 6, and the snapshot reaches only to entry 0"));
+        let folder = used();
+        std::fs::remove_dir_all(folder.path().join("log")).unwrap();
+        assert!(refusal(&folder).contains("terms and votes are lost"));
+        assert!(!folder.path().join("log").exists(), "and nothing was made in its place");
+    }
+
+    #[test]
+    fn a_snapshot_that_is_cut_or_changed_is_refused_with_the_way_out() {
+        let folder = used();
+        let path = folder.path().join("snapshot");
+        let good = std::fs::read(&path).unwrap();
+        for length in [0, 7, 11, good.len() / 2, good.len() - 1] {
+            std::fs::write(&path, &good[..length]).unwrap();
+            assert!(refusal(&folder).contains("the snapshot is damaged"), "{length} bytes");
+        }
+        let mut bad = good.clone();
+        bad[good.len() / 2] ^= 0x40;
+        std::fs::write(&path, &bad).unwrap();
+        assert!(refusal(&folder).contains("the snapshot is damaged"));
+        std::fs::write(&path, &good).unwrap();
+        assert!(LogStorage::open(folder.path(), one()).is_ok());
+    }
+
+    #[test]
+    fn a_log_without_its_end_or_a_part_of_its_middle_is_refused() {
+        let without = |gone: &[u64]| {
+            let folder = used();
+            {
+                let mut disk = FileDisk::open(folder.path()).unwrap();
+                disk.commit(gone.iter().map(|index| Change::Remove(log_key(*index))).collect()).unwrap();
+            }
+            refusal(&folder)
+        };
+        assert!(without(&[9, 10]).contains("the log ends at entry 8, and entry 9 was committed"));
+        assert!(without(&[8]).contains("the replicated log is damaged at log/9"));
     }
 
     #[test]
     fn a_snapshot_file_that_is_ahead_of_the_log_wins() {
         let folder = tempfile::tempdir().unwrap();
         {
-            let (mut storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
             storage.persist(&[entry(1, 1), entry(2, 1)]).unwrap();
         }
-        let ahead = Snapshot { index: 9, term: 3, voters: vec![1], state: State::default() };
+        let ahead =
+            Snapshot { index: 9, term: 3, membership: Some(Membership { index: 8, ..one() }), state: State::default() };
         snapshot::replace(folder.path(), &snapshot::encode(&ahead).unwrap()).unwrap();
-        let (storage, _) = LogStorage::open(folder.path(), vec![1]).unwrap();
+        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
         assert_eq!((storage.first_index().unwrap(), storage.last_index().unwrap()), (10, 9));
         assert_eq!(storage.initial_state().unwrap().hard_state.commit, 9);
+        assert_eq!(storage.membership().index, 8, "its members count");
+    }
+
+    #[test]
+    fn a_change_of_the_members_is_durable_at_once_and_outlives_older_snapshots() {
+        let folder = tempfile::tempdir().unwrap();
+        {
+            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
+            storage.persist(&[entry(1, 1), entry(2, 1), entry(3, 1)]).unwrap();
+            storage.make_snapshot(1, &State::default(), 0).unwrap();
+            storage.keep_membership(Membership { index: 3, ..Membership::default() }).unwrap();
+        }
+        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
+        assert_eq!((storage.membership().index, storage.membership().voters.len()), (3, 0));
+        assert_eq!(storage.initial_state().unwrap().hard_state.commit, 3, "what it rests on counts as committed");
+        assert!(storage.snapshot(0, 2).is_err(), "a snapshot from before the change is sent to nobody");
+        assert!(storage.take_snapshot_wanted());
     }
 }

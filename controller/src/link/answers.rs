@@ -37,6 +37,7 @@ pub fn authorisation(
             (None, None) => format!("vm {id} is unknown"),
         },
         spec: authorised.map(|vm| v1::VmSpec::from(&vm.spec)),
+        generation: state.generation.0.into(),
     }
 }
 
@@ -61,6 +62,7 @@ pub fn lease(
         nonce: request.nonce,
         lease_ms: grant.lease_ms,
         vms: grant.vms.iter().map(|(id, own)| v1::LeasedVm { vm_id: id.to_string(), own: own.raw() }).collect(),
+        generation: state.generation.0.into(),
     })
 }
 
@@ -82,6 +84,7 @@ pub fn grant(
         granted: own.is_some(),
         own: own.unwrap_or_default().raw(),
         image: vm.and_then(|vm| vm.ownership.inherits(worker)).unwrap_or_default().raw(),
+        generation: state.generation.0.into(),
         reason: match (vm, own) {
             (_, Some(_)) => String::new(),
             (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),

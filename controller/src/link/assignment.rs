@@ -1,6 +1,8 @@
 //! [`assignment`]: what a worker should do, all of it, as a pure function of the committed state; [`Telling`]: what of it a
 //! worker has been told.
 //!
+//! After a restore from a backup a worker is told nothing of a VM of which it is not known who owns it: what runs, runs on.
+//!
 //! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
 //! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
 
@@ -22,6 +24,7 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
     let mine = state.vms.iter().filter(|(_, vm)| concerns(vm, worker));
     let mut out = v1::WorkerAssignment {
         migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
+        generation: state.generation.0.into(),
         ..v1::WorkerAssignment::default()
     };
     let caps = caps(state, worker);
@@ -168,12 +171,18 @@ pub enum Say {
 pub struct Telling {
     seq: u64,
     last: Option<Arc<v1::WorkerAssignment>>,
+    controllers: Vec<String>,
 }
 
 impl Telling {
     /// Nothing yet; numbers begin after `seq`, which no earlier stream of this worker has reached.
     pub fn new(seq: u64) -> Self {
-        Self { seq, last: None }
+        Self { seq, last: None, controllers: vec![] }
+    }
+
+    /// These are the addresses of the controllers from now on.
+    pub fn controllers_are(&mut self, addresses: Vec<String>) {
+        self.controllers = addresses;
     }
 
     /// What to send now, if anything: what the state calls for, and what the worker is asked beside it.
@@ -186,6 +195,7 @@ impl Telling {
         say: Say,
     ) -> Option<v1::WorkerAssignment> {
         let mut next = v1::WorkerAssignment { quotes, ..assignment(state, worker) };
+        next.controllers.clone_from(&self.controllers);
         let before = self.last.as_deref();
         next.term = before.map_or(0, |last| last.term);
         next.seq = before.map_or(0, |last| last.seq);

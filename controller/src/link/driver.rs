@@ -33,11 +33,12 @@ pub async fn drive(consensus: Consensus, hub: Hub, leases: Arc<Leases>, stop: Ca
         state.mark_unchanged();
         observations.mark_unchanged();
         if status.borrow_and_update().serving {
-            let now = Now { instant: Instant::now(), unix_ms: unix_ms() };
+            let older_leases_out = leases.surely_out_after();
+            let now = Now { instant: Instant::now(), unix_ms: unix_ms(), older_leases_out };
             for order in reconcile(&consensus.applied(), &hub.now(), now) {
                 propose(&consensus, order).await;
             }
-            let now = Now { instant: Instant::now(), unix_ms: unix_ms() };
+            let now = Now { instant: Instant::now(), unix_ms: unix_ms(), older_leases_out };
             for order in schedule(&consensus.applied(), &hub.now(), now, MigrationId::generate) {
                 propose(&consensus, order).await;
             }

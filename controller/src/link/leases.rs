@@ -16,6 +16,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pageport_ownership::{Epoch, LeaseTable, LeaseTerms, Proof};
 use pageport_proto::{VmId, WorkerName};
@@ -60,6 +61,11 @@ impl Leases {
     pub fn new(terms: LeaseTerms, now: Instant) -> Self {
         let table = LeaseTable::new(0, terms);
         Self { terms, zero: now, book: Mutex::new(Book { term: 0, table, fenced: BTreeSet::new() }) }
+    }
+
+    /// When a lease is surely out that anybody has granted just now on these terms.
+    pub fn surely_out_after(&self) -> Duration {
+        Duration::from_millis(self.terms.controller_lease_ms())
     }
 
     fn ms(&self, now: Instant) -> u64 {
@@ -134,8 +140,6 @@ impl Leases {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::Duration;
-
     use pageport_ownership::{Ownership, Policy};
     use pageport_proto::v1;
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageport_ownership::Record;
+use pageport_ownership::{Generation, Record};
 use pageport_proto::v1;
 use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
@@ -47,12 +47,25 @@ pub struct Observed {
 #[derive(Debug, Clone, Default)]
 pub struct Observations {
     workers: BTreeMap<WorkerName, Observed>,
+    /// The generation that each has joined, and since when that is known.
+    joined: BTreeMap<WorkerName, (Generation, Instant)>,
 }
 
 impl Observations {
     /// Takes a report in.
     pub fn put(&mut self, worker: WorkerName, observed: Observed) {
+        let generation = Generation(u16::try_from(observed.report.generation).unwrap_or_default());
+        let joined = self.joined.entry(worker.clone()).or_insert((generation, observed.at));
+        if joined.0 != generation {
+            *joined = (generation, observed.at);
+        }
         self.workers.insert(worker, observed);
+    }
+
+    /// How long a worker is known to have joined this generation.
+    pub fn joined_for(&self, worker: &WorkerName, generation: Generation, now: Instant) -> Option<Duration> {
+        let (joined, since) = self.joined.get(worker)?;
+        (*joined == generation).then(|| now.saturating_duration_since(*since))
     }
 
     /// All workers that have reported to this leader.

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use pageport_ownership::{Evidence, Ownership, controller};
+use pageport_ownership::{Evidence, Ownership, Record as OwnershipRecord, Report, controller};
 use pageport_proto::v1::{self, VmState};
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
@@ -15,6 +15,7 @@ use super::observation::{Observations, Observed, record_of};
 use crate::api::clip;
 use crate::model::command::Halt;
 use crate::model::migration::{Phase, Record};
+use crate::model::recovery::Recovering;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm, Worker};
 use crate::model::{Migration, Order, State};
 
@@ -30,6 +31,8 @@ pub struct Now {
     pub instant: Instant,
     /// For the log.
     pub unix_ms: i64,
+    /// A lease that controllers of an older generation granted is surely out so long after a worker has joined a newer one.
+    pub older_leases_out: Duration,
 }
 
 /// Orders that the reports call for.
@@ -43,6 +46,9 @@ pub fn reconcile(state: &State, observations: &Observations, now: Now) -> Vec<Or
     // A failure's reason is noted, and figures are taken, before evidence ends the move.
     for migration in state.migrations.values() {
         orders.extend(moves(migration, observations, now));
+    }
+    for (id, recovering) in &state.recovering {
+        orders.extend(joined(state, *id, recovering, observations, now));
     }
     for (id, vm) in &state.vms {
         orders.extend(evidence(*id, vm, observations, now));
@@ -73,6 +79,29 @@ fn registration(state: &State, name: &WorkerName, observed: &Observed) -> Option
     };
     let known = state.workers.get(name) == Some(&worker);
     (!known).then(|| Order::RegisterWorker { name: name.clone(), worker })
+}
+
+/// What workers that have joined this generation have of a VM of which it is not known who owns it.
+fn joined(state: &State, id: VmId, recovering: &Recovering, observations: &Observations, now: Now) -> Vec<Order> {
+    let mut orders = vec![];
+    for (worker, observed) in observations.iter() {
+        // Who was granted a lease by older controllers just before may still run a VM under it.
+        let settled = observations
+            .joined_for(worker, state.generation, now.instant)
+            .is_some_and(|joined| joined >= now.older_leases_out);
+        if !settled || observations.connected(worker, now.instant).is_none() {
+            continue;
+        }
+        let of_vm = observed.vm(id);
+        let record = of_vm.and_then(record_of).unwrap_or(OwnershipRecord::UNKNOWN);
+        let whose = of_vm.and_then(|report| report.whose.parse().ok());
+        let report = Report { record, whose };
+        let runs = of_vm.is_some_and(|report| matches!(report.state(), VmState::Running | VmState::Paused));
+        if recovering.recover.said(worker) != Some(&report) || recovering.runs.contains(worker) != runs {
+            orders.push(Order::Joined { vm: id, worker: worker.clone(), report, runs });
+        }
+    }
+    orders
 }
 
 fn evidence(id: VmId, vm: &Vm, observations: &Observations, now: Now) -> Vec<Order> {

@@ -23,7 +23,6 @@ use super::assignment::{Say, Telling};
 use super::leases::Leases;
 use super::observation::{Hub, Observed, is_bounded};
 use crate::api::unix_ms;
-use crate::config::Member;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::State;
 use crate::peer;
@@ -41,20 +40,20 @@ pub struct WorkerLink {
     consensus: Consensus,
     hub: Hub,
     leases: Arc<Leases>,
-    members: Arc<Vec<Member>>,
 }
 
 impl WorkerLink {
     /// Reports go to this hub, leases come from this book.
-    pub fn new(consensus: Consensus, hub: Hub, leases: Arc<Leases>, members: Arc<Vec<Member>>) -> Self {
-        Self { consensus, hub, leases, members }
+    pub fn new(consensus: Consensus, hub: Hub, leases: Arc<Leases>) -> Self {
+        Self { consensus, hub, leases }
     }
 
     fn not_leader(&self) -> Status {
         let mut status = Status::failed_precondition("this controller is not the leader: connect to the leader");
         let leader = self.consensus.status().leader;
-        let address = self.members.iter().find(|member| Some(member.id) == leader).map(|member| &member.address);
-        if let Some(address) = address.and_then(|address| address.parse().ok()) {
+        let membership = self.consensus.membership();
+        let member = leader.and_then(|leader| membership.get(leader));
+        if let Some(address) = member.and_then(|(member, _)| member.address.parse().ok()) {
             status.metadata_mut().insert(LEADER_KEY, address);
         }
         status
@@ -213,6 +212,9 @@ impl Session {
     /// A worker that does not read its assignments gets the newest one once it does.
     fn send(&mut self, worker: &WorkerName, say: Say) -> Result<(), Status> {
         let term = self.link.consensus.status().term;
+        let membership = self.link.consensus.membership();
+        let controllers = membership.members().map(|(member, _)| member.address.clone()).collect();
+        self.telling.controllers_are(controllers);
         let quotes = self.link.hub.questions.of(worker);
         let next = self.telling.next(&self.link.consensus.applied(), quotes, worker, term, say);
         let Some(next) = next else { return Ok(()) };

@@ -9,8 +9,9 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
 use super::disks;
 use super::migration::{Cancel, Migration, Phase, Turn};
-use super::protection::{self, turn_round};
+use super::protection;
 use super::queue::{self, Wanted};
+use super::recovery::{self, DeclaredDead};
 use super::schedule::{self, Terms};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};
@@ -69,6 +70,7 @@ pub fn apply(state: &mut State, command: Command) -> Outcome {
         }
         Order::VmHalted { vm, power_seq, cause, problem } => halted(state, vm, power_seq, cause, problem),
         Order::TakeOver(order) => return take_over(state, order, now),
+        Order::Joined { vm, worker, report, runs } => recovery::joined(state, vm, worker, report, runs),
         Order::ForgetVm { vm } => {
             if state.vms.get(&vm).is_some_and(|vm| vm.life == Life::Deleted) {
                 state.vms.remove(&vm);
@@ -87,6 +89,9 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::DefineVm { id, spec, worker } => define(state, id, *spec, worker),
         ClientOrder::SetPower { vm, power } => set_power(state, vm, power),
         ClientOrder::Resolve(order) => take_over(state, order, now),
+        ClientOrder::DeclareDead { worker, by, reason } => {
+            recovery::declare_dead(state, worker, DeclaredDead { at_unix_ms: now, by, reason })
+        }
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
         ClientOrder::Protect { vm, site, worker, terms, places } => {
@@ -130,6 +135,7 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
         | (ClientOrder::CreateMigration { .. } | ClientOrder::QueueMigration { .. }, Answer::Migration(_))
         | (
             ClientOrder::DeleteVm { .. }
+            | ClientOrder::DeclareDead { .. }
             | ClientOrder::DeleteReplica { .. }
             | ClientOrder::Unprotect { .. }
             | ClientOrder::SetLinkCap { .. }
@@ -161,6 +167,9 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
 }
 
 pub(super) fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> {
+    if let Some((_, recovering)) = state.find_recovering(&id.to_string()) {
+        return Err(recovering.refusal());
+    }
     let vm = state.vms.get_mut(&id).filter(|vm| vm.life == Life::Defined);
     vm.ok_or_else(|| Rejection::VmUnknown { vm: id.to_string() })
 }
@@ -174,7 +183,7 @@ pub(super) fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
 }
 
 fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName) -> Outcome {
-    if state.find_vm(&spec.name).is_some() {
+    if state.find_vm(&spec.name).is_some() || state.find_recovering(&spec.name).is_some() {
         return Err(Rejection::NameTaken { name: spec.name });
     }
     if !state.workers.contains_key(&worker) {
@@ -293,20 +302,19 @@ fn follow(state: &mut State, vm_id: VmId, evidence: &Evidence<WorkerName>, now: 
         (Ownership::Owned { .. }, Fact::Acquired(_)) => Turn::Acquired,
         (Ownership::Owned { .. }, _) => Turn::GivenBack,
     };
-    let Some(id) = vm.migration else { return };
+    let migration = vm.migration;
+    if turn == Turn::Acquired {
+        // The old place still holds the whole disk as it was at the move; the new place's replica is the disk now.
+        let (from, to) = (before.owner().0, vm.ownership.owner().0.clone());
+        recovery::moved(state, vm_id, from, &to, ReplicaPhase::Seeded);
+        if let Some(site) = state.site_of(from).cloned() {
+            state.schedule.has_left(from, &site);
+        }
+    }
+    // After a restore from a backup the end of a move has no record.
+    let Some(id) = migration else { return };
     let Some(migration) = state.migrations.get_mut(&id) else { return };
     migration.follow(turn, now);
-    match turn {
-        Turn::Acquired => {
-            // The old place still holds the whole disk as it was at the move; the new place's replica is the disk now.
-            let arrived = vm.replicas.remove(&migration.to.site);
-            let protection = turn_round(&mut state.protect_seq, arrived.as_ref());
-            let left = Replica::new(migration.from.worker.clone(), 0, ReplicaPhase::Seeded, protection);
-            vm.replicas.insert(migration.from.site.clone(), left);
-            state.schedule.has_left(&migration.from.worker, &migration.from.site);
-        }
-        Turn::Released | Turn::Refused | Turn::Revoked | Turn::GivenBack | Turn::TakenOver => {}
-    }
     settle(state, id);
 }
 

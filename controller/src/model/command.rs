@@ -2,7 +2,7 @@
 //!
 //! Commands carry everything that is not a function of the state: time, ids, and the choice of a worker.
 
-use pageport_ownership::Evidence;
+use pageport_ownership::{Evidence, Report};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
@@ -151,6 +151,17 @@ pub enum Order {
     },
     /// A VM whose worker surely does not run it any more gets another one.
     TakeOver(takeover::Order),
+    /// After a restore: a worker that has joined says what it has of a VM.
+    Joined {
+        /// The VM.
+        vm: VmId,
+        /// The worker.
+        worker: WorkerName,
+        /// What it has.
+        report: Report<WorkerName>,
+        /// A guest runs there, or stands paused.
+        runs: bool,
+    },
     /// No worker holds anything of a deleted VM any more.
     ForgetVm {
         /// The VM.
@@ -188,6 +199,15 @@ pub enum ClientOrder {
     },
     /// An operator's word on who owns a VM.
     Resolve(takeover::Order),
+    /// An operator's word after a restore: this worker is not coming back.
+    DeclareDead {
+        /// The worker.
+        worker: WorkerName,
+        /// Who says so.
+        by: String,
+        /// In their words.
+        reason: String,
+    },
     /// Remove a VM from the fleet.
     DeleteVm {
         /// The VM.
@@ -369,6 +389,22 @@ pub enum Rejection {
     #[error("worker \"{worker}\" is unknown; \"pageportctl worker list\" shows all")]
     WorkerUnknown {
         /// Its name.
+        worker: WorkerName,
+    },
+    /// Nobody has said who owns it since the controllers were restored.
+    #[error("vm \"{name}\": {why}")]
+    OwnerUnknown {
+        /// The VM.
+        name: String,
+        /// Who must report first, and what else can be done.
+        why: String,
+    },
+    /// Every VM is known.
+    #[error(
+        "who owns each vm is known: nothing was changed about worker \"{worker}\"; for a host that does not answer there is \"pageportctl worker fence\""
+    )]
+    NotRecovering {
+        /// The worker.
         worker: WorkerName,
     },
     /// The name is taken.

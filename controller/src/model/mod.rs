@@ -11,6 +11,7 @@
 //! | [`command`] | what can be asked of the state, and what comes back |
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
 //! | [`schedule`], [`queue`] | what the scheduler is told, and the moves that wait for it |
+//! | [`recovery`] | who owns what after a restore from a backup |
 //! | [`protection`] | replicas that are kept up to date, and the caps of links |
 //! | [`apply`] | the one function that changes it |
 //!
@@ -23,6 +24,7 @@ pub mod disks;
 pub mod migration;
 pub mod protection;
 pub mod queue;
+pub mod recovery;
 pub mod schedule;
 pub mod spec;
 pub mod state;

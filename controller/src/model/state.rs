@@ -4,13 +4,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use pageport_ownership::Ownership;
+use pageport_ownership::{Generation, Ownership};
 use pageport_proto::{MigrationId, RequestId, SiteName, StoreId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
 use super::migration::Migration;
 use super::protection::{Links, Places, Protection};
+use super::recovery::{DeclaredDead, Recovering};
 use super::schedule::Schedule;
 use super::spec::Spec;
 use super::takeover::Takeover;
@@ -231,6 +232,15 @@ pub struct State {
     pub schedule: Schedule,
     /// Answers to repeated requests.
     pub answers: Answers,
+    /// How often the controllers were restored from a backup.
+    #[serde(default)]
+    pub generation: Generation,
+    /// After a restore: VMs of which it is not known who owns them.
+    #[serde(default)]
+    pub recovering: BTreeMap<VmId, Recovering>,
+    /// Workers that an operator declared dead after a restore; the newest word on each.
+    #[serde(default)]
+    pub declared_dead: BTreeMap<WorkerName, DeclaredDead>,
 }
 
 impl State {

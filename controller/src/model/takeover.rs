@@ -74,6 +74,21 @@ pub struct Order {
 /// # Errors
 /// The VM is unknown or has changed hands, nothing at the site can become its disk, or the proof does not suffice.
 pub fn take_over(state: &mut State, order: Order, now: i64) -> Outcome {
+    let id = order.vm;
+    let unknown = state.recovering.get(&id).cloned();
+    if let Proof::Override { .. } = order.proof {
+        state.leave_to_the_operator(id);
+    }
+    let outcome = take_over_known(state, order, now);
+    if let (Err(_), Some(unknown)) = (&outcome, unknown) {
+        // What is rejected changes nothing.
+        state.vms.remove(&id);
+        state.recovering.insert(id, unknown);
+    }
+    outcome
+}
+
+fn take_over_known(state: &mut State, order: Order, now: i64) -> Outcome {
     let (from, from_site) = match state.vms.get(&order.vm) {
         Some(vm) => (vm.ownership.owner().0.clone(), state.site_of_vm(vm).cloned()),
         None => return Err(Rejection::VmUnknown { vm: order.vm.to_string() }),

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
-use pageport_controller::config::{Config, LogLimits, Member};
+use pageport_controller::backup::{RestoreError, restore};
+use pageport_controller::config::{Config, FirstStart, LogLimits};
+use pageport_controller::consensus::membership::Member;
 use pageport_controller::fence::FenceConfig;
 use pageport_controller::server::{Listeners, ServerError, run};
 use pageport_ownership::LeaseTerms;
@@ -65,10 +67,9 @@ impl Cluster {
             .iter()
             .zip(["a", "b", "c"])
             .enumerate()
-            .map(|(index, (listeners, site))| Member {
-                id: index as u64 + 1,
-                site: site.parse().unwrap(),
-                address: listeners.api.local_addr().unwrap().to_string(),
+            .map(|(index, (listeners, site))| {
+                let address = listeners.api.local_addr().unwrap().to_string();
+                Member::new(index as u64 + 1, site.parse().unwrap(), address)
             })
             .collect();
         for (member, listeners) in members.iter().zip(listeners) {
@@ -78,6 +79,7 @@ impl Cluster {
                 data_dir: cluster.folder.path().join(format!("controller-{}", member.id)),
                 listen_api: listeners.api.local_addr().unwrap(),
                 listen_web: listeners.web.local_addr().unwrap(),
+                first_start: FirstStart::Found,
                 members: members.clone(),
                 log,
                 lease: LeaseTerms::new(3_000, 10_000, 500).unwrap(),
@@ -94,6 +96,10 @@ impl Cluster {
 
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    pub fn data_dir(&self, id: u64) -> PathBuf {
+        self.nodes[id as usize - 1].config.data_dir.clone()
     }
 
     fn certificate(&self, file: &str, dns_name: &str) -> TlsPaths {
@@ -140,6 +146,63 @@ impl Cluster {
         self.launch(id, listeners);
     }
 
+    fn running(&self) -> Vec<Member> {
+        let running = self.nodes.iter().filter(|node| node.running.is_some()).map(|node| &node.config);
+        running.map(|it| Member::new(it.id, it.site.clone(), it.listen_api.to_string())).collect()
+    }
+
+    /// Starts one more node, which waits until it is added. Gives its number and address.
+    pub async fn join(&mut self) -> (u64, String) {
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listeners = Listeners { api: bind().await, web: bind().await };
+        let (id, web) = (self.nodes.len() as u64 + 1, listeners.web.local_addr().unwrap());
+        let config = Config {
+            id,
+            site: "d".parse().unwrap(),
+            data_dir: self.folder.path().join(format!("controller-{id}")),
+            listen_api: listeners.api.local_addr().unwrap(),
+            listen_web: web,
+            members: self.running(),
+            first_start: FirstStart::Join,
+            ..self.nodes[0].config.clone()
+        };
+        self.nodes.push(Node { config, web, running: None });
+        self.launch(id, listeners);
+        (id, self.addresses()[id as usize - 1].clone())
+    }
+
+    /// Begins a new cluster from a backup, with one node.
+    pub async fn restore(&mut self, file: &Path) -> Result<u64, RestoreError> {
+        let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listeners = Listeners { api: bind().await, web: bind().await };
+        let (id, web) = (self.nodes.len() as u64 + 1, listeners.web.local_addr().unwrap());
+        let (site, address) = ("d".parse().unwrap(), listeners.api.local_addr().unwrap());
+        let config = Config {
+            id,
+            members: vec![Member::new(id, Clone::clone(&site), address.to_string())],
+            site,
+            data_dir: self.folder.path().join(format!("controller-{id}")),
+            listen_api: address,
+            listen_web: web,
+            ..self.nodes[0].config.clone()
+        };
+        restore(&config, file)?;
+        self.nodes.push(Node { config, web, running: None });
+        self.launch(id, listeners);
+        Ok(id)
+    }
+
+    /// Of a node, as it was given it.
+    pub fn config(&self, id: u64) -> &Config {
+        &self.nodes[id as usize - 1].config
+    }
+
+    /// Why a node has ended by itself.
+    pub async fn end_of(&mut self, id: u64) -> ServerError {
+        let (_stop, task) = self.node(id).running.take().unwrap();
+        within("a node to end", task).await.unwrap().unwrap_err()
+    }
+
     pub fn web(&self, id: u64) -> SocketAddr {
         self.nodes[id as usize - 1].web
     }
@@ -176,6 +239,10 @@ impl Cluster {
             let mut said = vec![];
             for node in self.nodes.iter().filter(|node| node.running.is_some()) {
                 let status = self.status(node.config.id).await?;
+                if status.members.is_empty() {
+                    // It waits to be added, and knows nobody.
+                    continue;
+                }
                 said.push(status.members.iter().find(|member| member.leader)?.id);
             }
             let first = *said.first()?;
@@ -199,6 +266,12 @@ pub fn dial(identity: &Identity, address: &str) -> Channel {
         .unwrap()
         .connect_timeout(Duration::from_secs(2))
         .connect_lazy()
+}
+
+/// An error and what caused it.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Waits with a limit.

@@ -2,10 +2,11 @@
 //!
 //! What workers say to each other goes over a shared board instead of QUIC.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pageport_common::tls::Identity;
 use pageport_ownership::{
     Durable, Effect, Epoch, Event, Guest, Licence, Message, Nonce, Owner, Policy, Record, Volatile, emits, needs_grant,
     worker_step,
@@ -48,6 +49,10 @@ pub struct Board {
     pub no_points: Option<String>,
     /// Age of each newest point, as it is reported.
     pub lag_ms: u64,
+    /// Controllers that workers were not started with.
+    pub controllers: Vec<String>,
+    /// Workers that reach no controller.
+    pub cut: BTreeSet<String>,
     /// What owners were last told to replicate.
     pub replications: BTreeMap<String, Vec<v1::ReplicationAssignment>>,
 }
@@ -60,6 +65,8 @@ struct Vm {
     has_replica: bool,
     problem: String,
     crashed_under: Option<u64>,
+    /// Whose the newest epochs are, as they were told.
+    said: BTreeMap<Epoch, String>,
 }
 
 struct Worker {
@@ -75,6 +82,9 @@ struct Worker {
     replications: Vec<v1::ReplicationReport>,
     seq: u64,
     next_nonce: u64,
+    identity: Identity,
+    met: usize,
+    generation: u32,
 }
 
 pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinHandle<()> {
@@ -92,6 +102,9 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
         replications: vec![],
         seq: 0,
         next_nonce: 1,
+        identity,
+        met: 0,
+        generation: 0,
     };
     tokio::spawn(worker.run())
 }
@@ -99,7 +112,15 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
 impl Worker {
     async fn run(mut self) {
         loop {
-            self.link().await;
+            let (cut, new) = {
+                let board = self.board.lock().unwrap();
+                (board.cut.contains(&self.name), board.controllers[self.met..].to_vec())
+            };
+            self.met += new.len();
+            self.channels.extend(new.iter().map(|address| dial(&self.identity, address)));
+            if !cut {
+                self.link().await;
+            }
             self.leader = (self.leader + 1) % self.channels.len();
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -126,8 +147,23 @@ impl Worker {
                 },
                 _ = look.tick() => {}
             }
+            if assignment.generation < self.generation || self.board.lock().unwrap().cut.contains(&self.name) {
+                return;
+            }
             if assignment.seq != 0 {
+                self.join(assignment.generation);
                 self.work(&assignment).await;
+            }
+        }
+    }
+
+    /// Hears no older controllers any more.
+    fn join(&mut self, generation: u32) {
+        if generation > self.generation {
+            self.generation = generation;
+            for id in self.vms.keys().cloned().collect::<Vec<_>>() {
+                self.vms.get_mut(&id).unwrap().volatile.question = None;
+                self.handle(&id, Event::Join);
             }
         }
     }
@@ -200,10 +236,12 @@ impl Worker {
             has_replica: assigned.owner_worker != self.name,
             problem: String::new(),
             crashed_under: None,
+            said: BTreeMap::new(),
         });
         let mine = assigned.owner_worker == self.name;
         let epoch = Epoch::from_raw(assigned.owner_epoch);
         let owner = if mine { Owner::Me } else { Owner::Other };
+        self.vms.get_mut(id).unwrap().said.insert(epoch, assigned.owner_worker.clone());
         self.handle(id, Event::Owned { epoch, owner });
         if assigned.released_epoch != 0 {
             self.handle(id, Event::Release(Epoch::from_raw(assigned.released_epoch)));
@@ -263,6 +301,7 @@ impl Worker {
             progress: Some(v1::MigrationProgress { phase: "memory".into(), ..v1::MigrationProgress::default() }),
             ..v1::MigrationReport::default()
         };
+        self.vms.get_mut(id).unwrap().said.insert(epoch, assigned.peer_worker.clone());
         if assigned.role() == MigrationRole::Source {
             self.handle(id, if assigned.cancel { Event::Cancel(epoch) } else { Event::Authorise(epoch) });
             if !hold && matches!(self.vms[id].record.record(), Record::Prepared { .. }) {
@@ -378,6 +417,10 @@ impl Worker {
             .into(),
             problem: vm.problem.clone(),
             record: Some(vm.record.record().into()),
+            whose: match vm.record.record() {
+                Record::Own { .. } | Record::Prepared { .. } => String::new(),
+                record => vm.said.get(&record.seen()).cloned().unwrap_or_default(),
+            },
             has_replica: vm.has_replica,
             recovery_points: self.points_of(id),
             halted_power_seq: vm.crashed_under.unwrap_or_default(),
@@ -394,6 +437,7 @@ impl Worker {
             replications: self.replications.clone(),
             assignment_seq: self.seq,
             store_id: self.store_id(),
+            generation: self.generation,
             guarded: self.board.lock().unwrap().guarded,
             ..v1::WorkerReport::default()
         }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_controller::consensus::ConsensusError;
+use pageport_controller::consensus::membership::Membership;
 use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, Outlet, TICK};
 use pageport_controller::consensus::storage::LogStorage;
 use pageport_controller::consensus::{Input, PROPOSE_WITHIN, READ_WITHIN, Status};
@@ -26,7 +27,7 @@ use pageport_controller::model::command::{ClientOrder, Outcome};
 use pageport_controller::model::{Command, Order, State};
 use pageport_ownership::LeaseTerms;
 use pageport_proto::v1;
-use pageport_proto::{RequestId, VmId, WorkerName};
+use pageport_proto::{RequestId, StoreId, VmId, WorkerName};
 use prost_011::Message as _;
 use raft::eraftpb::Message;
 use tokio::sync::{mpsc, oneshot};
@@ -54,7 +55,7 @@ pub struct Machine {
     world: Rc<World>,
     /// Its number in raft; its endpoint is one less.
     pub id: u64,
-    voters: Vec<u64>,
+    first: Membership,
     /// Its clock.
     pub clock: Clock,
     disk: SimDisk,
@@ -66,12 +67,12 @@ pub struct Machine {
 
 impl Machine {
     /// One that was never started.
-    pub fn new(world: &Rc<World>, id: u64, voters: Vec<u64>, clock: Clock) -> Rc<Self> {
+    pub fn new(world: &Rc<World>, id: u64, first: Membership, clock: Clock) -> Rc<Self> {
         let disk = if world.flaw == Flaw::LazyLog { SimDisk::lying() } else { SimDisk::default() };
         Rc::new(Self {
             world: world.clone(),
             id,
-            voters,
+            first,
             clock,
             disk,
             process: Cell::default(),
@@ -141,7 +142,7 @@ impl Machine {
         }
         let world = &self.world;
         world.tell(&Fact::Restarted { node: self.id });
-        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.voters.clone()) else {
+        let Ok((storage, state)) = LogStorage::open_on(self.disk.clone(), self.first.clone(), store_of(self.id)) else {
             return self.come_back();
         };
         let config = NodeConfig { id: self.id, snapshot_every: SNAPSHOT_EVERY, keep_entries: KEEP_ENTRIES };
@@ -188,6 +189,12 @@ impl Machine {
     }
 }
 
+/// The same in each run.
+pub fn store_of(node: u64) -> StoreId {
+    let text = format!("00000000-0000-7000-8000-{node:012x}");
+    text.parse().unwrap_or_else(|_| StoreId::generate())
+}
+
 /// What the node has said.
 #[derive(Default)]
 struct Outbox {
@@ -203,6 +210,9 @@ impl Outlet for Outbox {
     fn publish(&mut self, _state: &Arc<State>) {
         self.changed = true;
     }
+
+    /// Messages find their way by number.
+    fn regroup(&mut self, _membership: &Arc<Membership>) {}
 }
 
 /// One process.
@@ -352,7 +362,9 @@ impl Member {
         loop {
             let seen = (self.changed.version(), self.reported.version());
             if self.status().serving {
-                let now = Now { instant: self.clock().instant(&self.world), unix_ms: self.unix_ms() };
+                let instant = self.clock().instant(&self.world);
+                let older_leases_out = self.leases.surely_out_after();
+                let now = Now { instant, unix_ms: self.unix_ms(), older_leases_out };
                 let orders = reconcile(&self.state(), &self.observations.borrow(), now);
                 for order in orders {
                     let command = Command { now_unix_ms: self.unix_ms(), order };
@@ -388,7 +400,7 @@ impl Member {
         while let Some(arrived) = arriving.recv().await {
             match arrived {
                 // The core runs as long as this does.
-                Arriving::Raft(message) => drop(self.inputs.send(Input::Step { message })),
+                Arriving::Raft(message) => drop(self.inputs.send(Input::Step { message, store: None })),
                 Arriving::Call(call) => self.world.executor.spawn(self.process, self.clone().answer(*call)),
             }
         }

@@ -4,11 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use pageport_controller::consensus::membership::{Member, Membership};
 use pageport_controller::model::State;
 use serde::Serialize;
 
 use crate::calls::Cluster;
-use crate::controller::{DRIFT_PPM, Machine};
+use crate::controller::{DRIFT_PPM, Machine, store_of};
 use crate::faults::Faults;
 use crate::hypervisor::Run;
 use crate::invariant::{Fact, Invariants, Violation};
@@ -74,7 +75,12 @@ fn play(seed: u64, flaw: Flaw, keep_trace: bool) -> Verdict {
         Clock { ppm: world.between(0, 2 * half) as i64 - half as i64, began_us: world.between(1, 1_000_000_000) }
     };
     let ids: Vec<u64> = (1..=controllers as u64).collect();
-    let machines: Vec<Rc<Machine>> = ids.iter().map(|id| Machine::new(&world, *id, ids.clone(), clock())).collect();
+    let first = Membership::first(ids.iter().filter_map(|id| {
+        let site = char::from(b'a' + (*id as u8 - 1)).to_string();
+        let member = Member::new(*id, site.parse().ok()?, format!("controller-{id}:7400"));
+        Some(Member { store: Some(store_of(*id)), ..member })
+    }));
+    let machines: Vec<Rc<Machine>> = ids.iter().map(|id| Machine::new(&world, *id, first.clone(), clock())).collect();
     let cluster: Cluster = Rc::new(machines.iter().map(|machine| (machine.id, machine.clone())).collect());
     let host = |number: usize| {
         let letter = char::from(b'a' + number as u8);

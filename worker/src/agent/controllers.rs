@@ -1,9 +1,11 @@
 //! The way to the controllers: finds the leader, and asks it.
 //!
-//! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept.
+//! Any controller may be asked; a follower names the leader in the metadata key `pageport-leader`. Connections are kept. The
+//! leader says who the controllers are, so that they can be replaced one after the other: those are asked first, then the
+//! configuration's, which are all that is known after a restart. Those of a cluster that was given up for a backup come last.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pageport_common::telemetry;
@@ -16,6 +18,8 @@ use pageport_proto::v1::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::generation::Joined;
 
 const LEADER_KEY: &str = "pageport-leader";
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -43,6 +47,14 @@ pub enum ControllerError {
     /// The leader refused.
     #[error("the leader refused")]
     Refused(#[source] Box<Status>),
+    /// It belongs to a cluster that was given up.
+    #[error(
+        "a controller of generation {generation} is not heard any more: the controllers were restored from a backup since, and it must be stopped"
+    )]
+    GivenUp {
+        /// Its generation.
+        generation: u32,
+    },
     /// An address in the configuration is no address.
     #[error("configuration key `controllers`: {address:?} is not IP:port")]
     Address {
@@ -60,6 +72,7 @@ pub struct Controllers {
     worker: String,
     identity: Identity,
     addresses: Vec<String>,
+    joined: Arc<Joined>,
     state: Mutex<State>,
 }
 
@@ -67,12 +80,16 @@ pub struct Controllers {
 struct State {
     channels: HashMap<String, Channel>,
     leader: Option<String>,
+    /// As the leader last named them.
+    named: Vec<String>,
+    /// Those that turned out to be of a cluster that was given up: asked last, since another may have taken the address.
+    given_up: BTreeSet<String>,
 }
 
 impl Controllers {
     /// Knows the addresses; connects when asked.
-    pub fn new(worker: &str, identity: Identity, addresses: Vec<String>) -> Self {
-        Self { worker: worker.to_owned(), identity, addresses, state: Mutex::default() }
+    pub fn new(worker: &str, identity: Identity, addresses: Vec<String>, joined: Arc<Joined>) -> Self {
+        Self { worker: worker.to_owned(), identity, addresses, joined, state: Mutex::default() }
     }
 
     /// This worker's name.
@@ -88,11 +105,11 @@ impl Controllers {
         &self,
         request: AskAuthorisationRequest,
     ) -> Result<AskAuthorisationResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.ask_authorisation(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
     }
 
     /// May this worker run a VM?
@@ -100,11 +117,11 @@ impl Controllers {
     /// # Errors
     /// No leader answers, or it refuses the question.
     pub async fn ask_grant(&self, request: AskGrantRequest) -> Result<AskGrantResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.ask_grant(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
     }
 
     /// Another lease for the VMs that fence themselves.
@@ -112,11 +129,30 @@ impl Controllers {
     /// # Errors
     /// No leader answers, or it refuses the question.
     pub async fn renew_lease(&self, request: RenewLeaseRequest) -> Result<RenewLeaseResponse, ControllerError> {
-        self.ask(|mut client| {
+        let answer = self.ask(|mut client| {
             let request = with_deadline(request.clone());
             async move { client.renew_lease(request).await.map(Response::into_inner) }
-        })
-        .await
+        });
+        self.heard(answer.await?, |answer| answer.generation)
+    }
+
+    /// Nothing is taken from controllers of an older generation than this worker has joined; the next question goes elsewhere.
+    fn heard<A>(&self, answer: A, of: impl Fn(&A) -> u32) -> Result<A, ControllerError> {
+        let generation = of(&answer);
+        if self.joined.hears(generation) {
+            return Ok(answer);
+        }
+        Err(self.give_up(generation))
+    }
+
+    /// Whoever answered last is of a cluster that was given up: others are asked first from now on.
+    pub fn give_up(&self, generation: u32) -> ControllerError {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leader) = state.leader.take() {
+            tracing::warn!(address = leader, generation, "this controller is of a cluster that was given up");
+            state.given_up.insert(leader);
+        }
+        ControllerError::GivenUp { generation }
     }
 
     /// Opens the link to the leader.
@@ -149,8 +185,7 @@ impl Controllers {
             if round > 0 {
                 tokio::time::sleep(ROUND_PAUSE).await;
             }
-            let mut next: Vec<String> = self.addresses.iter().rev().cloned().collect();
-            next.extend(self.leader());
+            let mut next = self.candidates();
             let mut budget = next.len() + 1;
             while let Some(address) = next.pop()
                 && budget > 0
@@ -177,6 +212,22 @@ impl Controllers {
         Err(ControllerError::NoLeader { tried: self.addresses.join(", "), source: Box::new(last) })
     }
 
+    /// The leader says that these are the controllers.
+    pub fn learn(&self, addresses: &[String]) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.named == addresses {
+            return;
+        }
+        tracing::info!(?addresses, "the controllers, as the leader names them");
+        state.named = addresses.to_vec();
+        state.channels.retain(|address, _| self.addresses.contains(address) || addresses.contains(address));
+    }
+
+    fn candidates(&self) -> Vec<String> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        candidates(&self.addresses, &state.named, state.leader.as_ref(), &state.given_up)
+    }
+
     fn channel(&self, address: &str) -> Result<Channel, ControllerError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = state.channels.get(address) {
@@ -195,13 +246,22 @@ impl Controllers {
         Ok(channel)
     }
 
-    fn leader(&self) -> Option<String> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).leader.clone()
-    }
-
     fn set_leader(&self, leader: Option<String>) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).leader = leader;
     }
+}
+
+/// Whom to ask, the last one first.
+fn candidates(
+    configured: &[String],
+    named: &[String],
+    leader: Option<&String>,
+    given_up: &BTreeSet<String>,
+) -> Vec<String> {
+    let configured = configured.iter().rev().filter(|address| !named.contains(address));
+    let mut all: Vec<String> = configured.chain(named.iter().rev()).chain(leader).cloned().collect();
+    all.sort_by_key(|address| !given_up.contains(address));
+    all
 }
 
 fn another_may_know(code: Code) -> bool {
@@ -216,4 +276,24 @@ fn with_deadline<M>(message: M) -> Request<M> {
     request.set_timeout(ANSWER_DEADLINE);
     telemetry::inject(request.metadata_mut());
     request
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_leader_is_asked_first_then_those_it_named_and_the_configured_are_never_given_up() {
+        let all = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let asked = |named: &[&str], leader: Option<&str>, given_up: &[&str]| {
+            let given_up = all(given_up).into_iter().collect();
+            let leader = leader.map(str::to_owned);
+            let mut next = candidates(&all(&["a", "b", "c"]), &all(named), leader.as_ref(), &given_up);
+            next.reverse();
+            next
+        };
+        assert_eq!(asked(&[], None, &[]), all(&["a", "b", "c"]));
+        assert_eq!(asked(&["c", "d", "e"], Some("e"), &[]), all(&["e", "c", "d", "e", "a", "b"]));
+        assert_eq!(asked(&["a", "b"], None, &["a"]), all(&["b", "c", "a"]), "those that were given up come last");
+    }
 }

@@ -29,7 +29,9 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
     let mut replications = Replicators::default();
     loop {
         let assignment = assigned.borrow_and_update().clone();
-        if let Some(assignment) = &assignment {
+        if let Some(assignment) = &assignment
+            && join(&node, assignment.generation).await
+        {
             keep_vms(&node, &mut keepers, assignment);
             for migration in &assignment.migrations {
                 drive_migration(&node, assignment, migration).await;
@@ -49,6 +51,31 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             return;
         }
     }
+}
+
+/// Has every VM join the generation of the controllers that this assignment comes from, if it is a newer one. `false`: not all have, and
+/// what is assigned waits.
+async fn join(node: &Node, generation: u32) -> bool {
+    if !node.joined.hears(generation) {
+        return false;
+    }
+    if generation == node.joined.reported() {
+        return true;
+    }
+    tracing::warn!(generation, "the controllers were restored from a backup: older ones are not heard any more");
+    if let Err(error) = node.joined.hear(generation) {
+        tracing::error!(error = %crate::error::with_causes(&error), "the controllers are not joined");
+        return false;
+    }
+    for vm in node.vms.list() {
+        if let Err(error) = vm.join().await {
+            tracing::error!(vm_id = %vm.id(), error = %crate::error::with_causes(&error), "the vm does not join yet");
+            return false;
+        }
+    }
+    node.joined.settle(generation);
+    node.changed.notify_one();
+    true
 }
 
 /// The task that keeps one VM in line.
@@ -151,6 +178,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
     };
     let epoch = Epoch::from_raw(migration.epoch);
     let Ok(vm) = node.vms.get_or_create(vm_id) else { return };
+    vm.note_whose(epoch, &migration.peer_worker);
     match migration.role() {
         MigrationRole::Source => {
             if let Some(entry) = node.registry.migration(id) {

@@ -46,8 +46,12 @@ async fn session(
     tracing::info!("link to the leader is up");
     loop {
         match tokio::time::timeout(SILENCE_LIMIT, stream.message()).await {
+            Ok(Ok(Some(assignment))) if !node.joined.hears(assignment.generation) => {
+                return Err(node.controllers.give_up(assignment.generation));
+            }
             Ok(Ok(Some(assignment))) => {
                 seq.send_replace(assignment.seq);
+                node.controllers.learn(&assignment.controllers);
                 assignments.send_if_modified(|held| {
                     let news = held.as_ref() != Some(&assignment);
                     *held = Some(assignment);
@@ -97,6 +101,7 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         quotes: node.quotes.reports(),
         assignment_seq,
         store_id: node.store.id.to_string(),
+        generation: node.joined.reported(),
         guarded: pageport_keeper::heartbeat::is_guarded(&config.runtime_dir),
     }
 }
@@ -116,6 +121,7 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         state: status.state.into(),
         problem: status.problem,
         record: Some(OwnershipRecord::from(status.record)),
+        whose: status.whose,
         disk_bytes,
         disk_allocated_bytes,
         has_replica: !locations.is_empty() && status.record.owned().is_none(),

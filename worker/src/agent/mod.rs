@@ -35,6 +35,7 @@ use crate::clock;
 use crate::config::{AcceleratorChoice, Config, ReplicationConfig};
 use crate::drill::export::Grounds;
 use crate::drill::exports::Exports;
+use crate::generation::Joined;
 use crate::hypervisor::{self, Accelerator, accel};
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
@@ -97,6 +98,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     if identity_of_store.age == StoreAge::New {
         tracing::info!(id = %identity_of_store.id, "the store is new");
     }
+    let joined = Arc::new(Joined::of(store.clone())?);
     let qemu = config.hypervisor.qemu.clone();
     let keeper = hypervisor::keeper::locate(&config.hypervisor.keeper)?;
     let qemu_version = accel::qemu_version(&qemu).await?;
@@ -119,6 +121,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let flattenings = Arc::new(Flattenings::new(tool, reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
         store: store.clone(),
+        joined: joined.clone(),
         hypervisor: hypervisor.clone(),
         replicas: replicas.clone(),
         groups: groups.clone(),
@@ -135,7 +138,8 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         store: identity_of_store,
         records: store.clone(),
         endpoint: PeerEndpoint::bind(config.peer, &identity)?,
-        controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone()),
+        controllers: Controllers::new(config.name.as_str(), identity, config.controllers.clone(), joined.clone()),
+        joined,
         registry: Registry::new(changed.clone()),
         quotes: Quotes::new(changed.clone()),
         groups,

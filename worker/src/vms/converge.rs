@@ -60,6 +60,7 @@ pub async fn converge(
             vm.stay_down(wanted.power_seq);
         }
     }
+    vm.note_whose(Epoch::from_raw(wanted.owner_epoch), &wanted.owner_worker);
     for event in plan::ownership(wanted, me) {
         vm.step(event).await?;
     }

@@ -3,6 +3,7 @@
 //! | key | value |
 //! |---|---|
 //! | `own/<vm>` | its ownership record |
+//! | `whose/<vm>` | whose the newest epoch in that record is, where it is another worker and known |
 //! | `policy/<vm>` | what happens to it when this worker is cut off: must be known before the controllers are heard again |
 
 use pageport_common::store::{Batch, Store, StoreError};
@@ -12,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 const PREFIX: &str = "own/";
+const WHOSE_PREFIX: &str = "whose/";
 const POLICY_PREFIX: &str = "policy/";
 
 /// Why a record could not be read or written.
@@ -52,9 +54,22 @@ pub(super) fn read(store: &Store, vm: VmId) -> Result<Option<Record>, RecordErro
     get(store, vm, &key(vm))
 }
 
-/// Returns when the record is on stable storage.
-pub(super) fn write(store: &Store, vm: VmId, record: &Record) -> Result<(), RecordError> {
-    put(store, vm, &key(vm), record)
+/// Returns when the record is on stable storage, with whose its newest epoch is (empty: this worker's, or not known).
+pub(super) fn write(store: &Store, vm: VmId, record: &Record, whose: &str) -> Result<(), RecordError> {
+    let text = serde_json::to_vec(record).map_err(|source| RecordError::Damaged { vm, source })?;
+    let mut batch = Batch::default();
+    batch.put(key(vm), text);
+    match whose {
+        "" => batch.remove(whose_key(vm)),
+        whose => batch.put(whose_key(vm), whose),
+    }
+    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+}
+
+/// Whose the newest epoch in the record is; empty: not another worker's, or not known.
+pub(super) fn read_whose(store: &Store, vm: VmId) -> Result<String, RecordError> {
+    let found = store.get(whose_key(vm)).map_err(|source| RecordError::Store { vm, source })?;
+    Ok(found.map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default())
 }
 
 /// The policy that was noted.
@@ -71,6 +86,7 @@ pub(super) fn write_policy(store: &Store, vm: VmId, policy: Policy) -> Result<()
 pub(super) fn remove(store: &Store, vm: VmId) -> Result<(), RecordError> {
     let mut batch = Batch::default();
     batch.remove(key(vm));
+    batch.remove(whose_key(vm));
     batch.remove(policy_key(vm));
     store.commit(batch).map_err(|source| RecordError::Store { vm, source })
 }
@@ -90,6 +106,10 @@ fn put<T: Serialize>(store: &Store, vm: VmId, key: &str, value: &T) -> Result<()
 
 fn key(vm: VmId) -> String {
     format!("{PREFIX}{vm}")
+}
+
+fn whose_key(vm: VmId) -> String {
+    format!("{WHOSE_PREFIX}{vm}")
 }
 
 fn policy_key(vm: VmId) -> String {

@@ -25,7 +25,12 @@ pub async fn off(
 ) -> Result<(), CtlError> {
     let confirm_name = match confirm {
         Some(name) => name,
-        None => ask_for_name(&worker)?,
+        None => {
+            let warning = format!(
+                "The host of {worker} will be turned off. What its VMs wrote since their replicas were last\nsynchronised will be lost."
+            );
+            ask_for_name(&warning)?
+        }
     };
     let request_id = request_id();
     let action = Action::Off.into();
@@ -54,12 +59,11 @@ pub async fn check(context: &mut Context, worker: String) -> Result<(), CtlError
 }
 
 /// Says what is about to happen and reads the worker's name from the terminal.
-fn ask_for_name(worker: &str) -> Result<String, CtlError> {
+pub fn ask_for_name(warning: &str) -> Result<String, CtlError> {
     if !std::io::stdin().is_terminal() {
         return Err(CtlError::Unconfirmed);
     }
-    note(&format!("The host of {worker} will be turned off. What its VMs wrote since their replicas were last"));
-    note("synchronised will be lost. To go on, type the worker's name:");
+    note(&format!("{warning} To go on, type the worker's name:"));
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).map_err(CtlError::Terminal)?;
     Ok(line.trim().to_owned())

@@ -1,10 +1,10 @@
-//! `site list`, `worker list`, `cluster status`.
+//! `site list`, `worker list`, `worker declare-dead`.
 
 use pageport_proto::v1;
-use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
-use super::{Context, ask, now_unix_ms};
+use super::fence::ask_for_name;
+use super::{Context, ask, now_unix_ms, request_id};
 use crate::error::CtlError;
 use crate::render::lists;
 use crate::trace::Traced;
@@ -19,8 +19,18 @@ pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
     context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
 }
 
-pub async fn cluster(context: &mut Context) -> Result<(), CtlError> {
-    let request = v1::GetClusterStatusRequest {};
-    let response = ask!(context, ClusterServiceClient<Traced>, get_cluster_status, request).await?;
-    context.output.message(&response, lists::cluster)
+pub async fn declare_dead(
+    context: &mut Context,
+    worker: String,
+    confirm: Option<String>,
+    reason: String,
+) -> Result<(), CtlError> {
+    let confirm_name = match confirm {
+        Some(name) => name,
+        None => ask_for_name(&format!("If {worker} runs a VM all the same, that VM may run twice."))?,
+    };
+    let name = worker.clone();
+    let request = v1::DeclareWorkerDeadRequest { request_id: request_id(), worker, confirm_name, reason };
+    let response = ask!(context, FleetServiceClient<Traced>, declare_worker_dead, request).await?;
+    context.output.message(&response, |response| lists::declared_dead(&name, response))
 }

@@ -2,6 +2,7 @@
 //!
 //! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
 
+mod cluster;
 mod disk;
 mod fence;
 mod fleet;
@@ -17,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use pageport_proto::v1;
 
-use crate::cli::{ClusterCommand, Command, LinkCommand, ReplicationCommand, SiteCommand, WorkerCommand};
+use crate::cli::{Command, LinkCommand, ReplicationCommand, SiteCommand, WorkerCommand};
 use crate::client::Controllers;
 use crate::error::CtlError;
 use crate::render::Output;
@@ -55,7 +56,10 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Worker(WorkerCommand::Fence { worker, confirm, reason, check: false }) => {
             fence::off(&mut context, worker, confirm, reason.unwrap_or_default()).await
         }
-        Command::Cluster(ClusterCommand::Status) => fleet::cluster(&mut context).await,
+        Command::Worker(WorkerCommand::DeclareDead { worker, confirm, reason }) => {
+            fleet::declare_dead(&mut context, worker, confirm, reason).await
+        }
+        Command::Cluster(command) => cluster::run(&mut context, command).await,
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Disk(command) => disk::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,

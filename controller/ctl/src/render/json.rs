@@ -31,7 +31,9 @@ macro_rules! wire {
 }
 
 wire!(
+    AddMemberResponse,
     ClosePointResponse,
+    DeclareWorkerDeadResponse,
     DeleteReplicaResponse,
     DeleteVmResponse,
     DrainStatus,
@@ -49,7 +51,9 @@ wire!(
     Migration,
     PointExport,
     Quote,
+    RemoveMemberResponse,
     Replica,
+    TransferLeadershipResponse,
     UndrainResponse,
     UnprotectVmResponse,
     Vm,

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use pageport_proto::v1::{
-    DiskPlace, DiskSpec, DiskStatus, GetClusterStatusResponse, ListMigrationsResponse, ListReplicasResponse,
+    DeclareWorkerDeadResponse, DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse,
     ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
 };
 
@@ -24,6 +24,19 @@ pub fn sites(response: &ListSitesResponse) -> String {
         table.row([site.name.clone(), yes_no(site.reachable).to_owned(), running, site.workers.join(", ")]);
     }
     table.render("no sites: no worker has ever connected")
+}
+
+/// `worker declare-dead`
+pub fn declared_dead(worker: &str, response: &DeclareWorkerDeadResponse) -> String {
+    let rest = match response.awaited_workers[..] {
+        [] => "every VM is known".to_owned(),
+        _ => format!(
+            "{} VMs are unknown until these workers have reported: {}",
+            response.vms_unknown,
+            response.awaited_workers.join(", ")
+        ),
+    };
+    format!("{worker} is not waited for any more; {rest}")
 }
 
 /// `worker list`
@@ -283,28 +296,9 @@ fn terms(migration: &Migration) -> String {
     parts.into_iter().map(|part| format!(", {part}")).collect()
 }
 
-/// `cluster status`
-pub fn cluster(status: &GetClusterStatusResponse) -> String {
-    let mut table = Table::new([("MEMBER", Right), ("SITE", Left), ("ROLE", Left), ("ADDRESS", Left)]);
-    for member in &status.members {
-        let role = if member.leader { "leader" } else { "follower" };
-        table.row([member.id.to_string(), member.site.clone(), role.to_owned(), member.address.clone()]);
-    }
-    let leaderless = !status.members.is_empty() && !status.members.iter().any(|member| member.leader);
-    format!(
-        "{}\nterm {}, committed {}, applied {}; answered by member {}{}\n",
-        table.render("no members"),
-        status.term,
-        units::count(status.committed_index),
-        units::count(status.applied_index),
-        status.answered_by,
-        if leaderless { "\nno leader: commands wait until one is elected" } else { "" },
-    )
-}
-
 #[cfg(test)]
 mod tests {
-    use pageport_proto::v1::{ClusterMember, DiskSpec, ReplicaState, Site, VmState, Worker};
+    use pageport_proto::v1::{DiskSpec, ReplicaState, Site, VmState, Worker};
 
     use super::*;
     use crate::render::record::tests::finished;
@@ -416,24 +410,6 @@ mod tests {
         let line = "its host was fenced by ipmi on the order of ann.operator.pageport: no heartbeat\n";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("its host was fenced by ipmi: no heartbeat\n"), "{text}");
-    }
-
-    #[test]
-    fn a_cluster_without_a_leader_says_so() {
-        let member = |id, leader| ClusterMember { id, site: "a".into(), address: "a:7400".into(), leader };
-        let status = |leader| GetClusterStatusResponse {
-            members: vec![member(1, leader), member(2, false)],
-            term: 4,
-            committed_index: 1200,
-            applied_index: 1199,
-            answered_by: 2,
-        };
-        assert_eq!(
-            cluster(&status(true)),
-            "MEMBER  SITE  ROLE      ADDRESS\n     1  a     leader    a:7400\n     2  a     follower  a:7400\n\n\
-             term 4, committed 1,200, applied 1,199; answered by member 2\n"
-        );
-        assert!(cluster(&status(false)).contains("no leader"));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! | [`words`] | states as words |
 //! | [`table`] | aligned columns |
 //! | [`lists`] | what `list`, `get` and `status` show |
+//! | [`cluster`] | the controllers themselves |
 //! | [`progress`] | the live line of a migration, a seed or a first copy |
 //! | [`protection`] | how protected VMs stand, links |
 //! | [`point`] | recovery points, and those that are open for reading |
@@ -14,6 +15,7 @@
 //! | [`screen`] | draws progress: in place on a terminal, line by line elsewhere |
 //! | [`sheet`] | draws a table again and again |
 
+pub mod cluster;
 pub mod fence;
 pub mod json;
 pub mod lists;

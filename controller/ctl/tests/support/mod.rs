@@ -15,6 +15,7 @@ use std::time::Duration;
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_server::{FleetService, FleetServiceServer};
 use pageport_proto::v1::host_service_server::{HostService, HostServiceServer};
+use pageport_proto::v1::membership_service_server::{MembershipService, MembershipServiceServer};
 use pageport_proto::v1::migration_service_server::{MigrationService, MigrationServiceServer};
 use pageport_proto::v1::replication_service_server::{ReplicationService, ReplicationServiceServer};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -107,6 +108,8 @@ pub struct Script {
     pub opened: Vec<v1::OpenPointRequest>,
     pub closed: Vec<v1::ClosePointRequest>,
     pub links: Vec<v1::Link>,
+    /// One list of parts per stream of a backup, which then breaks unless all are there.
+    pub backups: VecDeque<Vec<v1::BackupResponse>>,
 }
 
 #[derive(Clone, Default)]
@@ -159,6 +162,7 @@ impl Fake {
             .add_service(FleetServiceServer::new(self.clone()))
             .add_service(MigrationServiceServer::new(self.clone()))
             .add_service(ReplicationServiceServer::new(self.clone()))
+            .add_service(MembershipServiceServer::new(self.clone()))
             .add_service(HostServiceServer::new(self.clone()));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.spawn(async move {
@@ -254,6 +258,33 @@ type Reply<T> = Result<Response<T>, Status>;
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
+impl MembershipService for Fake {
+    type AddMemberStream = Boxed<v1::AddMemberResponse>;
+    type BackupStream = Boxed<v1::BackupResponse>;
+
+    async fn transfer_leadership(
+        &self,
+        _: Request<v1::TransferLeadershipRequest>,
+    ) -> Reply<v1::TransferLeadershipResponse> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn add_member(&self, _: Request<v1::AddMemberRequest>) -> Reply<Self::AddMemberStream> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn remove_member(&self, _: Request<v1::RemoveMemberRequest>) -> Reply<v1::RemoveMemberResponse> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Reply<Self::BackupStream> {
+        let parts = self.script().backups.pop_front().unwrap_or_default();
+        let parts = parts.into_iter().map(Ok).chain([Err(Status::unavailable("the leader is gone"))]);
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
+}
+
+#[tonic::async_trait]
 impl FleetService for Fake {
     async fn list_sites(&self, _: Request<v1::ListSitesRequest>) -> Reply<v1::ListSitesResponse> {
         self.fail()?;
@@ -272,6 +303,19 @@ impl FleetService for Fake {
         self.script().defined.push(spec.clone());
         let vm = v1::Vm { spec: Some(spec), owner_site: site, state: v1::VmState::Stopped.into(), ..vm("new") };
         Ok(Response::new(v1::DefineVmResponse { vm: Some(vm) }))
+    }
+
+    async fn declare_worker_dead(
+        &self,
+        request: Request<v1::DeclareWorkerDeadRequest>,
+    ) -> Reply<v1::DeclareWorkerDeadResponse> {
+        let v1::DeclareWorkerDeadRequest { request_id, worker, confirm_name, .. } = request.into_inner();
+        self.command(&request_id)?;
+        if confirm_name != worker {
+            return Err(Status::invalid_argument("not its name"));
+        }
+        let awaited_workers = vec!["worker-c".to_owned()];
+        Ok(Response::new(v1::DeclareWorkerDeadResponse { vms_unknown: 2, awaited_workers }))
     }
 
     async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Reply<v1::GetVmResponse> {

@@ -5,6 +5,7 @@ use std::process::Command;
 use pageport_common::store::Store;
 
 use super::*;
+use crate::generation::Joined;
 use crate::hypervisor::{self, Accelerator, HugePages};
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
@@ -61,6 +62,7 @@ impl Host {
             replicas: Arc::new(ReplicaStore::new(store.clone(), folder)),
             groups: groups.clone(),
             flattenings: Arc::new(Flattenings::new(self.tool.to_owned(), self.reserve_bytes, changed.clone())),
+            joined: Arc::new(Joined::of(store.clone()).unwrap()),
             store,
             changed,
         });

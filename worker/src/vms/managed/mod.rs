@@ -19,8 +19,9 @@ mod found;
 mod guest;
 mod leased;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use pageport_common::store::{Store, StoreError};
@@ -32,6 +33,7 @@ use tokio::sync::{Mutex, Notify, watch};
 
 use super::fence::Fence;
 use super::records::{self, RecordError};
+use crate::generation::Joined;
 use crate::hypervisor::console::ConsoleError;
 use crate::hypervisor::{self, Console, HypervisorError, StartMode, Vm};
 use crate::replica::flatten::Flattenings;
@@ -41,6 +43,9 @@ use crate::replica::store::{ReplicaError, ReplicaStore};
 
 /// How long a guest has to shut down when asked; then it is asked again.
 const ACPI_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Epochs of which it is remembered whose they are, until a record speaks of them.
+const MAX_SAID: usize = 8;
 
 /// Why a VM could not be brought to where it should be.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +124,8 @@ pub enum VmError {
 pub struct Shared {
     /// Records.
     pub store: Arc<Store>,
+    /// Which controllers are heard.
+    pub joined: Arc<Joined>,
     /// How QEMU is run.
     pub hypervisor: hypervisor::Host,
     /// Disks and replicas.
@@ -136,6 +143,8 @@ pub struct Shared {
 pub struct VmStatus {
     /// The durable record.
     pub record: Record,
+    /// Whose its newest epoch is, where that is another worker and known; else empty.
+    pub whose: String,
     /// The hypervisor.
     pub volatile: Volatile,
     /// For people.
@@ -149,6 +158,7 @@ pub struct VmStatus {
 #[derive(Debug)]
 struct State {
     durable: Durable,
+    whose: String,
     volatile: Volatile,
     qemu: Option<Vm>,
     /// When the hypervisor was last told to end.
@@ -165,6 +175,8 @@ pub struct ManagedVm {
     shared: Arc<Shared>,
     state: Mutex<State>,
     power_seq: AtomicU64,
+    /// The newest epochs that were said to be another worker's, and whose each is.
+    said: std::sync::Mutex<BTreeMap<Epoch, String>>,
     /// It was this worker's when it started, and no hypervisor was there.
     found_down: AtomicBool,
     status: watch::Sender<VmStatus>,
@@ -173,21 +185,25 @@ pub struct ManagedVm {
 impl ManagedVm {
     pub(super) fn open(id: VmId, shared: Arc<Shared>) -> Result<Self, VmError> {
         let durable = Durable::read(|| records::read(&shared.store, id))?;
+        let whose = records::read_whose(&shared.store, id)?;
         let fence = Fence::new(records::read_policy(&shared.store, id)?);
         let volatile = Volatile { standing: fence.standing(BootTime::now()), ..Volatile::default() };
         let (status, _) = watch::channel(VmStatus {
             record: durable.record(),
+            whose: whose.clone(),
             volatile,
             state: VmState::Stopped,
             problem: String::new(),
             halted_under: None,
         });
-        let state = State { durable, volatile, qemu: None, asked_to_end: None, console: None, spec: None, fence };
+        let state =
+            State { durable, whose, volatile, qemu: None, asked_to_end: None, console: None, spec: None, fence };
         Ok(Self {
             id,
             shared,
             state: Mutex::new(state),
             power_seq: AtomicU64::new(0),
+            said: std::sync::Mutex::default(),
             found_down: AtomicBool::new(false),
             status,
         })
@@ -260,6 +276,26 @@ impl ManagedVm {
         outcome?;
         self.note_image(state).await?;
         Ok(state.durable.record())
+    }
+
+    /// This epoch is that worker's: the owner that the controllers name, or the other side of a move. Kept with the record, for controllers
+    /// that are restored from a backup.
+    pub fn note_whose(&self, epoch: Epoch, worker: &str) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.insert(epoch, worker.to_owned());
+        while said.len() > MAX_SAID {
+            said.pop_first();
+        }
+    }
+
+    /// The controllers were restored from a backup: what older ones said counts no more, and a move before its commit point is given up.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub async fn join(self: &Arc<Self>) -> Result<Record, VmError> {
+        let mut state = self.state.lock().await;
+        state.volatile.question = None;
+        self.step_locked(&mut state, Event::Join).await
     }
 
     /// Starts a hypervisor that waits for the image of a move, as [`Effect::LoadImage`] asks.
@@ -385,12 +421,22 @@ impl ManagedVm {
     }
 
     fn commit(&self, state: &mut State, event: Event) -> Result<Vec<Effect>, VmError> {
+        if let Event::Authorise(epoch) = event
+            && !self.shared.joined.follows(epoch)
+        {
+            tracing::info!(vm_id = %self.id, %epoch, "a move that lost controllers ordered is not begun");
+            return Ok(vec![]);
+        }
         let before = state.durable;
         let step = worker_step(&before.record(), &state.volatile, event);
         let committed = tokio::task::block_in_place(|| {
-            step.commit(before, |record| records::write(&self.shared.store, self.id, record))
+            step.commit(before, |record| {
+                let whose = self.whose(record);
+                records::write(&self.shared.store, self.id, record, &whose)
+            })
         })?;
         if committed.record != before {
+            state.whose = self.whose(&committed.record.record());
             tracing::info!(vm_id = %self.id, ?event, record = ?committed.record.record(), "ownership record written");
         }
         state.durable = committed.record;
@@ -398,10 +444,22 @@ impl ManagedVm {
         Ok(committed.effects)
     }
 
+    /// Whose the newest epoch of a record is, if it is another worker's.
+    fn whose(&self, record: &Record) -> String {
+        match record {
+            Record::Own { .. } | Record::Prepared { .. } => String::new(),
+            Record::Replica { .. } | Record::Released { .. } => {
+                let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+                said.get(&record.seen()).cloned().unwrap_or_default()
+            }
+        }
+    }
+
     fn publish(&self, state: &State) {
         let guest = state.volatile.guest;
         self.modify(|status| {
             status.record = state.durable.record();
+            status.whose.clone_from(&state.whose);
             status.volatile = state.volatile;
             if guest != Guest::Absent || status.state != VmState::Crashed {
                 status.state = match guest {

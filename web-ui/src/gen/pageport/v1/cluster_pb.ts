@@ -4,15 +4,15 @@
 // @generated from file pageport/v1/cluster.proto (package pageport.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file pageport/v1/cluster.proto.
  */
 export const file_pageport_v1_cluster: GenFile = /*@__PURE__*/
-  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSIfCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDCIJCgdSYWZ0QWNrIkoKDUNsdXN0ZXJNZW1iZXISCgoCaWQYASABKAQSDAoEc2l0ZRgCIAEoCRIPCgdhZGRyZXNzGAMgASgJEg4KBmxlYWRlchgEIAEoCCIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCKaAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQyUQoUUmFmdFRyYW5zcG9ydFNlcnZpY2USOQoEU2VuZBIZLnBhZ2Vwb3J0LnYxLlJhZnRFbnZlbG9wZRoULnBhZ2Vwb3J0LnYxLlJhZnRBY2soATJxCg5DbHVzdGVyU2VydmljZRJfChBHZXRDbHVzdGVyU3RhdHVzEiQucGFnZXBvcnQudjEuR2V0Q2x1c3RlclN0YXR1c1JlcXVlc3QaJS5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVzcG9uc2ViBnByb3RvMw");
+  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayJ+CgxTbmFwc2hvdFBhcnQSKwoIZW52ZWxvcGUYASABKAsyGS5wYWdlcG9ydC52MS5SYWZ0RW52ZWxvcGUSEwoLdG90YWxfYnl0ZXMYAiABKAQSDQoFY3JjMzIYAyABKA0SDgoGb2Zmc2V0GAQgASgEEg0KBWNodW5rGAUgASgMIjQKEFNuYXBzaG90UHJvZ3Jlc3MSEgoKaGF2ZV9ieXRlcxgBIAEoBBIMCgRkb25lGAIgASgIIq8BCg1DbHVzdGVyTWVtYmVyEgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCRIOCgZsZWFkZXIYBCABKAgSDwoHbGVhcm5lchhaIAEoCBIaCg1sYWNrc19lbnRyaWVzGFsgASgESACIAQESFgoJc2lsZW50X21zGFwgASgESAGIAQFCEAoOX2xhY2tzX2VudHJpZXNCDAoKX3NpbGVudF9tcyIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCLcAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQSEgoKZ2VuZXJhdGlvbhhdIAEoDRITCgt2bXNfdW5rbm93bhheIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYXyADKAkiJwoZVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBIKCgJ0bxgBIAEoBCI6ChpUcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRIOCgZsZWFkZXIYASABKAQSDAoEdGVybRgCIAEoBCI9ChBBZGRNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCSL2AQoRQWRkTWVtYmVyUmVzcG9uc2USMwoFcGhhc2UYASABKA4yJC5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZS5QaGFzZRITCgtoYXNfZW50cmllcxgCIAEoBBISCgpvZl9lbnRyaWVzGAMgASgEEg8KB2Fuc3dlcnMYBCABKAgSKwoHbWVtYmVycxgFIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIiRQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIVChFQSEFTRV9DQVRDSElOR19VUBABEg4KClBIQVNFX0RPTkUQAiIwChNSZW1vdmVNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEg0KBWZvcmNlGAIgASgIIkMKFFJlbW92ZU1lbWJlclJlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIg8KDUJhY2t1cFJlcXVlc3QiRAoOQmFja3VwUmVzcG9uc2USDQoFY2h1bmsYASABKAwSEwoLdG90YWxfYnl0ZXMYAiABKAQSDgoGb2Zmc2V0GAMgASgEMp8BChRSYWZ0VHJhbnNwb3J0U2VydmljZRI5CgRTZW5kEhkucGFnZXBvcnQudjEuUmFmdEVudmVsb3BlGhQucGFnZXBvcnQudjEuUmFmdEFjaygBEkwKDFNlbmRTbmFwc2hvdBIZLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UGFydBodLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UHJvZ3Jlc3MoATABMnEKDkNsdXN0ZXJTZXJ2aWNlEl8KEEdldENsdXN0ZXJTdGF0dXMSJC5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVxdWVzdBolLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXNwb25zZTLiAgoRTWVtYmVyc2hpcFNlcnZpY2USZQoSVHJhbnNmZXJMZWFkZXJzaGlwEiYucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEkwKCUFkZE1lbWJlchIdLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlcXVlc3QaHi5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZTABElMKDFJlbW92ZU1lbWJlchIgLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlcXVlc3QaIS5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXNwb25zZRJDCgZCYWNrdXASGi5wYWdlcG9ydC52MS5CYWNrdXBSZXF1ZXN0GhsucGFnZXBvcnQudjEuQmFja3VwUmVzcG9uc2UwAWIGcHJvdG8z");
 
 /**
  * @generated from message pageport.v1.RaftEnvelope
@@ -22,6 +22,32 @@ export type RaftEnvelope = Message<"pageport.v1.RaftEnvelope"> & {
    * @generated from field: bytes message = 1;
    */
   message: Uint8Array;
+
+  /**
+   * The member that sends it; 0 in versions in which members could not be removed.
+   *
+   * @generated from field: uint64 from = 90;
+   */
+  from: bigint;
+
+  /**
+   * The store of the member that sends it, and the one by which it knows the addressee; empty: not known.
+   *
+   * @generated from field: string store = 91;
+   */
+  store: string;
+
+  /**
+   * @generated from field: string to_store = 92;
+   */
+  toStore: string;
+
+  /**
+   * One more than how often the controllers were restored from a backup; 0: the sender does not know.
+   *
+   * @generated from field: uint32 generation = 93;
+   */
+  generation: number;
 };
 
 /**
@@ -43,6 +69,71 @@ export type RaftAck = Message<"pageport.v1.RaftAck"> & {
  */
 export const RaftAckSchema: GenMessage<RaftAck> = /*@__PURE__*/
   messageDesc(file_pageport_v1_cluster, 1);
+
+/**
+ * @generated from message pageport.v1.SnapshotPart
+ */
+export type SnapshotPart = Message<"pageport.v1.SnapshotPart"> & {
+  /**
+   * Of the first part, which has no bytes: the message that the snapshot belongs to, and what all of it is.
+   *
+   * @generated from field: pageport.v1.RaftEnvelope envelope = 1;
+   */
+  envelope?: RaftEnvelope | undefined;
+
+  /**
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Of all of it in the first part, then of the part.
+   *
+   * @generated from field: uint32 crc32 = 3;
+   */
+  crc32: number;
+
+  /**
+   * Of each other part.
+   *
+   * @generated from field: uint64 offset = 4;
+   */
+  offset: bigint;
+
+  /**
+   * @generated from field: bytes chunk = 5;
+   */
+  chunk: Uint8Array;
+};
+
+/**
+ * Describes the message pageport.v1.SnapshotPart.
+ * Use `create(SnapshotPartSchema)` to create a new message.
+ */
+export const SnapshotPartSchema: GenMessage<SnapshotPart> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 2);
+
+/**
+ * @generated from message pageport.v1.SnapshotProgress
+ */
+export type SnapshotProgress = Message<"pageport.v1.SnapshotProgress"> & {
+  /**
+   * @generated from field: uint64 have_bytes = 1;
+   */
+  haveBytes: bigint;
+
+  /**
+   * @generated from field: bool done = 2;
+   */
+  done: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.SnapshotProgress.
+ * Use `create(SnapshotProgressSchema)` to create a new message.
+ */
+export const SnapshotProgressSchema: GenMessage<SnapshotProgress> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 3);
 
 /**
  * @generated from message pageport.v1.ClusterMember
@@ -67,6 +158,28 @@ export type ClusterMember = Message<"pageport.v1.ClusterMember"> & {
    * @generated from field: bool leader = 4;
    */
   leader: boolean;
+
+  /**
+   * It receives the log and does not vote yet.
+   *
+   * @generated from field: bool learner = 90;
+   */
+  learner: boolean;
+
+  /**
+   * The rest is known to the leader alone: absent when another member answers, and of the leader itself.
+   * Entries of the leader's log that it is not known to have.
+   *
+   * @generated from field: optional uint64 lacks_entries = 91;
+   */
+  lacksEntries?: bigint | undefined;
+
+  /**
+   * Since the leader last heard it; absent also when it never did.
+   *
+   * @generated from field: optional uint64 silent_ms = 92;
+   */
+  silentMs?: bigint | undefined;
 };
 
 /**
@@ -74,7 +187,7 @@ export type ClusterMember = Message<"pageport.v1.ClusterMember"> & {
  * Use `create(ClusterMemberSchema)` to create a new message.
  */
 export const ClusterMemberSchema: GenMessage<ClusterMember> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 2);
+  messageDesc(file_pageport_v1_cluster, 4);
 
 /**
  * @generated from message pageport.v1.GetClusterStatusRequest
@@ -87,7 +200,7 @@ export type GetClusterStatusRequest = Message<"pageport.v1.GetClusterStatusReque
  * Use `create(GetClusterStatusRequestSchema)` to create a new message.
  */
 export const GetClusterStatusRequestSchema: GenMessage<GetClusterStatusRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 3);
+  messageDesc(file_pageport_v1_cluster, 5);
 
 /**
  * @generated from message pageport.v1.GetClusterStatusResponse
@@ -119,6 +232,25 @@ export type GetClusterStatusResponse = Message<"pageport.v1.GetClusterStatusResp
    * @generated from field: uint64 answered_by = 5;
    */
   answeredBy: bigint;
+
+  /**
+   * How often the controllers were restored from a backup.
+   *
+   * @generated from field: uint32 generation = 93;
+   */
+  generation: number;
+
+  /**
+   * After a restore: VMs of which it is not known who owns them, and the workers that must report first.
+   *
+   * @generated from field: uint32 vms_unknown = 94;
+   */
+  vmsUnknown: number;
+
+  /**
+   * @generated from field: repeated string awaited_workers = 95;
+   */
+  awaitedWorkers: string[];
 };
 
 /**
@@ -126,7 +258,241 @@ export type GetClusterStatusResponse = Message<"pageport.v1.GetClusterStatusResp
  * Use `create(GetClusterStatusResponseSchema)` to create a new message.
  */
 export const GetClusterStatusResponseSchema: GenMessage<GetClusterStatusResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_cluster, 4);
+  messageDesc(file_pageport_v1_cluster, 6);
+
+/**
+ * @generated from message pageport.v1.TransferLeadershipRequest
+ */
+export type TransferLeadershipRequest = Message<"pageport.v1.TransferLeadershipRequest"> & {
+  /**
+   * The member that is to lead; 0: the one whose log is the most complete.
+   *
+   * @generated from field: uint64 to = 1;
+   */
+  to: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.TransferLeadershipRequest.
+ * Use `create(TransferLeadershipRequestSchema)` to create a new message.
+ */
+export const TransferLeadershipRequestSchema: GenMessage<TransferLeadershipRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 7);
+
+/**
+ * @generated from message pageport.v1.TransferLeadershipResponse
+ */
+export type TransferLeadershipResponse = Message<"pageport.v1.TransferLeadershipResponse"> & {
+  /**
+   * The member that leads now.
+   *
+   * @generated from field: uint64 leader = 1;
+   */
+  leader: bigint;
+
+  /**
+   * @generated from field: uint64 term = 2;
+   */
+  term: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.TransferLeadershipResponse.
+ * Use `create(TransferLeadershipResponseSchema)` to create a new message.
+ */
+export const TransferLeadershipResponseSchema: GenMessage<TransferLeadershipResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 8);
+
+/**
+ * @generated from message pageport.v1.AddMemberRequest
+ */
+export type AddMemberRequest = Message<"pageport.v1.AddMemberRequest"> & {
+  /**
+   * From 1; a number that was ever used is refused.
+   *
+   * @generated from field: uint64 id = 1;
+   */
+  id: bigint;
+
+  /**
+   * @generated from field: string site = 2;
+   */
+  site: string;
+
+  /**
+   * host:port of its mTLS gRPC.
+   *
+   * @generated from field: string address = 3;
+   */
+  address: string;
+};
+
+/**
+ * Describes the message pageport.v1.AddMemberRequest.
+ * Use `create(AddMemberRequestSchema)` to create a new message.
+ */
+export const AddMemberRequestSchema: GenMessage<AddMemberRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 9);
+
+/**
+ * @generated from message pageport.v1.AddMemberResponse
+ */
+export type AddMemberResponse = Message<"pageport.v1.AddMemberResponse"> & {
+  /**
+   * @generated from field: pageport.v1.AddMemberResponse.Phase phase = 1;
+   */
+  phase: AddMemberResponse_Phase;
+
+  /**
+   * Of the leader's log.
+   *
+   * @generated from field: uint64 has_entries = 2;
+   */
+  hasEntries: bigint;
+
+  /**
+   * @generated from field: uint64 of_entries = 3;
+   */
+  ofEntries: bigint;
+
+  /**
+   * Whether the leader hears it.
+   *
+   * @generated from field: bool answers = 4;
+   */
+  answers: boolean;
+
+  /**
+   * When done: all members.
+   *
+   * @generated from field: repeated pageport.v1.ClusterMember members = 5;
+   */
+  members: ClusterMember[];
+};
+
+/**
+ * Describes the message pageport.v1.AddMemberResponse.
+ * Use `create(AddMemberResponseSchema)` to create a new message.
+ */
+export const AddMemberResponseSchema: GenMessage<AddMemberResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 10);
+
+/**
+ * @generated from enum pageport.v1.AddMemberResponse.Phase
+ */
+export enum AddMemberResponse_Phase {
+  /**
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It receives the log and does not vote yet.
+   *
+   * @generated from enum value: PHASE_CATCHING_UP = 1;
+   */
+  CATCHING_UP = 1,
+
+  /**
+   * It votes.
+   *
+   * @generated from enum value: PHASE_DONE = 2;
+   */
+  DONE = 2,
+}
+
+/**
+ * Describes the enum pageport.v1.AddMemberResponse.Phase.
+ */
+export const AddMemberResponse_PhaseSchema: GenEnum<AddMemberResponse_Phase> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_cluster, 10, 0);
+
+/**
+ * @generated from message pageport.v1.RemoveMemberRequest
+ */
+export type RemoveMemberRequest = Message<"pageport.v1.RemoveMemberRequest"> & {
+  /**
+   * @generated from field: uint64 id = 1;
+   */
+  id: bigint;
+
+  /**
+   * Also when fewer than a majority of those that are left answer.
+   *
+   * @generated from field: bool force = 2;
+   */
+  force: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.RemoveMemberRequest.
+ * Use `create(RemoveMemberRequestSchema)` to create a new message.
+ */
+export const RemoveMemberRequestSchema: GenMessage<RemoveMemberRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 11);
+
+/**
+ * @generated from message pageport.v1.RemoveMemberResponse
+ */
+export type RemoveMemberResponse = Message<"pageport.v1.RemoveMemberResponse"> & {
+  /**
+   * @generated from field: repeated pageport.v1.ClusterMember members = 1;
+   */
+  members: ClusterMember[];
+};
+
+/**
+ * Describes the message pageport.v1.RemoveMemberResponse.
+ * Use `create(RemoveMemberResponseSchema)` to create a new message.
+ */
+export const RemoveMemberResponseSchema: GenMessage<RemoveMemberResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 12);
+
+/**
+ * @generated from message pageport.v1.BackupRequest
+ */
+export type BackupRequest = Message<"pageport.v1.BackupRequest"> & {
+};
+
+/**
+ * Describes the message pageport.v1.BackupRequest.
+ * Use `create(BackupRequestSchema)` to create a new message.
+ */
+export const BackupRequestSchema: GenMessage<BackupRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 13);
+
+/**
+ * @generated from message pageport.v1.BackupResponse
+ */
+export type BackupResponse = Message<"pageport.v1.BackupResponse"> & {
+  /**
+   * A part of the file, in order.
+   *
+   * @generated from field: bytes chunk = 1;
+   */
+  chunk: Uint8Array;
+
+  /**
+   * Of the whole file; the same in every part.
+   *
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Where this part begins.
+   *
+   * @generated from field: uint64 offset = 3;
+   */
+  offset: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.BackupResponse.
+ * Use `create(BackupResponseSchema)` to create a new message.
+ */
+export const BackupResponseSchema: GenMessage<BackupResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 14);
 
 /**
  * Raft's own traffic: opaque to everyone but the consensus core.
@@ -141,6 +507,16 @@ export const RaftTransportService: GenService<{
     methodKind: "client_streaming";
     input: typeof RaftEnvelopeSchema;
     output: typeof RaftAckSchema;
+  },
+  /**
+   * A snapshot in parts. The receiver first says how much of it it has, and when it has all.
+   *
+   * @generated from rpc pageport.v1.RaftTransportService.SendSnapshot
+   */
+  sendSnapshot: {
+    methodKind: "bidi_streaming";
+    input: typeof SnapshotPartSchema;
+    output: typeof SnapshotProgressSchema;
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 0);
@@ -159,4 +535,53 @@ export const ClusterService: GenService<{
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 1);
+
+/**
+ * Changes the controllers themselves. Any of them takes the request, the leader answers it; for operators' certificates alone.
+ *
+ * @generated from service pageport.v1.MembershipService
+ */
+export const MembershipService: GenService<{
+  /**
+   * Answered when the other member leads.
+   *
+   * @generated from rpc pageport.v1.MembershipService.TransferLeadership
+   */
+  transferLeadership: {
+    methodKind: "unary";
+    input: typeof TransferLeadershipRequestSchema;
+    output: typeof TransferLeadershipResponseSchema;
+  },
+  /**
+   * Adds a member, or changes one's address, and follows it until it votes. The same request goes on with what was begun.
+   *
+   * @generated from rpc pageport.v1.MembershipService.AddMember
+   */
+  addMember: {
+    methodKind: "server_streaming";
+    input: typeof AddMemberRequestSchema;
+    output: typeof AddMemberResponseSchema;
+  },
+  /**
+   * Answered when the member is none any more. A leader that is to go hands leadership over and answers UNAVAILABLE: ask again.
+   *
+   * @generated from rpc pageport.v1.MembershipService.RemoveMember
+   */
+  removeMember: {
+    methodKind: "unary";
+    input: typeof RemoveMemberRequestSchema;
+    output: typeof RemoveMemberResponseSchema;
+  },
+  /**
+   * Everything that the controllers have agreed on, after a quorum round, as a file that "pageport-controller --restore" reads.
+   *
+   * @generated from rpc pageport.v1.MembershipService.Backup
+   */
+  backup: {
+    methodKind: "server_streaming";
+    input: typeof BackupRequestSchema;
+    output: typeof BackupResponseSchema;
+  },
+}> = /*@__PURE__*/
+  serviceDesc(file_pageport_v1_cluster, 2);
 
