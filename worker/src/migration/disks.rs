@@ -7,6 +7,7 @@ use crate::node::Node;
 use crate::replica::cap::Cap;
 use crate::replica::copy::{CopyError, CopyProgress, DiskCopies};
 use crate::replication::moving::{MovingDisks, MovingError};
+use crate::transport::PeerConnection;
 
 use pageport_proto::v1::{MigrationAssignment, VmSpec};
 
@@ -31,14 +32,20 @@ pub enum Disks {
 }
 
 impl Disks {
-    /// Begins, from the standing replica where there is one.
+    /// Begins, from the standing replica where there is one, over the connection that memory will move over.
     ///
     /// # Errors
     /// Nothing is left running.
-    pub async fn start(node: &Node, qemu: &Vm, spec: &VmSpec, order: &MigrationAssignment) -> Result<Self, DisksError> {
+    pub async fn start(
+        node: &Node,
+        qemu: &Vm,
+        spec: &VmSpec,
+        connection: &PeerConnection,
+        order: &MigrationAssignment,
+    ) -> Result<Self, DisksError> {
         let (peer, address, id) = (&order.peer_worker, &order.peer_address, &order.migration_id);
         if !spec.disks.is_empty()
-            && let Some(moving) = MovingDisks::start(node, qemu, spec, peer, address, id).await?
+            && let Some(moving) = MovingDisks::start(node, qemu, spec, connection.clone(), peer, id).await?
         {
             return Ok(Self::Standing(Box::new(moving)));
         }
@@ -103,6 +110,14 @@ impl Disks {
         match self {
             Self::Compared(copies) => copies.wan_bytes(),
             Self::Standing(moving) => moving.wan_bytes(),
+        }
+    }
+
+    /// Of them those that the connection of memory counts too.
+    pub fn shared_bytes(&self) -> u64 {
+        match self {
+            Self::Compared(_) => 0,
+            Self::Standing(moving) => moving.shared_bytes(),
         }
     }
 }

@@ -288,8 +288,9 @@ impl Move {
             return Err(SourceError::DisksChanged);
         }
         let order = &self.order;
+        let connection = self.connection.as_ref().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
-        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment);
+        let copies = Disks::start(&order.node, qemu, &order.spec, connection, &order.assignment);
         let (copies, offset) = tokio::join!(copies, control.probe_clock(CLOCK_LIMIT));
         let disks = self.disks.insert(copies?);
         self.offset = offset?;
