@@ -8,6 +8,7 @@ use crate::node::Node;
 use crate::replica::cap::Cap;
 use crate::replica::copy::{CopyError, CopyProgress, DiskCopies};
 use crate::replication::moving::{MovingDisks, MovingError};
+use crate::transport::PeerConnection;
 
 use pageport_proto::v1::{MigrationAssignment, VmSpec};
 
@@ -32,7 +33,7 @@ pub enum Disks {
 }
 
 impl Disks {
-    /// Begins, from the standing replica where there is one. What is sent is taken from `cap`.
+    /// Begins, from the standing replica where there is one, over the connection that memory will move over. What is sent is taken from `cap`.
     ///
     /// # Errors
     /// Nothing is left running.
@@ -40,12 +41,14 @@ impl Disks {
         node: &Node,
         qemu: &Vm,
         spec: &VmSpec,
+        connection: &PeerConnection,
         order: &MigrationAssignment,
         cap: Arc<Cap>,
     ) -> Result<Self, DisksError> {
         let (peer, address, id) = (&order.peer_worker, &order.peer_address, &order.migration_id);
         if !spec.disks.is_empty()
-            && let Some(moving) = MovingDisks::start(node, qemu, spec, peer, address, id, cap.clone()).await?
+            && let Some(moving) =
+                MovingDisks::start(node, qemu, spec, connection.clone(), peer, id, cap.clone()).await?
         {
             return Ok(Self::Standing(Box::new(moving)));
         }
@@ -109,6 +112,14 @@ impl Disks {
         match self {
             Self::Compared(copies) => copies.wan_bytes(),
             Self::Standing(moving) => moving.wan_bytes(),
+        }
+    }
+
+    /// Of them those that the connection of memory counts too.
+    pub fn shared_bytes(&self) -> u64 {
+        match self {
+            Self::Compared(_) => 0,
+            Self::Standing(moving) => moving.shared_bytes(),
         }
     }
 }

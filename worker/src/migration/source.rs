@@ -288,8 +288,10 @@ impl Move {
             return Err(SourceError::DisksChanged);
         }
         let order = &self.order;
+        let connection = self.connection.as_ref().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
         let control = self.control.as_mut().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
-        let copies = Disks::start(&order.node, qemu, &order.spec, &order.assignment, order.entry.pace.cap());
+        let copies =
+            Disks::start(&order.node, qemu, &order.spec, connection, &order.assignment, order.entry.pace.cap());
         let (copies, offset) = tokio::join!(copies, control.probe_clock(CLOCK_LIMIT));
         let disks = self.disks.insert(copies?);
         self.offset = offset?;

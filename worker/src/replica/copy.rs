@@ -92,6 +92,8 @@ struct DiskCopy {
 /// hypervisor's jobs with an error that the guest does not notice.
 pub struct DiskCopies {
     connection: PeerConnection,
+    /// Memory moves over it too.
+    shared: bool,
     disks: Vec<DiskCopy>,
 }
 
@@ -126,9 +128,14 @@ impl DiskCopies {
         Ok(copies)
     }
 
-    /// None yet, over this connection.
+    /// None yet, over a connection of their own, which ends with them.
     pub fn over(connection: PeerConnection) -> Self {
-        Self { connection, disks: Vec::new() }
+        Self { connection, shared: false, disks: Vec::new() }
+    }
+
+    /// None yet, over a connection that memory moves over too.
+    pub fn beside_memory(connection: PeerConnection) -> Self {
+        Self { connection, shared: true, disks: Vec::new() }
     }
 
     /// Opens a disk's session.
@@ -169,11 +176,6 @@ impl DiskCopies {
         Ok(())
     }
 
-    /// The connection.
-    pub fn connection(&self) -> &PeerConnection {
-        &self.connection
-    }
-
     /// The sessions, in the order of the disks.
     pub fn sessions(&self) -> impl Iterator<Item = (&str, &Arc<DiskSession>)> {
         self.disks.iter().map(|copy| (copy.name.as_str(), &copy.session))
@@ -188,12 +190,12 @@ impl DiskCopies {
         limit: Duration,
         mut progress: impl FnMut(CopyProgress),
     ) -> Result<(), CopyError> {
-        let mut rate = Rate::new(self.connection.sent_bytes());
+        let mut rate = Rate::new(self.wan_bytes());
         let began = Instant::now();
         let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
         loop {
             tick.tick().await;
-            let wan_bytes = self.connection.sent_bytes();
+            let wan_bytes = self.wan_bytes();
             let mut now = CopyProgress { wan_bytes, rate_bps: rate.bps(wan_bytes), ..CopyProgress::default() };
             let mut ready = true;
             for copy in &self.disks {
@@ -274,12 +276,23 @@ impl DiskCopies {
                 tracing::warn!(disk = copy.name, error = %crate::error::with_causes(&error), "mirror not cancelled");
             }
         }
-        self.connection.close("disk copy ended");
+        if !self.shared {
+            self.connection.close("disk copy ended");
+        }
     }
 
-    /// Bytes that the transport sent for disks.
+    /// Bytes that the transport sent for disks: of their connection, or of their streams where it is not theirs alone.
     pub fn wan_bytes(&self) -> u64 {
-        self.connection.sent_bytes()
+        if self.shared { self.streams_bytes() } else { self.connection.sent_bytes() }
+    }
+
+    /// Of [`Self::wan_bytes`] those that a connection which is not theirs alone counts too.
+    pub fn shared_bytes(&self) -> u64 {
+        if self.shared { self.streams_bytes() } else { 0 }
+    }
+
+    fn streams_bytes(&self) -> u64 {
+        self.disks.iter().map(|copy| copy.session.sent_bytes()).sum()
     }
 }
 

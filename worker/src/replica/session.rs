@@ -120,6 +120,7 @@ pub struct DiskSession {
     /// Changes that no flush has covered yet; a flush of nothing costs no round trip.
     unflushed: AtomicU64,
     sent: Arc<Mutex<Changes>>,
+    sent_bytes: Arc<AtomicU64>,
     tasks: Mutex<Option<[AbortOnDropHandle<()>; 2]>>,
 }
 
@@ -153,7 +154,7 @@ impl DiskSession {
 
         let (orders, queue) = mpsc::channel(IN_FLIGHT_UNITS);
         let (pending, acknowledged) = mpsc::channel(IN_FLIGHT_UNITS);
-        let failure = Arc::new(Mutex::new(None));
+        let (failure, sent_bytes) = (Arc::new(Mutex::new(None)), writer.sent_bytes());
         let sent = Arc::new(Mutex::new(Changes::new(&name, size_bytes)));
         let sending = tokio::spawn(send_orders(queue, pending, writer, sent.clone(), cap));
         let planner = Planner::new(view.clone(), disk, size_bytes, copies);
@@ -165,7 +166,7 @@ impl DiskSession {
         let tasks = Mutex::new(Some(tasks));
         let planner = Arc::new(tokio::sync::Mutex::new(planner));
         let room = Arc::new(Semaphore::new(IN_FLIGHT_UNITS));
-        Ok(Self { size_bytes, planner, orders, room, failure, unflushed, sent, tasks })
+        Ok(Self { size_bytes, planner, orders, room, failure, unflushed, sent, sent_bytes, tasks })
     }
 
     /// Digest of all changes sent so far, in their order.
@@ -176,6 +177,11 @@ impl DiskSession {
     /// Bytes of the disk that were sent so far, before compression, zeros included.
     pub fn changed_bytes(&self) -> u64 {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner).bytes()
+    }
+
+    /// Bytes of all that was sent so far, as the stream has it.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
     }
 
     /// Ends the stream; when this returns the view learns nothing from it any more.

@@ -65,7 +65,7 @@ pub struct MovingDisks {
     /// What was written since the newest point.
     last: Option<LastIncrement>,
     /// Closed, it tells the destination that the session is over.
-    _control: Control,
+    control: Option<Control>,
 }
 
 impl MovingDisks {
@@ -77,12 +77,11 @@ impl MovingDisks {
         node: &Node,
         qemu: &Vm,
         spec: &VmSpec,
+        connection: PeerConnection,
         peer: &str,
-        address: &str,
         migration_id: &str,
         cap: Arc<Cap>,
     ) -> Result<Option<Self>, MovingError> {
-        let connection = node.endpoint.connect(peer, address).await?;
         let session = rand::random::<u64>().max(1);
         let names: Vec<String> = spec.disks.iter().map(|disk| disk.name.clone()).collect();
         let of = |name: &String| {
@@ -97,13 +96,12 @@ impl MovingDisks {
             plan.since = None;
         }
         if plan.in_place {
-            connection.close("the replica has no recovery point");
             return Ok(None);
         }
         control.begin_layer().await?;
         let view = node.views.of(qemu.id(), peer).await;
-        let copies = DiskCopies::over(connection);
-        let mut moving = Self { copies, view, attempt: None, last: None, _control: control };
+        let copies = DiskCopies::beside_memory(connection);
+        let mut moving = Self { copies, view, attempt: None, last: None, control: Some(control) };
         match moving.begin(node, qemu, peer, hellos, &plan, &cap).await {
             Ok(()) => Ok(Some(moving)),
             Err(error) => {
@@ -226,6 +224,7 @@ impl MovingDisks {
         for session in sessions {
             session.end().await;
         }
+        self.control = None;
         if let Some(attempt) = self.attempt.take() {
             self.view.roll_back(attempt);
         }
@@ -236,9 +235,9 @@ impl MovingDisks {
         self.copies.wan_bytes()
     }
 
-    /// The connection.
-    pub fn connection(&self) -> &PeerConnection {
-        self.copies.connection()
+    /// Of them those that the connection of memory counts too.
+    pub fn shared_bytes(&self) -> u64 {
+        self.copies.shared_bytes()
     }
 }
 

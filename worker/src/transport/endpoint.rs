@@ -18,9 +18,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// What a stream's receiver lets the sender have in flight: more than a bandwidth-delay product of 1 Gbit/s and 100 ms.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
-/// What quinn buffers for sending. A migration bounds its own queue by what the link carries (`migration::window`); this is
-/// only the ceiling, high enough that its longest queue fits at 200 Mbit/s.
-const SEND_WINDOW_BYTES: u64 = 48 << 20;
+/// What a connection lets the peer have in flight, and what quinn buffers for sending: no stream may wait because another one has used this up. Each
+/// bounds itself: by [`STREAM_WINDOW_BYTES`], by what the link carries (`migration::window`), by what a disk has in flight (`replica::session`).
+const CONNECTION_WINDOW_BYTES: u32 = 1 << 30;
 /// Kernel buffers of the UDP socket, each way.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 const ALPN: &[&[u8]] = &[b"pageport/1"];
@@ -260,8 +260,8 @@ fn transport_config() -> quinn::TransportConfig {
         .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_LIMIT).ok())
         .keep_alive_interval(Some(KEEP_ALIVE))
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
-        .receive_window((STREAM_WINDOW_BYTES * 2).into())
-        .send_window(SEND_WINDOW_BYTES);
+        .receive_window(CONNECTION_WINDOW_BYTES.into())
+        .send_window(CONNECTION_WINDOW_BYTES.into());
     config
 }
 

@@ -2,6 +2,8 @@
 //!
 //! The length is checked against [`MAX_MESSAGE_BYTES`] before anything is allocated.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -46,13 +48,14 @@ pub enum MessageError {
 #[derive(Debug)]
 pub struct MessageWriter {
     stream: quinn::SendStream,
+    sent_bytes: Arc<AtomicU64>,
     buffer: BytesMut,
 }
 
 impl MessageWriter {
     /// Takes over a stream.
     pub fn new(stream: quinn::SendStream) -> Self {
-        Self { stream, buffer: BytesMut::new() }
+        Self { stream, sent_bytes: Arc::default(), buffer: BytesMut::new() }
     }
 
     /// Sends one message; waits while the peer does not take it.
@@ -68,7 +71,14 @@ impl MessageWriter {
         self.buffer.extend_from_slice(&(length as u32).to_be_bytes());
         // BytesMut grows as needed, so encoding cannot run out of room.
         message.encode_raw(&mut self.buffer);
-        Ok(self.stream.write_all(&self.buffer).await?)
+        self.stream.write_all(&self.buffer).await?;
+        self.sent_bytes.fetch_add(self.buffer.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Bytes of the messages so far, with their lengths; it goes on counting.
+    pub fn sent_bytes(&self) -> Arc<AtomicU64> {
+        self.sent_bytes.clone()
     }
 
     /// The stream itself, for what follows in another format.

@@ -1,13 +1,15 @@
 //! Worker to worker over QUIC with mutual TLS.
 //!
-//! A migration uses two connections to the same peer, so that the bytes of each can be told apart:
+//! A migration from a standing replica uses one connection: two that compete leave a part of the link unused for many seconds, because each takes the
+//! other's share for a narrow link, and goes on doing so when the other has ended.
 //!
-//! | connection | streams | priority |
-//! |---|---|---|
-//! | memory | control (bidirectional), fallback, memory | in that order, highest first |
-//! | disks | one bidirectional stream per disk | all alike |
+//! | streams | priority |
+//! |---|---|
+//! | control of the migration, and of its disks (bidirectional) | highest |
+//! | fallback | |
+//! | memory, and one bidirectional stream per disk | all alike |
 //!
-//! A seed uses the disks connection alone, a [`probe`] one of its own. Every stream the source opens begins with a
+//! Seeds, replication, probes, and the disks of a migration that are compared whole have a connection of their own. Every stream the source opens begins with a
 //! [`StreamHello`](pageport_proto::v1::StreamHello). Nothing here knows what the messages mean.
 
 pub mod endpoint;

@@ -31,7 +31,7 @@ impl Move {
             total_time_ms: ms(since(self.started) + self.waited_before),
             memory_time_ms: self.memory_started.map_or(0, |began| ms(since(began))),
             downtime_ms: self.downtime_marks.first().map_or(0, |(_, stopped)| ms(since(*stopped))),
-            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
+            wan_bytes: self.memory_wan_bytes(),
             disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
             memory_bytes: switched.totals.raw_bytes,
             pages: Some(page_counts(sent.pages)),
@@ -41,6 +41,12 @@ impl Move {
             downtime_parts: steps.chain([hand_over]).collect(),
             quote: self.order.node.quotes.newest(self.order.vm.id(), &self.order.assignment.peer_worker),
         }
+    }
+
+    /// What the connection sent, but for what the disks' streams had of it.
+    fn memory_wan_bytes(&self) -> u64 {
+        let sent = self.connection.as_ref().map_or(0, PeerConnection::sent_bytes);
+        sent.saturating_sub(self.disks.as_ref().map_or(0, Disks::shared_bytes))
     }
 
     /// A step of the downtime has ended.
@@ -55,7 +61,7 @@ impl Move {
             phase: self.timings.last().map(|timing| timing.name.clone()).unwrap_or_default(),
             pages: Some(page_counts(sent.pages)),
             memory_bytes: sent.raw_bytes,
-            wan_bytes: self.connection.as_ref().map_or(0, PeerConnection::sent_bytes),
+            wan_bytes: self.memory_wan_bytes(),
             disk_wan_bytes: self.disks.as_ref().map_or(0, Disks::wan_bytes),
             elapsed_ms: (self.started.elapsed() + self.waited_before).as_millis() as u64,
             ..live.unwrap_or_default()
