@@ -189,7 +189,7 @@ Then on the host of the replica, with an URL that it has printed:
 const QUOTE_EXAMPLE: &str = "\
 Example:
   pageportctl migration quote web --to b
-  pageportctl migration quote web --to b --json | jq '.total_time_ms.high'    milliseconds at worst; absent: it would not end";
+  pageportctl migration quote web --to b --json | jq '.total_time_ms.high'    milliseconds at worst; null: it would not end";
 
 const LINK_EXAMPLE: &str = "\
 Example:
