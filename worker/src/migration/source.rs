@@ -20,7 +20,7 @@ use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Record};
 use pageport_proto::v1::{
     Abort, DiskHello, DiskSpec, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord, PhaseTiming,
-    Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
+    Quote, Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
 };
 use tracing::Instrument;
 
@@ -147,6 +147,8 @@ struct Move {
     epoch: Epoch,
     started: Instant,
     waited_before: Duration,
+    /// The forecast; the worker forgets it when the VM leaves.
+    quote: Option<Quote>,
     timings: Vec<PhaseTiming>,
     connection: Option<PeerConnection>,
     control: Option<Control>,
@@ -177,6 +179,7 @@ impl Move {
             SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_millis(ordered_ms)).unwrap_or_default();
         Self {
             epoch: Epoch::from_raw(order.assignment.epoch),
+            quote: order.node.quotes.newest(order.vm.id(), &order.assignment.peer_worker),
             order,
             started: Instant::now(),
             waited_before: since_order.min(Duration::from_secs(3600)),

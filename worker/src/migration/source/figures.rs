@@ -39,7 +39,7 @@ impl Move {
             phases,
             stream_digest: blake3::Hash::from_bytes(switched.totals.digest).to_hex().to_string(),
             downtime_parts: steps.chain([hand_over]).collect(),
-            quote: self.order.node.quotes.newest(self.order.vm.id(), &self.order.assignment.peer_worker),
+            quote: self.quote.clone(),
         }
     }
 
