@@ -37,6 +37,11 @@ impl MigrationEntry {
         self.change(|state| state.progress = Some(progress));
     }
 
+    /// It gives up, for this reason: to be said before anything shows that it did, so that nobody hears of the end without it.
+    pub fn gives_up(&self, reason: &str) {
+        self.change(|state| reason.clone_into(&mut state.failure));
+    }
+
     /// It is done, one way or the other.
     pub fn end(&self, outcome: Result<Option<MigrationRecord>, String>) {
         self.change(|state| {

@@ -523,6 +523,7 @@ impl Move {
     async fn undo(&mut self, why: &SourceError) {
         let reason = crate::error::with_causes(why);
         tracing::warn!(reason, "migration given up; the guest goes on here");
+        self.order.entry.gives_up(&reason);
         self.outgoing = None;
         let undone = tokio::time::timeout(UNDO_LIMIT, async {
             if let Ok(qemu) = self.order.vm.qemu().await {
