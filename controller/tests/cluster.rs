@@ -56,6 +56,18 @@ async fn a_command_survives_its_leader_and_a_repeated_request_takes_effect_once(
     assert_eq!(list(&cluster, leader).await, ["web"]);
 }
 
+/// The VMs that a late node knows once it has all that another one has applied.
+async fn caught_up(cluster: &Cluster, late: u64, node: u64) -> Vec<String> {
+    eventually("the late node to catch up", async || {
+        let (there, here) = (cluster.status(late).await?, cluster.status(node).await?);
+        if there.applied_index < here.applied_index {
+            return None;
+        }
+        Some(list(cluster, late).await)
+    })
+    .await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_nodes_restarted_from_disk_know_everything_also_past_a_snapshot() {
     let mut cluster = Cluster::start(LogLimits { snapshot_every: 8, keep_entries: 2 }).await;
@@ -70,14 +82,7 @@ async fn all_nodes_restarted_from_disk_know_everything_also_past_a_snapshot() {
     }
     // The log that the late node needs is gone: it can only be served a snapshot.
     cluster.restart(late).await;
-    let names = eventually("the late node to catch up", async || {
-        let (there, here) = (cluster.status(late).await?, cluster.status(node).await?);
-        if there.applied_index < here.applied_index {
-            return None;
-        }
-        Some(list(&cluster, late).await)
-    })
-    .await;
+    let names = caught_up(&cluster, late, node).await;
     assert_eq!(names.len(), 20);
     for id in 1..=3 {
         cluster.stop(id).await;
@@ -106,14 +111,7 @@ async fn a_late_node_gets_a_snapshot_of_many_parts() {
         vms += 1;
     }
     cluster.restart(late).await;
-    let names = eventually("the late node to catch up", async || {
-        let (there, here) = (cluster.status(late).await?, cluster.status(node).await?);
-        if there.applied_index < here.applied_index {
-            return None;
-        }
-        Some(list(&cluster, late).await)
-    })
-    .await;
+    let names = caught_up(&cluster, late, node).await;
     assert_eq!(names.len(), vms);
     assert!(!cluster.data_dir(late).join("snapshot.part").exists(), "nothing is left of its parts");
 }

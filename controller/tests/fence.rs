@@ -60,11 +60,7 @@ impl Lab {
         worker::start(&cluster, "worker-b", "b", &board);
         let node = cluster.a_follower().await;
         let lab = Self { cluster, board, node, lost, agent: path, _folder: folder };
-        eventually("both sites", async || {
-            let sites = lab.fleet().list_sites(v1::ListSitesRequest {}).await.ok()?.into_inner().sites;
-            (sites.iter().filter(|site| site.reachable).count() == 2).then_some(())
-        })
-        .await;
+        lab.cluster.both_sites(node).await;
         lab.fleet().define_vm(define("web", "a")).await.unwrap();
         lab.fleet().start_vm(v1::StartVmRequest { request_id: request_id(), vm: "web".into() }).await.unwrap();
         lab.vm_until(|vm| vm.state() == VmState::Running).await;

@@ -24,11 +24,7 @@ impl Lab {
         worker::start(&cluster, "worker-b", "b", &board);
         let node = cluster.a_follower().await;
         let lab = Self { cluster, board, node };
-        eventually("both sites", async || {
-            let sites = lab.cluster.fleet(node).list_sites(v1::ListSitesRequest {}).await.ok()?.into_inner().sites;
-            (sites.iter().filter(|site| site.reachable).count() == 2).then_some(())
-        })
-        .await;
+        lab.cluster.both_sites(node).await;
         lab.cluster.fleet(node).define_vm(define("web", "a")).await.unwrap();
         let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
         lab.cluster.fleet(node).start_vm(start).await.unwrap();

@@ -27,11 +27,7 @@ impl Lab {
         worker::start(&cluster, "worker-b", "b", &board);
         let node = cluster.a_follower().await;
         let lab = Self { cluster, board, node };
-        eventually("both sites", async || {
-            let sites = lab.cluster.fleet(node).list_sites(v1::ListSitesRequest {}).await.ok()?.into_inner().sites;
-            (sites.iter().filter(|site| site.reachable).count() == 2).then_some(())
-        })
-        .await;
+        lab.cluster.both_sites(node).await;
         for name in names {
             lab.cluster.fleet(node).define_vm(define(name, "a")).await.unwrap();
             let start = v1::StartVmRequest { request_id: request_id(), vm: (*name).into() };

@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::error::ApiError;
 use super::{Api, clip};
 use crate::link::questions::Asked;
+use crate::model::apply::not_migrating;
 use crate::model::state::Vm;
 use crate::model::{Rejection, State};
 
@@ -24,10 +25,8 @@ impl Api {
         let (id, vm) = moment.vm(&request.vm)?;
         let site = moment.site(&request.to_site)?;
         moment.must_run(id, vm)?;
+        not_migrating(vm)?;
         let name = || vm.spec.name.clone();
-        if let Some(id) = vm.migration {
-            return Err(Rejection::AlreadyMigrating { name: name(), id }.into());
-        }
         if moment.state.site_of_vm(vm) == Some(&site) {
             return Err(Rejection::AlreadyThere { name: name(), site }.into());
         }
@@ -62,13 +61,12 @@ impl Api {
 fn question(state: &State, id: VmId, vm: &Vm, site: SiteName) -> Result<v1::QuoteAssignment, ApiError> {
     let missing = || Rejection::NoReplica { name: vm.spec.name.clone(), site: site.clone() };
     let replica = vm.replicas.get(&site).ok_or_else(missing)?;
-    let peer = state.workers.get(&replica.worker);
     Ok(v1::QuoteAssignment {
         seq: 0,
         vm_id: id.to_string(),
         to_site: site.to_string(),
         peer_worker: replica.worker.to_string(),
-        peer_address: peer.map(|peer| peer.peer_address.clone()).unwrap_or_default(),
+        peer_address: state.peer_address(&replica.worker),
     })
 }
 

@@ -99,7 +99,7 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
         epoch: migration.epoch.raw(),
         role: role.into(),
         peer_worker: peer.to_string(),
-        peer_address: state.workers.get(peer).map(|peer| peer.peer_address.clone()).unwrap_or_default(),
+        peer_address: state.peer_address(peer),
         cancel: matches!(migration.phase, Phase::Running { cancel: Cancel::Asked }),
         traceparent: migration.traceparent.clone(),
         ordered_unix_ms: migration.started_unix_ms.unwrap_or(migration.created_unix_ms),

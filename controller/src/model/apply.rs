@@ -174,7 +174,7 @@ pub(super) fn vm_mut(state: &mut State, id: VmId) -> Result<&mut Vm, Rejection> 
     vm.ok_or_else(|| Rejection::VmUnknown { vm: id.to_string() })
 }
 
-pub(super) fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
+pub(crate) fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
     match vm.migration {
         Some(id) if vm.ownership.in_doubt() => Err(Rejection::InDoubt { name: vm.spec.name.clone(), id }),
         Some(id) => Err(Rejection::AlreadyMigrating { name: vm.spec.name.clone(), id }),

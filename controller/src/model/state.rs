@@ -264,6 +264,11 @@ impl State {
         self.workers.get(worker).map(|worker| &worker.site)
     }
 
+    /// Where other workers reach a worker; empty while that is not known.
+    pub fn peer_address(&self, worker: &WorkerName) -> String {
+        self.workers.get(worker).map(|worker| worker.peer_address.clone()).unwrap_or_default()
+    }
+
     /// Where a VM may run.
     pub fn site_of_vm(&self, vm: &Vm) -> Option<&SiteName> {
         self.site_of(vm.ownership.owner().0)

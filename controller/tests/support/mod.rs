@@ -257,6 +257,15 @@ impl Cluster {
         let mut others = self.nodes.iter().filter(|node| node.running.is_some()).map(|node| node.config.id);
         others.find(|id| *id != leader).unwrap()
     }
+
+    /// Waits until a node tells that the workers of two sites are connected.
+    pub async fn both_sites(&self, node: u64) {
+        eventually("both sites", async || {
+            let sites = self.fleet(node).list_sites(v1::ListSitesRequest {}).await.ok()?.into_inner().sites;
+            (sites.iter().filter(|site| site.reachable).count() == 2).then_some(())
+        })
+        .await;
+    }
 }
 
 pub fn dial(identity: &Identity, address: &str) -> Channel {

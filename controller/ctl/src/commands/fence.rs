@@ -3,17 +3,16 @@
 //! The request keeps its id when the stream breaks, so that the fence that is under way is joined. After a change of leader
 //! the same request makes the new leader run the agent again.
 
-use std::io::IsTerminal as _;
-
 use pageport_proto::v1;
 use pageport_proto::v1::fence_worker_request::Action;
 use pageport_proto::v1::fence_worker_response::Phase;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
+use super::confirm::ask_for_name;
 use super::{Context, follow, request_id};
 use crate::error::CtlError;
+use crate::render::fence;
 use crate::render::screen::Screen;
-use crate::render::{fence, note};
 use crate::trace::Traced;
 
 /// Has the host turned off, and shows what became of its VMs.
@@ -29,7 +28,7 @@ pub async fn off(
             let warning = format!(
                 "The host of {worker} will be turned off. What its VMs wrote since their replicas were last\nsynchronised will be lost."
             );
-            ask_for_name(&warning)?
+            ask_for_name("worker", &[warning])?
         }
     };
     let request_id = request_id();
@@ -56,17 +55,6 @@ pub async fn check(context: &mut Context, worker: String) -> Result<(), CtlError
         return Err(CtlError::FenceCheck { worker, reason: last.problem });
     }
     if context.output.is_json() { Ok(()) } else { context.output.text(&fence::checked(&last)) }
-}
-
-/// Says what is about to happen and reads the worker's name from the terminal.
-pub fn ask_for_name(warning: &str) -> Result<String, CtlError> {
-    if !std::io::stdin().is_terminal() {
-        return Err(CtlError::Unconfirmed);
-    }
-    note(&format!("{warning} To go on, type the worker's name:"));
-    let mut line = String::new();
-    std::io::stdin().read_line(&mut line).map_err(CtlError::Terminal)?;
-    Ok(line.trim().to_owned())
 }
 
 async fn watch(

@@ -3,7 +3,7 @@
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
-use super::fence::ask_for_name;
+use super::confirm::ask_for_name;
 use super::{Context, ask, now_unix_ms, request_id};
 use crate::error::CtlError;
 use crate::render::lists;
@@ -27,7 +27,7 @@ pub async fn declare_dead(
 ) -> Result<(), CtlError> {
     let confirm_name = match confirm {
         Some(name) => name,
-        None => ask_for_name(&format!("If {worker} runs a VM all the same, that VM may run twice."))?,
+        None => ask_for_name("worker", &[format!("If {worker} runs a VM all the same, that VM may run twice.")])?,
     };
     let name = worker.clone();
     let request = v1::DeclareWorkerDeadRequest { request_id: request_id(), worker, confirm_name, reason };

@@ -3,6 +3,7 @@
 //! A command that changes something carries one fresh request id, built before the first attempt and kept over all.
 
 mod cluster;
+mod confirm;
 mod disk;
 mod fence;
 mod fleet;

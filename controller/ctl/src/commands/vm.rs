@@ -1,12 +1,12 @@
 //! `vm define | list | get | start | stop | delete | console`.
 
-use std::io::IsTerminal as _;
 use std::path::Path;
 use std::time::Duration;
 
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 
+use super::confirm::ask_for_name;
 use super::{Context, ask, now_unix_ms, request_id, required};
 use crate::cli::VmCommand;
 use crate::console::{self, ConsoleError};
@@ -66,27 +66,20 @@ async fn resolve(
 ) -> Result<(), CtlError> {
     let confirm_name = match confirm {
         Some(name) => name,
-        None => ask_for_name(&get(context, vm.clone()).await?, &force_owner_site)?,
+        None => ask_for_name("VM", &warning(&get(context, vm.clone()).await?, &force_owner_site))?,
     };
     let request = v1::ResolveVmRequest { request_id: request_id(), vm, force_owner_site, confirm_name, reason };
     let response = ask!(context, Fleet, resolve_vm, request).await?;
     changed(context, required(response.vm, "ResolveVm", "vm")?)
 }
 
-/// Says what is about to happen and reads the VM's name from the terminal.
-fn ask_for_name(vm: &v1::Vm, site: &str) -> Result<String, CtlError> {
-    if !std::io::stdin().is_terminal() {
-        return Err(CtlError::Unconfirmed);
-    }
+/// What is about to happen to a VM that is given to a site.
+fn warning(vm: &v1::Vm, site: &str) -> Vec<String> {
     let name = vm.spec.as_ref().map_or("", |spec| &spec.name);
-    note(&format!("{name} is owned by {} at {}, {}.", vm.owner_worker, vm.owner_site, words::vm_state(vm.state)));
-    if !vm.doubt.is_empty() {
-        note(&vm.doubt);
-    }
-    note(&format!("If it still runs there, it will run twice once {site} owns it. To go on, type the VM's name:"));
-    let mut line = String::new();
-    std::io::stdin().read_line(&mut line).map_err(CtlError::Terminal)?;
-    Ok(line.trim().to_owned())
+    let owned = format!("{name} is owned by {} at {}, {}.", vm.owner_worker, vm.owner_site, words::vm_state(vm.state));
+    let doubt = Some(vm.doubt.clone()).filter(|doubt| !doubt.is_empty());
+    let twice = format!("If it still runs there, it will run twice once {site} owns it.");
+    [Some(owned), doubt, Some(twice)].into_iter().flatten().collect()
 }
 
 async fn get(context: &mut Context, vm: String) -> Result<v1::Vm, CtlError> {
