@@ -56,7 +56,10 @@ pub fn emptying(
             leavers.push(leaver(state, *id, vm));
         }
     }
-    out.plan = evacuate(&fleet(state, observations, now), &leavers, drain.to.as_ref());
+    // A place that is empty stays drained: the whole fleet is not looked at for nobody.
+    if !leavers.is_empty() {
+        out.plan = evacuate(&fleet(state, observations, now), &leavers, drain.to.as_ref());
+    }
     out.plan.stay.extend(stay);
     out.plan.stay.sort_by_key(|stay| stay.vm);
     out
