@@ -75,6 +75,13 @@ async fn resize(vm: &Protected, disk_bytes: u64) {
     ctl(&vm.lab, &["disk", "resize", VM, "root", "--size", &disk_bytes.to_string()]).await.unwrap();
 }
 
+/// The guest writes 100 blocks, so many behind this place.
+async fn write_behind(vm: &Protected, offset_bytes: u64, blocks: u64) {
+    let seek = offset_bytes / 4096 + blocks;
+    let write = format!("dd if=/dev/urandom of=/dev/vda bs=4096 seek={seek} count=100 conv=fsync 2>/dev/null");
+    vm.shell(&write).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_on_a_block_device_has_points_grows_and_becomes_the_disk_and_a_replica_again() {
     if !netns::available() {
@@ -135,20 +142,28 @@ async fn a_replica_on_a_block_device_has_points_grows_and_becomes_the_disk_and_a
     assert_guest_sees(&vm, disk_bytes).await;
     vm.write(3).await;
     vm.point_after("a", 1).await;
-    let grown = disk_bytes + 32 * MIB;
-    resize(&vm, grown).await;
-    assert_told(&vm, "cannot grow under the guest").await;
+    resize(&vm, disk_bytes + 32 * MIB).await;
+    assert_told(&vm, "can only get all").await;
     vm.written().await;
     vm.point_from_now("a").await;
     assert_holds(&device, &disk).await;
 
+    eprintln!("grows to all of its device");
+    raw.write_all_at(&vec![0x5a; 64 * MIB as usize], disk_bytes).unwrap();
+    let grown = disk_bytes + 64 * MIB;
+    resize(&vm, grown).await;
+    assert_guest_sees(&vm, grown).await;
+    write_behind(&vm, disk_bytes, 7).await;
+    write_behind(&vm, grown - MIB, 0).await;
+    vm.point_from_now("a").await;
+    assert_eq!(std::fs::metadata(&disk).unwrap().len(), grown);
+    assert_holds(&device, &disk).await;
+
     eprintln!("and back");
-    vm.assert_moves_with_little("a", disk_bytes).await;
+    vm.assert_moves_with_little("a", grown).await;
     vm.assert_same_guest().await;
     assert_guest_sees(&vm, grown).await;
-    let seek = disk_bytes / 4096 + 7;
-    let write = format!("dd if=/dev/urandom of=/dev/vda bs=4096 seek={seek} count=100 conv=fsync 2>/dev/null");
-    vm.shell(&write).await.unwrap();
+    write_behind(&vm, disk_bytes, 200).await;
     vm.point_after("b", 1).await;
     vm.point_from_now("b").await;
     assert_eq!(std::fs::metadata(&disk).unwrap().len(), grown);

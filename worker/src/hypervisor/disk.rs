@@ -11,12 +11,13 @@
 //! Over an image with a backing file the upper node is a throttle filter that throttles nothing. QEMU looks through a filter to see what is allocated
 //! in the whole chain; through a raw node it sees the first image alone, and a mirror then leaves out what only the backing file holds.
 //!
-//! A block device may be larger than the disk: the raw node is told the disk's size. QEMU does not change that while it runs.
+//! A block device may be larger than the disk: the raw node is told the disk's size. While the node is there QEMU can only take that back, and show all of
+//! the device: with another size the node's bitmaps would keep theirs.
 
 use serde_json::{Value, json};
 
 use super::block::NodeInfo;
-use crate::image::Image;
+use crate::image::{Format, Image};
 
 /// The group of the filters: without limits.
 pub const UNLIMITED: &str = "unlimited";
@@ -78,6 +79,14 @@ pub fn repointed(nodes: &[NodeInfo], disk: &str, below: &str) -> Value {
     if transparent { Top::Transparent.options(disk, below) } else { Top::Raw.options(disk, below) }
 }
 
+/// The options of a disk's node that shows all that the node below it has: also for `blockdev-reopen`.
+pub fn unbounded(disk: &str, format: Format) -> Value {
+    json!({
+        "driver": format.name(), "node-name": disk_node(disk), "file": file_node(disk),
+        "discard": "unmap", "detect-zeroes": "unmap", "cache": {"direct": false, "no-flush": false},
+    })
+}
+
 /// The nodes of a disk, in the order in which they are added.
 pub fn nodes(disk: &str, image: &Image) -> [Value; 3] {
     let driver = if image.device_bytes().is_some() { "host_device" } else { "file" };
@@ -85,10 +94,7 @@ pub fn nodes(disk: &str, image: &Image) -> [Value; 3] {
         "driver": driver, "node-name": file_node(disk), "filename": image.path().to_string_lossy(),
         "discard": "unmap", "cache": {"direct": false, "no-flush": false},
     });
-    let mut format = json!({
-        "driver": image.format().name(), "node-name": disk_node(disk), "file": file_node(disk),
-        "discard": "unmap", "detect-zeroes": "unmap", "cache": {"direct": false, "no-flush": false},
-    });
+    let mut format = unbounded(disk, image.format());
     if let Some(backing) = image.backing_option() {
         format["backing"] = backing;
     }

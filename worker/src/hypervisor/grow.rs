@@ -3,10 +3,11 @@
 //! Guarantees: may be repeated; never makes a disk smaller (QEMU would, without a word); what is new reads as zeros, and no bitmap of the disk says otherwise.
 
 use super::block::refused_with;
-use super::disk::top_node;
+use super::disk::{top_node, unbounded};
 use super::error::HypervisorError;
-use super::qmp::{Ignored, qmp_command};
+use super::qmp::{COMMAND_DEADLINE, Ignored, qmp_command};
 use super::vm::Vm;
+use crate::image::Format;
 
 qmp_command!(/// Changes the size of a disk; the guest is told.
     BlockResize = "block_resize" -> Ignored { node_name: String, size: u64 });
@@ -42,5 +43,21 @@ impl Vm {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes a disk on a block device as large as the device, which has `device_bytes`; what is new is zeros there already.
+    ///
+    /// # Errors
+    /// As [`Self::grow_disk`].
+    pub async fn grow_disk_to_device(&self, disk: &str, device_bytes: u64) -> Result<(), HypervisorError> {
+        if self.disk_bytes(disk).await? >= device_bytes {
+            return Ok(());
+        }
+        let held = self.hold_jobs(COMMAND_DEADLINE).await?;
+        // The guest sees no more than before until the upper node grows, and the bitmaps with it.
+        let reopened = self.reopen_nodes(vec![unbounded(disk, Format::Raw)]).await;
+        held.resume().await;
+        reopened?;
+        self.grow_disk(disk, device_bytes).await
     }
 }

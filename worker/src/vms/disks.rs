@@ -16,8 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{ManagedVm, VmError};
 use crate::hypervisor::{AddedDisk, HypervisorError, Vm};
 use crate::node::Node;
+use crate::replica::store::ReplicaError;
 use crate::replica::store::device::must_fit;
-use crate::replica::store::{DiskLocation, ReplicaError};
 
 /// What failed is tried again after this.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -40,9 +40,9 @@ pub enum DisksError {
         #[source]
         source: HypervisorError,
     },
-    /// A disk on a block device.
+    /// A disk on a block device that is larger than was ordered.
     #[error(
-        "disk {disk:?} lies on the block device {} and cannot grow under the guest: it gets its {size_bytes} bytes when the vm is stopped and started",
+        "disk {disk:?} lies on the block device {}, of which it can only get all {device_bytes} bytes under the guest: order that size, or stop and start the vm for {size_bytes} bytes",
         device.display()
     )]
     OnDevice {
@@ -50,6 +50,8 @@ pub enum DisksError {
         disk: String,
         /// The device.
         device: PathBuf,
+        /// The device's size.
+        device_bytes: u64,
         /// What was ordered.
         size_bytes: u64,
     },
@@ -135,25 +137,33 @@ async fn bring_in_line(node: Arc<Node>, vm: Arc<ManagedVm>, spec: VmSpec) -> Res
     for disk in spec.disks.iter().filter(|disk| !plugged.contains(&disk.name)) {
         attach(&vm, &qemu, disk, &spec.machine).await?;
     }
-    for DiskSpec { name, size_bytes, .. } in &spec.disks {
-        if let Some(device) = too_small_device(&vm, name, *size_bytes)? {
-            return Err(DisksError::OnDevice { disk: name.clone(), device, size_bytes: *size_bytes });
-        }
-        let failed = |source| DisksError::Grow { disk: name.clone(), size_bytes: *size_bytes, source };
-        qemu.grow_disk(name, *size_bytes).await.map_err(failed)?;
+    for disk in &spec.disks {
+        grow(&vm, &qemu, disk).await?;
     }
     Ok((spec.disks, qemu.pid()))
 }
 
-/// The block device that a disk lies on, if the disk is smaller than ordered; an error, if the device is as well.
-fn too_small_device(vm: &ManagedVm, disk: &str, size_bytes: u64) -> Result<Option<PathBuf>, ReplicaError> {
-    tokio::task::block_in_place(|| {
-        let location = vm.replicas().locate(vm.id(), disk)?;
-        let small = |location: &DiskLocation| location.size_bytes.is_some_and(|held_bytes| held_bytes < size_bytes);
-        let Some(location) = location.filter(small) else { return Ok(None) };
-        must_fit(&location.path, size_bytes)?;
-        Ok(Some(location.path))
-    })
+/// Makes a disk larger, if it is smaller than ordered. On a block device what is new becomes zeros first, and the size is recorded: whatever becomes of the
+/// hypervisor then, what its guest writes there stays.
+async fn grow(vm: &ManagedVm, qemu: &Vm, disk: &DiskSpec) -> Result<(), DisksError> {
+    let DiskSpec { name, size_bytes, .. } = disk;
+    let failed = |source| DisksError::Grow { disk: name.clone(), size_bytes: *size_bytes, source };
+    if qemu.disk_bytes(name).await.map_err(failed)? >= *size_bytes {
+        return Ok(());
+    }
+    let Some(device) = device_of(vm, name)? else { return qemu.grow_disk(name, *size_bytes).await.map_err(failed) };
+    let device_bytes = tokio::task::block_in_place(|| must_fit(&device, *size_bytes))?;
+    if device_bytes > *size_bytes {
+        return Err(DisksError::OnDevice { disk: name.clone(), device, device_bytes, size_bytes: *size_bytes });
+    }
+    tokio::task::block_in_place(|| vm.replicas().grow_on_device(vm.id(), name, *size_bytes))?;
+    qemu.grow_disk_to_device(name, device_bytes).await.map_err(failed)
+}
+
+/// The block device that a disk lies on.
+fn device_of(vm: &ManagedVm, disk: &str) -> Result<Option<PathBuf>, ReplicaError> {
+    let location = tokio::task::block_in_place(|| vm.replicas().locate(vm.id(), disk))?;
+    Ok(location.filter(|location| location.size_bytes.is_some()).map(|location| location.path))
 }
 
 async fn attach(vm: &ManagedVm, qemu: &Vm, disk: &DiskSpec, machine: &str) -> Result<(), DisksError> {

@@ -146,7 +146,8 @@ impl ReplicaStore {
         Ok(location)
     }
 
-    /// Makes a disk of a VM that is not open as a replica, nor in a hypervisor, at least so large, if it lies on a block device.
+    /// Makes a disk of a VM that is not open as a replica at least so large, if it lies on a block device. A hypervisor that has it may not write behind the
+    /// size that it had.
     ///
     /// # Errors
     /// [`ReplicaError::DeviceSmall`]; the system's.
@@ -211,13 +212,14 @@ fn claim(path: &Path) -> Result<File, ReplicaError> {
     }
 }
 
-/// Refuses a disk that is larger than the device.
+/// Size of a device that holds a disk of this size, in bytes.
 ///
 /// # Errors
 /// [`ReplicaError::DeviceSmall`]; the system's.
-pub fn must_fit(path: &Path, size_bytes: u64) -> Result<(), ReplicaError> {
+pub fn must_fit(path: &Path, size_bytes: u64) -> Result<u64, ReplicaError> {
     let opened = File::open(path).and_then(|device| length(&device));
-    must_hold(path, opened.map_err(|source| ReplicaError::Open { path: path.to_owned(), source })?, size_bytes)
+    let device_bytes = opened.map_err(|source| ReplicaError::Open { path: path.to_owned(), source })?;
+    must_hold(path, device_bytes, size_bytes).map(|()| device_bytes)
 }
 
 pub(super) fn must_hold(path: &Path, device_bytes: u64, size_bytes: u64) -> Result<(), ReplicaError> {
