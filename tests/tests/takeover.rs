@@ -6,14 +6,13 @@ mod support;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pageport_lab::lab::guest::{GUEST_ADDRESS, GuestImages, SMALL};
 use pageport_lab::lab::{Lab, LabConfig, VmFile};
 use pageport_lab::netns;
 use pageport_lab::wan::control::Request;
 use serde_json::Value;
+use support::witness::Witness;
 use support::{PATIENCE, VM, wait_for};
 
 /// A lab with a running guest at site a and a complete replica at site b, seen from site b.
@@ -56,38 +55,6 @@ fn isolate(lab: &Lab, request: fn(String, String) -> Request) {
     let mut wan = lab.network().wan().unwrap();
     for (from, to) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "a")] {
         wan.call(&request(from.to_owned(), to.to_owned())).unwrap();
-    }
-}
-
-/// Looks all the time for two hypervisors of the VM.
-struct Witness {
-    stop: Arc<AtomicBool>,
-    watching: tokio::task::JoinHandle<Result<u64, String>>,
-}
-
-impl Witness {
-    fn of(lab: &Lab) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, look) = (stop.clone(), lab.hypervisors_of(VM));
-        let watching = tokio::task::spawn_blocking(move || {
-            let mut looks = 0;
-            while !stopped.load(Ordering::SeqCst) {
-                let pids = look();
-                if pids.len() > 1 {
-                    return Err(format!("{pids:?}"));
-                }
-                looks += 1;
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            Ok(looks)
-        });
-        Self { stop, watching }
-    }
-
-    async fn assert_never_two(self) {
-        self.stop.store(true, Ordering::SeqCst);
-        let looks = self.watching.await.unwrap().expect("two hypervisors ran the vm");
-        assert!(looks > 100, "only {looks} looks");
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, dead_code)]
 
 pub mod protected;
+pub mod witness;
 
 use std::path::PathBuf;
 use std::time::Duration;
