@@ -6,12 +6,13 @@
 use pageport_ownership::{Evidence, Fact, Ownership};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
-use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome, Rejection};
+use super::command::{Answer, ClientOrder, Command, Halt, Order, Outcome};
 use super::disks;
 use super::migration::{Cancel, Migration, Phase, Turn};
 use super::protection;
 use super::queue::{self, Wanted};
 use super::recovery::{self, DeclaredDead};
+use super::rejection::Rejection;
 use super::schedule::{self, Terms};
 use super::spec::Spec;
 use super::state::{Life, MAX_MIGRATIONS, Power, Replica, ReplicaPhase, State, Vm};

@@ -11,7 +11,8 @@
 use pageport_proto::{SiteName, VmId};
 
 use super::apply::{not_migrating, vm_mut};
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
+use super::rejection::Rejection;
 use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// What a disk's size is a multiple of, in bytes.

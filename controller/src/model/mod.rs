@@ -8,7 +8,7 @@
 //! | [`spec`] | a VM's validated definition |
 //! | [`state`] | everything that is committed |
 //! | [`migration`] | the migration state machine |
-//! | [`command`] | what can be asked of the state, and what comes back |
+//! | [`command`], [`rejection`] | what can be asked of the state, and what comes back |
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
 //! | [`schedule`], [`queue`] | what the scheduler is told, and the moves that wait for it |
 //! | [`recovery`] | who owns what after a restore from a backup |
@@ -25,14 +25,16 @@ pub mod migration;
 pub mod protection;
 pub mod queue;
 pub mod recovery;
+pub mod rejection;
 pub mod schedule;
 pub mod spec;
 pub mod state;
 pub mod takeover;
 
 pub use apply::apply;
-pub use command::{Answer, Command, Order, Outcome, Rejection};
+pub use command::{Answer, Command, Order, Outcome};
 pub use migration::{Migration, Phase};
 pub use protection::{Links, Protection, Terms};
+pub use rejection::Rejection;
 pub use spec::Spec;
 pub use state::State;

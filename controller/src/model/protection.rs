@@ -19,8 +19,9 @@ use pageport_proto::{SiteName, VmId, WorkerName, v1};
 use serde::{Deserialize, Serialize};
 
 use super::apply::{not_migrating, vm_mut};
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
 use super::disks;
+use super::rejection::Rejection;
 use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// Target of a protection that names none, in milliseconds.

@@ -17,10 +17,11 @@ use pageport_ownership::{Epoch, Ownership};
 use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
 
 use super::apply::{forget_old_migrations, not_migrating, vm_mut};
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
 use super::disks;
 use super::migration::{Cancel, Migration, Phase, Place};
 use super::protection::has_point;
+use super::rejection::Rejection;
 use super::schedule::{Change, Drain, DrainMove, Spot, Terms};
 use super::state::{Life, Power, Replica, ReplicaPhase, State, Vm};
 

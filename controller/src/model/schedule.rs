@@ -9,8 +9,9 @@ use std::ops::RangeInclusive;
 use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
 use super::protection::MIN_CAP_BPS;
+use super::rejection::Rejection;
 use super::state::State;
 use crate::scheduler::Window;
 use crate::scheduler::plan::{DEFAULT_PRIORITY, MAX_PRIORITY};

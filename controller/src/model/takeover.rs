@@ -14,10 +14,11 @@ use pageport_proto::{SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::apply::{settle, vm_mut};
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
 use super::disks::make_what_is_lacking;
 use super::migration::Turn;
 use super::protection::{Point, has_point, turn_round};
+use super::rejection::Rejection;
 use super::state::{Replica, ReplicaPhase, State, Vm};
 
 /// Takeovers kept for each VM; the oldest are forgotten.
