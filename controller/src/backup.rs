@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use pageport_common::backup::{self, BackupError};
 use pageport_ownership::Generation;
+use pageport_proto::RestorationId;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
@@ -150,7 +151,7 @@ pub fn restore(config: &Config, path: &Path) -> Result<Restored, RestoreError> {
     if fs::read_dir(folder).map_err(fail)?.next().is_some() {
         return Err(RestoreError::NotEmpty { path: folder.clone() });
     }
-    let state = backup.state.restored();
+    let state = backup.state.restored(RestorationId::generate());
     let restored = Restored {
         generation: state.generation,
         taken_unix_ms: backup.taken_unix_ms,

@@ -140,6 +140,30 @@ async fn after_a_restore_every_vm_is_unknown_until_all_workers_have_reported() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_restores_from_one_backup_only_one_ever_learns_who_owns_the_vms() {
+    let mut cluster = Cluster::start(LogLimits::default()).await;
+    let board = worker::Shared::default();
+    let (file, _) = story(&cluster, &board).await;
+    lose_all(&mut cluster).await;
+    let before = runs(&board);
+    let [one, other] = [cluster.restore(&file).await.unwrap(), cluster.restore(&file).await.unwrap()];
+    board.lock().unwrap().controllers.push(cluster.addresses()[one as usize - 1].clone());
+    at(&cluster, one, "stays", "worker-a", VmState::Running).await;
+
+    // The other is found when the first one is not.
+    board.lock().unwrap().controllers.push(cluster.addresses()[other as usize - 1].clone());
+    cluster.stop(one).await;
+    eventually("both workers to turn the other away", async || (board.lock().unwrap().turned_away >= 20).then_some(()))
+        .await;
+    let status = cluster.status(other).await.unwrap();
+    assert_eq!((status.generation, status.vms_unknown), (1, 2));
+    assert_eq!(status.awaited_workers, ["worker-a", "worker-b"]);
+    cluster.restart(one).await;
+    at(&cluster, one, "moves", "worker-b", VmState::Running).await;
+    assert_eq!(runs(&board), before, "nothing was started");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_declared_dead_is_not_waited_for_and_one_that_answers_cannot_be() {
     let mut cluster = Cluster::start(LogLimits::default()).await;
     let board = worker::Shared::default();

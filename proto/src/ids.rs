@@ -2,7 +2,7 @@
 //!
 //! | type | form |
 //! |---|---|
-//! | [`VmId`], [`MigrationId`], [`RequestId`], [`StoreId`] | UUID (version 7 when made here, so ids sort by age) |
+//! | [`VmId`], [`MigrationId`], [`RequestId`], [`StoreId`], [`RestorationId`] | UUID (version 7 when made here, so ids sort by age) |
 //! | [`SiteName`], [`WorkerName`] | `[a-z0-9-]`, 1 to 40 characters |
 
 use std::fmt;
@@ -120,6 +120,11 @@ uuid_id!(
     /// One worker's durable store, from its creation to its loss.
     StoreId,
     "store"
+);
+uuid_id!(
+    /// One restore of the controllers from a backup.
+    RestorationId,
+    "restoration"
 );
 name_id!(
     /// A datacenter.

@@ -14,4 +14,4 @@ pub mod v1 {
 /// The compiled description of `proto/`, as a serialised `FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pageport.v1.bin"));
 
-pub use ids::{MigrationId, RequestId, SiteName, StoreId, VmId, WorkerName};
+pub use ids::{MigrationId, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};

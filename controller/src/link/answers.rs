@@ -38,6 +38,7 @@ pub fn authorisation(
         },
         spec: authorised.map(|vm| v1::VmSpec::from(&vm.spec)),
         generation: state.generation.0.into(),
+        restoration_id: state.restoration_id(),
     }
 }
 
@@ -63,6 +64,7 @@ pub fn lease(
         lease_ms: grant.lease_ms,
         vms: grant.vms.iter().map(|(id, own)| v1::LeasedVm { vm_id: id.to_string(), own: own.raw() }).collect(),
         generation: state.generation.0.into(),
+        restoration_id: state.restoration_id(),
     })
 }
 
@@ -85,6 +87,7 @@ pub fn grant(
         own: own.unwrap_or_default().raw(),
         image: vm.and_then(|vm| vm.ownership.inherits(worker)).unwrap_or_default().raw(),
         generation: state.generation.0.into(),
+        restoration_id: state.restoration_id(),
         reason: match (vm, own) {
             (_, Some(_)) => String::new(),
             (Some(_), None) => format!("worker \"{worker}\" does not own vm {id}, or a move of it is not settled"),

@@ -25,6 +25,7 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
     let mut out = v1::WorkerAssignment {
         migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
         generation: state.generation.0.into(),
+        restoration_id: state.restoration_id(),
         ..v1::WorkerAssignment::default()
     };
     let caps = caps(state, worker);

@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use pageport_ownership::{Generation, Record};
 use pageport_proto::v1;
-use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
+use pageport_proto::{MigrationId, RestorationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::questions::{self, Questions};
+use crate::model::State;
 use crate::model::protection::Point;
 
 /// A worker is connected while its last report is younger than this.
@@ -47,25 +48,29 @@ pub struct Observed {
 #[derive(Debug, Clone, Default)]
 pub struct Observations {
     workers: BTreeMap<WorkerName, Observed>,
-    /// The generation that each has joined, and since when that is known.
-    joined: BTreeMap<WorkerName, (Generation, Instant)>,
+    /// What each has joined, and since when that is known.
+    joined: BTreeMap<WorkerName, (Joined, Instant)>,
 }
+
+/// Which controllers a worker has joined: their generation, and by which restore it began.
+type Joined = (Generation, Option<RestorationId>);
 
 impl Observations {
     /// Takes a report in.
     pub fn put(&mut self, worker: WorkerName, observed: Observed) {
         let generation = Generation(u16::try_from(observed.report.generation).unwrap_or_default());
-        let joined = self.joined.entry(worker.clone()).or_insert((generation, observed.at));
-        if joined.0 != generation {
-            *joined = (generation, observed.at);
+        let now = (generation, observed.report.restoration_id.parse().ok());
+        let joined = self.joined.entry(worker.clone()).or_insert((now, observed.at));
+        if joined.0 != now {
+            *joined = (now, observed.at);
         }
         self.workers.insert(worker, observed);
     }
 
-    /// How long a worker is known to have joined this generation.
-    pub fn joined_for(&self, worker: &WorkerName, generation: Generation, now: Instant) -> Option<Duration> {
+    /// How long a worker is known to have joined the controllers of this state.
+    pub fn joined_for(&self, worker: &WorkerName, state: &State, now: Instant) -> Option<Duration> {
         let (joined, since) = self.joined.get(worker)?;
-        (*joined == generation).then(|| now.saturating_duration_since(*since))
+        (*joined == (state.generation, state.restoration)).then(|| now.saturating_duration_since(*since))
     }
 
     /// All workers that have reported to this leader.

@@ -86,9 +86,8 @@ fn joined(state: &State, id: VmId, recovering: &Recovering, observations: &Obser
     let mut orders = vec![];
     for (worker, observed) in observations.iter() {
         // Who was granted a lease by older controllers just before may still run a VM under it.
-        let settled = observations
-            .joined_for(worker, state.generation, now.instant)
-            .is_some_and(|joined| joined >= now.older_leases_out);
+        let settled =
+            observations.joined_for(worker, state, now.instant).is_some_and(|joined| joined >= now.older_leases_out);
         if !settled || observations.connected(worker, now.instant).is_none() {
             continue;
         }

@@ -16,11 +16,12 @@
 use std::collections::BTreeSet;
 
 use pageport_ownership::{Generation, Ownership, Recover, Recovered, Report};
-use pageport_proto::{VmId, WorkerName};
+use pageport_proto::{RestorationId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
-use super::command::{Answer, Outcome, Rejection};
+use super::command::{Answer, Outcome};
 use super::protection::turn_round;
+use super::rejection::Rejection;
 use super::state::{Life, Power, Replica, ReplicaPhase, State, Vm};
 
 /// A VM of the backup, and what is known of who owns it.
@@ -86,9 +87,10 @@ impl Recovering {
 }
 
 impl State {
-    /// What restored controllers begin with.
-    pub fn restored(mut self) -> Self {
+    /// What controllers begin with that this restore makes.
+    pub fn restored(mut self, by: RestorationId) -> Self {
         self.generation = Generation(self.generation.0.saturating_add(1));
+        self.restoration = Some(by);
         let workers: Vec<WorkerName> = self.workers.keys().cloned().collect();
         let unfinished = std::mem::take(&mut self.recovering).into_iter().map(|(id, recovering)| (id, recovering.vm));
         for (id, vm) in std::mem::take(&mut self.vms).into_iter().chain(unfinished) {
@@ -222,7 +224,7 @@ mod tests {
         vm.replicas.insert("b".parse().unwrap(), Replica::new(worker('b'), 1, ReplicaPhase::Seeded, None));
         let id = VmId::generate();
         state.vms.insert(id, vm);
-        (state.restored(), id)
+        (state.restored(RestorationId::generate()), id)
     }
 
     fn carry_out(state: &mut State, order: Order) -> Outcome {
@@ -327,7 +329,7 @@ mod tests {
     fn a_second_restore_begins_anew_under_another_generation() {
         let (mut state, id) = restored();
         says(&mut state, id, 'a', Record::UNKNOWN, None);
-        let again = state.restored();
+        let again = state.restored(RestorationId::generate());
         assert_eq!((again.generation, again.recovering[&id].missing().len()), (Generation(2), 2));
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pageport_ownership::{Generation, Ownership};
-use pageport_proto::{MigrationId, RequestId, SiteName, StoreId, VmId, WorkerName};
+use pageport_proto::{MigrationId, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
@@ -235,6 +235,9 @@ pub struct State {
     /// How often the controllers were restored from a backup.
     #[serde(default)]
     pub generation: Generation,
+    /// By which restore that was; two from one backup differ. Of some earlier versions it is not known.
+    #[serde(default)]
+    pub restoration: Option<RestorationId>,
     /// After a restore: VMs of which it is not known who owns them.
     #[serde(default)]
     pub recovering: BTreeMap<VmId, Recovering>,
@@ -249,6 +252,11 @@ impl State {
         let id = id_or_name.parse::<VmId>().ok();
         let mut defined = self.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
         defined.find(|(key, vm)| Some(**key) == id || vm.spec.name == id_or_name).map(|(key, vm)| (*key, vm))
+    }
+
+    /// By which restore these controllers began, as it is told; empty: by none.
+    pub fn restoration_id(&self) -> String {
+        self.restoration.map(|restoration| restoration.to_string()).unwrap_or_default()
     }
 
     /// Names of all sites.

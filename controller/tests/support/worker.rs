@@ -53,6 +53,8 @@ pub struct Board {
     pub controllers: Vec<String>,
     /// Workers that reach no controller.
     pub cut: BTreeSet<String>,
+    /// How often a worker turned controllers away that it is deaf to.
+    pub turned_away: usize,
     /// What owners were last told to replicate.
     pub replications: BTreeMap<String, Vec<v1::ReplicationAssignment>>,
 }
@@ -85,6 +87,7 @@ struct Worker {
     identity: Identity,
     met: usize,
     generation: u32,
+    restoration_id: String,
 }
 
 pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinHandle<()> {
@@ -105,6 +108,7 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
         identity,
         met: 0,
         generation: 0,
+        restoration_id: String::new(),
     };
     tokio::spawn(worker.run())
 }
@@ -147,20 +151,29 @@ impl Worker {
                 },
                 _ = look.tick() => {}
             }
-            if assignment.generation < self.generation || self.board.lock().unwrap().cut.contains(&self.name) {
+            if assignment.seq != 0 && self.is_deaf_to(&assignment) {
+                self.board.lock().unwrap().turned_away += 1;
+                return;
+            }
+            if self.board.lock().unwrap().cut.contains(&self.name) {
                 return;
             }
             if assignment.seq != 0 {
-                self.join(assignment.generation);
+                self.join(&assignment);
                 self.work(&assignment).await;
             }
         }
     }
 
-    /// Hears no older controllers any more.
-    fn join(&mut self, generation: u32) {
-        if generation > self.generation {
-            self.generation = generation;
+    fn is_deaf_to(&self, assignment: &v1::WorkerAssignment) -> bool {
+        let another = assignment.restoration_id != self.restoration_id;
+        assignment.generation < self.generation || (assignment.generation == self.generation && another)
+    }
+
+    /// Hears no other controllers any more, but newer ones.
+    fn join(&mut self, assignment: &v1::WorkerAssignment) {
+        if assignment.generation > self.generation {
+            (self.generation, self.restoration_id) = (assignment.generation, assignment.restoration_id.clone());
             for id in self.vms.keys().cloned().collect::<Vec<_>>() {
                 self.vms.get_mut(&id).unwrap().volatile.question = None;
                 self.handle(&id, Event::Join);
@@ -438,6 +451,7 @@ impl Worker {
             assignment_seq: self.seq,
             store_id: self.store_id(),
             generation: self.generation,
+            restoration_id: self.restoration_id.clone(),
             guarded: self.board.lock().unwrap().guarded,
             ..v1::WorkerReport::default()
         }

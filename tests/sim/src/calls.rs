@@ -42,7 +42,7 @@ pub enum Answer {
     /// The stream is taken.
     Linked,
     /// May the image be loaded?
-    Authorised(v1::AskAuthorisationResponse),
+    Authorised(Box<v1::AskAuthorisationResponse>),
     /// May it run?
     Granted(v1::AskGrantResponse),
     /// The lease.

@@ -439,7 +439,7 @@ impl Member {
         match question {
             Question::Authorise(request) => {
                 let (worker, vm) = named(&request.worker, &request.vm_id)?;
-                Some(Answer::Authorised(answers::authorisation(&state, &worker, vm, &request)))
+                Some(Answer::Authorised(Box::new(answers::authorisation(&state, &worker, vm, &request))))
             }
             Question::Grant(request) => {
                 let (worker, vm) = named(&request.worker, &request.vm_id)?;

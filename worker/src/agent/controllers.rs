@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use crate::generation::Joined;
+use crate::generation::{Generation, Joined};
 
 const LEADER_KEY: &str = "pageport-leader";
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
@@ -53,6 +53,15 @@ pub enum ControllerError {
     )]
     GivenUp {
         /// Its generation.
+        generation: u32,
+    },
+    /// It was restored from the same backup as those that this worker has joined.
+    #[error(
+        "a controller of generation {generation} is not heard: controllers were restored twice from one backup, and this worker has joined the others; \
+         all controllers of one of the two must be stopped"
+    )]
+    RestoredTwice {
+        /// The generation of both.
         generation: u32,
     },
     /// An address in the configuration is no address.
@@ -109,7 +118,7 @@ impl Controllers {
             let request = with_deadline(request.clone());
             async move { client.ask_authorisation(request).await.map(Response::into_inner) }
         });
-        self.heard(answer.await?, |answer| answer.generation)
+        self.heard(answer.await?, |answer| Generation::said(answer.generation, &answer.restoration_id))
     }
 
     /// May this worker run a VM?
@@ -121,7 +130,7 @@ impl Controllers {
             let request = with_deadline(request.clone());
             async move { client.ask_grant(request).await.map(Response::into_inner) }
         });
-        self.heard(answer.await?, |answer| answer.generation)
+        self.heard(answer.await?, |answer| Generation::said(answer.generation, &answer.restoration_id))
     }
 
     /// Another lease for the VMs that fence themselves.
@@ -133,11 +142,11 @@ impl Controllers {
             let request = with_deadline(request.clone());
             async move { client.renew_lease(request).await.map(Response::into_inner) }
         });
-        self.heard(answer.await?, |answer| answer.generation)
+        self.heard(answer.await?, |answer| Generation::said(answer.generation, &answer.restoration_id))
     }
 
-    /// Nothing is taken from controllers of an older generation than this worker has joined; the next question goes elsewhere.
-    fn heard<A>(&self, answer: A, of: impl Fn(&A) -> u32) -> Result<A, ControllerError> {
+    /// Nothing is taken from controllers that this worker is deaf to; the next question goes elsewhere.
+    fn heard<A>(&self, answer: A, of: impl Fn(&A) -> Generation) -> Result<A, ControllerError> {
         let generation = of(&answer);
         if self.joined.hears(generation) {
             return Ok(answer);
@@ -145,14 +154,19 @@ impl Controllers {
         Err(self.give_up(generation))
     }
 
-    /// Whoever answered last is of a cluster that was given up: others are asked first from now on.
-    pub fn give_up(&self, generation: u32) -> ControllerError {
+    /// Whoever answered last is of a cluster that was given up, or of one too many: others are asked first from now on.
+    pub fn give_up(&self, those: Generation) -> ControllerError {
+        let generation = those.number;
+        let error = match self.joined.is_as_new(those) {
+            true => ControllerError::RestoredTwice { generation },
+            false => ControllerError::GivenUp { generation },
+        };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(leader) = state.leader.take() {
-            tracing::warn!(address = leader, generation, "this controller is of a cluster that was given up");
+            tracing::warn!(address = leader, %error, "controller turned away");
             state.given_up.insert(leader);
         }
-        ControllerError::GivenUp { generation }
+        error
     }
 
     /// Opens the link to the leader.

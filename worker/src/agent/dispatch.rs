@@ -11,6 +11,7 @@ use pageport_proto::{MigrationId, VmId};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::generation::Generation;
 use crate::migration::source;
 use crate::node::Node;
 use crate::replica::points::LeaseEnd;
@@ -30,7 +31,7 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
     loop {
         let assignment = assigned.borrow_and_update().clone();
         if let Some(assignment) = &assignment
-            && join(&node, assignment.generation).await
+            && join(&node, Generation::said(assignment.generation, &assignment.restoration_id)).await
         {
             keep_vms(&node, &mut keepers, assignment);
             for migration in &assignment.migrations {
@@ -53,16 +54,19 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
     }
 }
 
-/// Has every VM join the generation of the controllers that this assignment comes from, if it is a newer one. `false`: not all have, and
+/// Has every VM join the controllers that this assignment comes from, if they are of a newer generation. `false`: not all have, and
 /// what is assigned waits.
-async fn join(node: &Node, generation: u32) -> bool {
+async fn join(node: &Node, generation: Generation) -> bool {
     if !node.joined.hears(generation) {
         return false;
     }
     if generation == node.joined.reported() {
         return true;
     }
-    tracing::warn!(generation, "the controllers were restored from a backup: older ones are not heard any more");
+    tracing::warn!(
+        generation = generation.number,
+        "the controllers were restored from a backup: older ones are not heard any more"
+    );
     if let Err(error) = node.joined.hear(generation) {
         tracing::error!(error = %crate::error::with_causes(&error), "the controllers are not joined");
         return false;

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::controllers::ControllerError;
+use crate::generation::Generation;
 use crate::node::Node;
 use crate::vms::ManagedVm;
 
@@ -46,10 +47,11 @@ async fn session(
     tracing::info!("link to the leader is up");
     loop {
         match tokio::time::timeout(SILENCE_LIMIT, stream.message()).await {
-            Ok(Ok(Some(assignment))) if !node.joined.hears(assignment.generation) => {
-                return Err(node.controllers.give_up(assignment.generation));
-            }
             Ok(Ok(Some(assignment))) => {
+                let from = Generation::said(assignment.generation, &assignment.restoration_id);
+                if !node.joined.hears(from) {
+                    return Err(node.controllers.give_up(from));
+                }
                 seq.send_replace(assignment.seq);
                 node.controllers.learn(&assignment.controllers);
                 assignments.send_if_modified(|held| {
@@ -83,7 +85,7 @@ async fn report(node: Arc<Node>, seq: watch::Receiver<u64>, reports: mpsc::Sende
 }
 
 fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
-    let config = &node.config;
+    let (config, joined) = (&node.config, node.joined.reported());
     WorkerReport {
         worker: config.name.to_string(),
         site: config.site.to_string(),
@@ -101,7 +103,8 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         quotes: node.quotes.reports(),
         assignment_seq,
         store_id: node.store.id.to_string(),
-        generation: node.joined.reported(),
+        generation: joined.number,
+        restoration_id: joined.restoration.map(|restoration| restoration.to_string()).unwrap_or_default(),
         guarded: pageport_keeper::heartbeat::is_guarded(&config.runtime_dir),
     }
 }
