@@ -2,14 +2,21 @@
 //!
 //! Global options may stand before or after the command. Nothing is looked up here.
 
+mod cluster;
+mod fleet;
+mod replication;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use cluster::ClusterCommand;
+pub use fleet::{DiskCommand, SiteCommand, VmCommand, WorkerCommand};
+pub use replication::{LinkCommand, RecoveryPointCommand, ReplicaCommand, ReplicationCommand};
+
 use crate::place::Place;
 use crate::quantity::{Cap, Span};
-use crate::size::Size;
-use crate::terms::{DrainArgs, SchedulerCommand, TermsArgs};
+use crate::terms::{SchedulerCommand, TermsArgs};
 
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
@@ -155,12 +162,6 @@ Example:
   pageportctl migration list                          REASON says what each one waits for
   pageportctl migration set 0190... --rate 50mbit     also while it runs";
 
-const DRAIN_EXAMPLE: &str = "\
-Example:
-  pageportctl site drain a --dry-run             what would go where, and what cannot leave
-  pageportctl site drain a --to b --watch
-  pageportctl site undrain a";
-
 const PROTECT_EXAMPLE: &str = "\
 Example:
   pageportctl link set a b --cap 100mbit          what replication may send from a to b, if it should not take all
@@ -171,31 +172,10 @@ Example:
   pageportctl recovery-point list web --site b
   pageportctl recovery-point open web 41 --for 2h   read it as it was then, for a drill";
 
-const SCRUB_EXAMPLE: &str = "\
-Example:
-  pageportctl replication scrub web --watch
-  pageportctl replication scrub web --site b --watch --json | tail -1    .replication.last_scrub: what it found";
-
-const OPEN_EXAMPLE: &str = "\
-Example:
-  pageportctl recovery-point list web
-  pageportctl recovery-point open web 41 --for 2h
-Then on the host of the replica, with an URL that it has printed:
-  qemu-img create -f qcow2 -F raw -b 'nbd+unix:///web/root?socket=/run/pageport/points/...sock' drill.qcow2
-                                                  a disk to boot a drill from; the replica stays as it is
-  qemu-img convert -O raw 'nbd+unix:///web/root?socket=...' root.raw
-  pageportctl recovery-point close web 41";
-
 const QUOTE_EXAMPLE: &str = "\
 Example:
   pageportctl migration quote web --to b
   pageportctl migration quote web --to b --json | jq '.total_time_ms.high'    milliseconds at worst; null: it would not end";
-
-const LINK_EXAMPLE: &str = "\
-Example:
-  pageportctl link set a b --cap 100mbit    from a to b; the way back has a cap of its own
-  pageportctl link set a b --cap none
-  pageportctl link set a b --budget 1gbit --migrations 2";
 
 impl Command {
     /// Its name for people who look at traces.
@@ -212,6 +192,7 @@ impl Command {
             Self::Worker(WorkerCommand::List) => "worker list",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
             Self::Worker(WorkerCommand::DeclareDead { .. }) => "worker declare-dead",
+            Self::Cluster(ClusterCommand::Restore { .. }) => "cluster restore",
             Self::Cluster(ClusterCommand::Status) => "cluster status",
             Self::Cluster(ClusterCommand::Add { .. }) => "cluster add",
             Self::Cluster(ClusterCommand::Remove { .. }) => "cluster remove",
@@ -250,424 +231,6 @@ impl Command {
             Self::Migration(MigrationCommand::Cancel { .. }) => "migration cancel",
         }
     }
-}
-
-/// `site ...`
-#[derive(Debug, Subcommand)]
-pub enum SiteCommand {
-    /// List the sites.
-    List,
-    /// Move every running VM away from a site, each to a site with a replica.
-    ///
-    /// The largest go first; each goes where it fits and the least is to cross the link. It stays in force until it is undrained: what comes to
-    /// run there later leaves as well, and nothing is moved there. What cannot leave is listed with its reason; stopped VMs stay.
-    #[command(after_help = DRAIN_EXAMPLE)]
-    Drain {
-        /// Name of the site.
-        site: String,
-        /// How.
-        #[command(flatten)]
-        drain: DrainArgs,
-    },
-    /// End that a site is drained: what waits is cancelled, what is under way goes on.
-    Undrain {
-        /// Name of the site.
-        site: String,
-    },
-}
-
-/// `worker ...`
-#[derive(Debug, Subcommand)]
-pub enum WorkerCommand {
-    /// List the workers.
-    List,
-    /// Move every running VM away from a worker, each to another site with a replica; see `site drain`.
-    Drain {
-        /// Name of the worker.
-        worker: String,
-        /// How.
-        #[command(flatten)]
-        drain: DrainArgs,
-    },
-    /// End that a worker is drained: what waits is cancelled, what is under way goes on.
-    Undrain {
-        /// Name of the worker.
-        worker: String,
-    },
-    /// Have a worker's host turned off by its fence agent, and start elsewhere what ran there.
-    ///
-    /// For a host that does not answer. The controllers grant its VMs to nobody, run the agent that controller.toml names
-    /// for the worker, and once it has confirmed that the host is off they start each VM at a complete replica. What a VM
-    /// wrote since its replica was last synchronised is lost. An agent that fails changes nothing.
-    Fence {
-        /// Name of the worker.
-        worker: String,
-        /// The worker's name once more; asked for at the terminal when left out.
-        #[arg(long, value_name = "NAME")]
-        confirm: Option<String>,
-        /// Why the host is turned off; kept for good.
-        #[arg(long, value_name = "TEXT", required_unless_present = "check")]
-        reason: Option<String>,
-        /// Only ask the agent whether it reaches the host's power control; changes nothing.
-        #[arg(long, conflicts_with_all = ["reason", "confirm"])]
-        check: bool,
-    },
-    /// After a restore of the controllers: say that a worker is not coming back with any VM.
-    ///
-    /// VMs are unknown until every worker of the backup has reported; this one is not waited for any more. If it runs a VM all the same, that VM may
-    /// run twice: be sure that its host is off. The word is kept. Refused while the worker is connected, and when every VM is known.
-    DeclareDead {
-        /// Name of the worker.
-        worker: String,
-        /// The worker's name once more; asked for at the terminal when left out.
-        #[arg(long, value_name = "NAME")]
-        confirm: Option<String>,
-        /// How you know; kept for good.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-    },
-}
-
-/// `cluster ...`
-#[derive(Debug, Subcommand)]
-pub enum ClusterCommand {
-    /// Write all that the controllers have agreed on to a file.
-    ///
-    /// It holds everything that was answered before: VMs, replicas, moves, links, answers to repeated requests; no disks and no memory. Take one
-    /// after each change of the fleet that you would not like to make again, and keep it where the controllers are not. It is for the case that a
-    /// majority of the controllers is lost for good: "pageport-controller --restore FILE" begins a new cluster from it. The file appears whole or
-    /// not at all.
-    #[command(after_help = BACKUP_EXAMPLE)]
-    Backup {
-        /// Where to.
-        file: PathBuf,
-        /// Replace a file that is there.
-        #[arg(long)]
-        replace: bool,
-    },
-    /// Members, leader and log positions.
-    ///
-    /// When the leader answers (name its address with --controllers): also what each member lacks of the log, and for how long it has
-    /// been silent.
-    Status,
-    /// Add a controller, and follow it until it votes; or give one that is there another address.
-    ///
-    /// The new controller first only receives the log. When it has caught up it gets its vote, which is when this command ends. Interrupted, or
-    /// when the new controller does not answer, it stays without a vote: give the same command again, or take it back with `cluster remove`.
-    /// Everything else goes on meanwhile. Three or five controllers at as many sites are what to aim for: an even number tolerates no more failures
-    /// than one fewer.
-    #[command(after_help = ADD_MEMBER_EXAMPLE)]
-    Add {
-        /// Number of the controller, as in its configuration; none that was ever used.
-        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
-        id: u64,
-        /// Its site.
-        #[arg(long, value_name = "SITE")]
-        site: String,
-        /// Where the other controllers, the workers and pageportctl reach it.
-        #[arg(long, value_name = "HOST:PORT")]
-        address: String,
-    },
-    /// Remove a controller for good.
-    ///
-    /// It stops with a message, and its number is never given again. If it leads another takes over first. Refused when fewer than a majority
-    /// of those that are left answer: nothing could be decided any more.
-    #[command(after_help = REMOVE_MEMBER_EXAMPLE)]
-    Remove {
-        /// Number of the controller.
-        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
-        id: u64,
-        /// Also when fewer than a majority of those that are left answer.
-        #[arg(long)]
-        force: bool,
-    },
-    /// Make another controller lead, and wait until it does.
-    ///
-    /// For a planned stop of the leader's host: without it the others elect a leader only after 1.5 to 3 s of silence. Commands
-    /// that come meanwhile wait for the new leader; migrations, replication and guests go on. Refused when the member does not
-    /// vote, does not answer or lacks much of the log; then nothing has changed.
-    #[command(after_help = TRANSFER_EXAMPLE)]
-    TransferLeader {
-        /// Number of the member; left out: the one with the most complete log.
-        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
-        member: Option<u64>,
-    },
-}
-
-const BACKUP_EXAMPLE: &str = "\
-Example:
-  pageportctl cluster backup --replace /var/backups/pageport-controllers";
-
-const ADD_MEMBER_EXAMPLE: &str = "\
-Example, a fourth controller that takes the place of controller 2, whose host is lost:
-  on its host: controller.toml with id = 4, join = true, the three [[members]] that there are; then
-  systemctl start pageport-controller
-  pageportctl cluster add 4 --site b --address 192.0.2.4:7400
-  pageportctl cluster remove 2
-  pageportctl cluster status";
-
-const REMOVE_MEMBER_EXAMPLE: &str = "\
-Example:
-  pageportctl cluster remove 2
-Then stop its service for good and delete its data_dir. Take its address out of the lists of controllers in worker.toml and ctl.toml.";
-
-const TRANSFER_EXAMPLE: &str = "\
-Example:
-  pageportctl cluster status                 who leads
-  pageportctl cluster transfer-leader        someone else, before its host is stopped
-  pageportctl cluster transfer-leader 2";
-
-/// `vm ...`
-#[derive(Debug, Subcommand)]
-pub enum VmCommand {
-    /// Define a VM from a file.
-    Define {
-        /// Description of the VM (YAML), "-" for standard input.
-        #[arg(short = 'f', long = "file", value_name = "FILE")]
-        file: PathBuf,
-        /// The VM's first site.
-        #[arg(long, value_name = "SITE")]
-        site: String,
-    },
-    /// List the VMs.
-    List,
-    /// Show one VM.
-    Get {
-        /// Name or id of the VM.
-        vm: String,
-    },
-    /// Start a VM.
-    Start {
-        /// Name or id of the VM.
-        vm: String,
-    },
-    /// Stop a VM through ACPI.
-    Stop {
-        /// Name or id of the VM.
-        vm: String,
-        /// Pull the plug instead.
-        #[arg(long)]
-        force: bool,
-    },
-    /// Settle by hand who owns a VM that is in doubt or whose worker is lost for good.
-    ///
-    /// The controllers never guess: as long as a worker that may run the VM does not answer, the VM is started nowhere
-    /// else. If YOU know that it runs nowhere (the host is off, or its disk is gone), this makes another site the owner.
-    /// If you are wrong the VM runs twice and its disks part ways. The command is recorded with your name and reason.
-    Resolve {
-        /// Name or id of the VM.
-        vm: String,
-        /// The site that owns the VM from now on: one that holds a replica, or the source of the move in doubt.
-        #[arg(long, value_name = "SITE")]
-        force_owner: String,
-        /// The VM's name once more; asked for at the terminal when left out.
-        #[arg(long, value_name = "NAME")]
-        confirm: Option<String>,
-        /// Why you know that it runs nowhere else; kept for good.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-    },
-    /// Delete a stopped VM and its replicas; its original disk image stays.
-    Delete {
-        /// Name or id of the VM.
-        vm: String,
-    },
-    /// Attach to a VM's serial console; leave with Ctrl-].
-    Console {
-        /// Name or id of the VM.
-        vm: String,
-        /// Once piped input has ended, leave when the console was silent for this many seconds.
-        #[arg(long, value_name = "SECONDS", default_value_t = 2)]
-        linger: u32,
-    },
-}
-
-const RESIZE_EXAMPLE: &str = "\
-Example:
-  pageportctl disk resize web root --size 20GiB
-  pageportctl vm get web                         its disks, and how large they are now";
-
-/// `disk ...`
-#[derive(Debug, Subcommand)]
-pub enum DiskCommand {
-    /// Make a disk larger, while the VM runs or not.
-    ///
-    /// A running guest sees the larger disk at once (it must grow its partitions and file systems itself); a stopped one when it is started. A
-    /// protected VM's replicas follow with their next recovery point: points from before keep the old size. Refused while the VM migrates or is
-    /// being seeded. Disks never become smaller.
-    #[command(after_help = RESIZE_EXAMPLE)]
-    Resize {
-        /// Name or id of the VM.
-        vm: String,
-        /// Name of its disk.
-        disk: String,
-        /// What it is to have, like 20GiB; a multiple of 4KiB.
-        #[arg(long, value_name = "SIZE")]
-        size: Size,
-    },
-    /// Give a VM one more disk, while it runs or not.
-    ///
-    /// The VM's worker makes an empty image. A running guest finds the disk plugged in; it is told by its name as the serial number
-    /// (`/dev/disk/by-id/virtio-NAME`), as other disks are. A protected VM's replicas hold it from their next recovery point on; points from before do not.
-    /// Until then the VM does not move there. Replicas that are not protected are to be seeded again. A guest whose QEMU was started by a version without
-    /// places for such disks gets it when it is stopped and started.
-    #[command(after_help = ADD_EXAMPLE)]
-    Add {
-        /// Name or id of the VM.
-        vm: String,
-        /// Name of the new disk: 1 to 20 of a-z, 0-9 and "-".
-        disk: String,
-        /// What it is to have, like 20GiB; a multiple of 4KiB.
-        #[arg(long, value_name = "SIZE")]
-        size: Size,
-        /// Where the VM's worker makes the image; nothing may be there. Left out: below its data folder, and removed with the VM.
-        #[arg(long, value_name = "FILE")]
-        path: Option<String>,
-    },
-}
-
-const ADD_EXAMPLE: &str = "\
-Example:
-  pageportctl disk add web data --size 100GiB
-  pageportctl disk add web data --size 100GiB --path /var/lib/pageport/images/web-data.img
-  pageportctl replica list web                   PROBLEM says which replicas do not hold it yet";
-
-/// `replica ...`
-#[derive(Debug, Subcommand)]
-pub enum ReplicaCommand {
-    /// Copy a VM's disks to a site, or go on with a copy.
-    Seed {
-        /// Name or id of the VM.
-        vm: String,
-        /// Site of the replica.
-        #[arg(long, value_name = "SITE")]
-        to: String,
-        /// Follow the copy until it has ended.
-        #[arg(long)]
-        watch: bool,
-    },
-    /// List a VM's replicas.
-    List {
-        /// Name or id of the VM.
-        vm: String,
-    },
-    /// Delete a replica and its files.
-    Delete {
-        /// Name or id of the VM.
-        vm: String,
-        /// Site of the replica.
-        #[arg(long, value_name = "SITE")]
-        site: String,
-    },
-}
-
-/// `replication ...`
-#[derive(Debug, Subcommand)]
-pub enum ReplicationCommand {
-    /// Show every protected VM and site: phase, newest recovery point, lag against the target, and the worst it has been.
-    ///
-    /// LAG is the age of the newest recovery point, BEHIND what the guest has written since. With --watch the table is shown
-    /// again as it changes, until Ctrl-C.
-    Status {
-        /// Name or id of a VM; left out: all.
-        vm: Option<String>,
-        /// Show it again as it changes.
-        #[arg(long)]
-        watch: bool,
-    },
-    /// Compare a protected replica with the VM's disks, block by block, and repair what differs.
-    ///
-    /// Both are read from the files themselves, and compared by digest; blocks that differ are brought with the next recovery point. Recovery points
-    /// are taken as often as without, and the guest's writes slow it down, not the other way round. It goes on after a restart of
-    /// anything; ordered again it begins anew. `replication status` shows how far it is and what the last one found. The exit code is 0
-    /// whether something differed or not.
-    #[command(after_help = SCRUB_EXAMPLE)]
-    Scrub {
-        /// Name or id of the VM.
-        vm: String,
-        /// Site of the replica; may be left out if there is one only.
-        #[arg(long, value_name = "SITE")]
-        site: Option<String>,
-        /// Follow it until it has ended.
-        #[arg(long)]
-        watch: bool,
-    },
-}
-
-/// `recovery-point ...`
-#[derive(Debug, Subcommand)]
-pub enum RecoveryPointCommand {
-    /// List the recovery points that a site holds of a VM, oldest first, and those that are open for reading.
-    List {
-        /// Name or id of the VM.
-        vm: String,
-        /// Site of the replica; may be left out if there is one only.
-        #[arg(long, value_name = "SITE")]
-        site: Option<String>,
-    },
-    /// Open a recovery point for reading over NBD, for a drill or to fetch files; replication goes on.
-    ///
-    /// Each disk of the VM is an export `VM/DISK`, read-only, as it was at that point, at a unix socket on the host of the replica that only the worker's
-    /// user may use. What is needed to read it is kept until the export is closed or its time is over, also across restarts of the
-    /// worker, but never at the cost of newer recovery points: if the room is needed it ends, and `recovery-point list` says why. Opened
-    /// again, it ends when the new order says.
-    #[command(after_help = OPEN_EXAMPLE)]
-    Open {
-        /// Name or id of the VM.
-        vm: String,
-        /// Number of the recovery point.
-        #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-        number: u64,
-        /// Site of the replica; may be left out if there is one only.
-        #[arg(long, value_name = "SITE")]
-        site: Option<String>,
-        /// Until it ends at the latest (1s to 168h).
-        #[arg(long = "for", value_name = "DURATION", default_value = "24h")]
-        lasts: Span,
-        /// Listen at this TCP address of the replica's host, too (port 0: any that is free).
-        ///
-        /// NBD has neither users nor encryption: WHOEVER REACHES THE PORT READS THE DISKS. So it must be a loopback address, or one
-        /// that drill.listen in the worker's worker.toml names.
-        #[arg(long, value_name = "IP:PORT")]
-        listen: Option<std::net::SocketAddr>,
-    },
-    /// Close a recovery point that is open for reading; readers are cut off.
-    Close {
-        /// Name or id of the VM.
-        vm: String,
-        /// Number of the recovery point.
-        #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-        number: u64,
-        /// Site of the replica; may be left out if there is one only.
-        #[arg(long, value_name = "SITE")]
-        site: Option<String>,
-    },
-}
-
-/// `link ...`
-#[derive(Debug, Subcommand)]
-pub enum LinkCommand {
-    /// List the links between sites with their caps.
-    List,
-    /// Bound what is sent from one site to another; takes effect while it runs.
-    ///
-    /// Migrations share the budget evenly, and replication gets what they leave, a fifth of it at least. The cap is of replication alone.
-    #[command(after_help = LINK_EXAMPLE, group = clap::ArgGroup::new("limits").required(true).multiple(true))]
-    Set {
-        /// Source site.
-        from: String,
-        /// Destination site.
-        to: String,
-        /// Of each worker's replication and seeds, in bits per second, like 100mbit or 1gbit (100kbit at least), or none.
-        #[arg(long, value_name = "RATE", group = "limits")]
-        cap: Option<Cap>,
-        /// Of all, migrations and replication together, or none.
-        #[arg(long, value_name = "RATE", group = "limits")]
-        budget: Option<Cap>,
-        /// Migrations at a time (1 to 256); 0: as `scheduler get` says.
-        #[arg(long, value_name = "N", group = "limits", value_parser = clap::value_parser!(u32).range(0..=256))]
-        migrations: Option<u32>,
-    },
 }
 
 /// `migration ...`

@@ -63,6 +63,21 @@ pub enum CtlError {
     /// What came is not what was sent.
     #[error("the backup did not arrive as it was sent; nothing was written, try again")]
     BackupDamaged(#[source] pageport_common::backup::BackupError),
+    /// There is no program that could restore.
+    #[error("run {}: a restore is made on the host of the new cluster's first controller, where it is installed", program.display())]
+    NoController {
+        /// What was looked for.
+        program: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The controller's program did not restore.
+    #[error("nothing was restored: {said}")]
+    NotRestored {
+        /// Its words.
+        said: String,
+    },
     /// A controller left out what its answer must hold.
     #[error("the controller's answer to {operation} lacks its {field}: is it of another version?")]
     Incomplete {

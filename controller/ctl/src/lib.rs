@@ -38,7 +38,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing::Instrument;
 
-use crate::cli::Cli;
+use crate::cli::{Cli, ClusterCommand, Command};
 use crate::error::CtlError;
 use crate::render::Output;
 use crate::trace::Trace;
@@ -65,9 +65,13 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<(), CtlError> {
+    let output = Output::new(cli.json);
+    if let Command::Cluster(ClusterCommand::Restore { file, controller_config }) = &cli.command {
+        // There are no controllers to ask.
+        return commands::restore::run(output, file, controller_config).await;
+    }
     let settings = config::Settings::resolve(&cli.connection)?;
     let controllers = client::Controllers::new(&settings)?;
-    let output = Output::new(cli.json);
     commands::run(cli.command, controllers, output).await
 }
 

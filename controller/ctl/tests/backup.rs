@@ -63,3 +63,14 @@ async fn a_worker_is_declared_dead_only_by_its_name_once_more() {
         "worker-a is not waited for any more; 2 VMs are unknown until these workers have reported: worker-c\n"
     );
 }
+
+#[tokio::test]
+async fn a_restore_asks_no_controller_and_says_why_it_cannot_be() {
+    let authority = Authority::new();
+    let (config, file) = (authority.path("controller.toml"), authority.path("backup"));
+    let words = ["cluster", "restore", file.to_str().unwrap(), "--controller-config", config.to_str().unwrap()];
+    let refused = run(&authority, "127.0.0.1:1", &words).await;
+    let error = refused.error();
+    assert!(error.contains("pageport-controller") || error.contains("nothing was restored"), "{}", refused.stderr);
+    assert!(!error.contains("127.0.0.1"), "{}", refused.stderr);
+}

@@ -48,6 +48,7 @@ use crate::wan::link::Shape;
 
 mod ctl;
 pub(crate) mod processes;
+mod restore;
 mod vm_file;
 mod volume;
 
@@ -167,6 +168,15 @@ pub enum LabError {
         /// Which is missing.
         program: PathBuf,
     },
+    /// Controllers do not begin anew.
+    #[error("restore controllers from {backup}")]
+    Restore {
+        /// The backup.
+        backup: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<CtlError>,
+    },
     /// The workers do not connect.
     #[error("wait for the lab: not ready after {} s; logs are in {logs}; last seen: {seen}", READY_DEADLINE.as_secs())]
     NotReady {
@@ -268,7 +278,7 @@ impl Lab {
         let shared =
             Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, devices, addresses };
         for site in SITES {
-            let name = format!("controller-{}", settings::member_id(site));
+            let name = settings::controller_name(site);
             let identity = authority.issue(&name, "controller.pageport")?;
             let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
             let daemon = lab.start_daemon(&name, site, controller, &text, &[])?;
@@ -302,6 +312,12 @@ impl Lab {
         Ok(path)
     }
 
+    fn write_config(&self, name: &str, config: &str) -> Result<PathBuf, LabError> {
+        let path = self.folders.run.join("config").join(format!("{name}.toml"));
+        fs::write(&path, config).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
+        Ok(path)
+    }
+
     fn start_daemon(
         &self,
         name: &str,
@@ -310,8 +326,7 @@ impl Lab {
         config: &str,
         environment: &[(&'static str, OsString)],
     ) -> Result<Daemon, LabError> {
-        let path = self.folders.run.join("config").join(format!("{name}.toml"));
-        fs::write(&path, config).map_err(|source| LabError::Io { operation: "write", path: path.clone(), source })?;
+        let path = self.write_config(name, config)?;
         let log = self.logs().join(format!("{name}.log"));
         Ok(Daemon::start(name, self.network.place(site), program, &path, &log, environment)?)
     }

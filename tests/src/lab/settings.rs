@@ -13,8 +13,8 @@ use crate::paths;
 /// Why a configuration cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// An example cannot be read.
-    #[error("read example configuration {path}")]
+    /// A file cannot be read.
+    #[error("read configuration {path}")]
     Read {
         /// Which.
         path: PathBuf,
@@ -22,8 +22,8 @@ pub enum SettingsError {
         #[source]
         source: std::io::Error,
     },
-    /// An example is no TOML.
-    #[error("parse example configuration {path}")]
+    /// A file is no TOML.
+    #[error("parse configuration {path}")]
     Parse {
         /// Which.
         path: PathBuf,
@@ -75,6 +75,27 @@ pub fn controller(site: &str, data: &Path, identity: &Identity, shared: &Shared)
     Ok(config.to_string())
 }
 
+/// The configuration of a controller that takes the place of all others, made from that of the one at its site.
+///
+/// # Errors
+/// [`SettingsError::Parse`].
+pub fn only_controller(before: &Path, site: &str, data: &Path) -> Result<String, SettingsError> {
+    let mut config = read(before)?;
+    let id = member_id(site) + SITES.len() as i64;
+    set(&mut config, "id", id);
+    set(&mut config, "data_dir", path(data));
+    let members = config.get("members").and_then(Value::as_array).cloned().unwrap_or_default();
+    let itself = members.into_iter().filter_map(|member| match member {
+        Value::Table(mut member) if member.get("site").and_then(Value::as_str) == Some(site) => {
+            set(&mut member, "id", id);
+            Some(Value::Table(member))
+        }
+        _ => None,
+    });
+    set(&mut config, "members", itself.collect::<Vec<_>>());
+    Ok(config.to_string())
+}
+
 /// The configuration of the worker at a site.
 pub fn worker(
     site: &str,
@@ -106,6 +127,12 @@ pub fn worker(
     }
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
+}
+
+/// The name of a site's controller.
+#[must_use]
+pub fn controller_name(site: &str) -> String {
+    format!("controller-{}", member_id(site))
 }
 
 /// The name of a site's worker.
@@ -158,9 +185,12 @@ fn path(path: &Path) -> String {
 }
 
 fn example(daemon: &str) -> Result<Table, SettingsError> {
-    let path = paths::root().join(format!("deploy/config/{daemon}.toml"));
-    let text = std::fs::read_to_string(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
-    text.parse().map_err(|source| SettingsError::Parse { path, source })
+    read(&paths::root().join(format!("deploy/config/{daemon}.toml")))
+}
+
+fn read(path: &Path) -> Result<Table, SettingsError> {
+    let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Read { path: path.into(), source })?;
+    text.parse().map_err(|source| SettingsError::Parse { path: path.into(), source })
 }
 
 #[cfg(test)]
@@ -198,6 +228,17 @@ mod tests {
         assert_eq!(members[2]["address"].as_str(), Some("10.77.3.1:7400"));
         assert_eq!(config["telemetry"]["log"].as_str(), Some("debug"));
         assert!(config["telemetry"].get("otlp_endpoint").is_none());
+    }
+
+    #[test]
+    fn a_controller_that_is_alone_has_another_number_and_knows_only_itself() {
+        let before = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(before.path(), controller("b", Path::new("/d"), &identity(), &shared()).unwrap()).unwrap();
+        let config: Table = only_controller(before.path(), "b", Path::new("/n")).unwrap().parse().unwrap();
+        let members = config["members"].as_array().unwrap();
+        assert_eq!((config["id"].as_integer(), members.len()), (Some(5), 1));
+        assert_eq!((members[0]["id"].as_integer(), members[0]["address"].as_str()), (Some(5), Some("10.77.2.1:7400")));
+        assert_eq!((config["data_dir"].as_str(), config["site"].as_str()), (Some("/n"), Some("b")));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `cluster status`, `cluster add`, `cluster remove`, `cluster transfer-leader`.
+//! `cluster status | backup | add | remove | transfer-leader`. For `cluster restore` see [`super::restore`].
 //!
 //! None needs a request id: an order that is given again finds what is done already.
 
@@ -10,7 +10,7 @@ use pageport_proto::v1::add_member_response::Phase;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::membership_service_client::MembershipServiceClient;
 
-use super::{Context, ask, follow};
+use super::{Context, ask, follow, restore};
 use crate::cli::ClusterCommand;
 use crate::error::CtlError;
 use crate::render::cluster;
@@ -24,6 +24,9 @@ pub async fn run(context: &mut Context, command: ClusterCommand) -> Result<(), C
     match command {
         ClusterCommand::Status => status(context).await,
         ClusterCommand::Backup { file, replace } => backup(context, &file, replace).await,
+        ClusterCommand::Restore { file, controller_config } => {
+            restore::run(context.output, &file, &controller_config).await
+        }
         ClusterCommand::Add { id, site, address } => add(context, v1::AddMemberRequest { id, site, address }).await,
         ClusterCommand::Remove { id, force } => remove(context, v1::RemoveMemberRequest { id, force }).await,
         ClusterCommand::TransferLeader { member } => transfer_leader(context, member).await,

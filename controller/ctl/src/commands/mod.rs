@@ -12,6 +12,7 @@ mod migration;
 mod point;
 mod protection;
 mod replica;
+pub mod restore;
 mod schedule;
 mod vm;
 
