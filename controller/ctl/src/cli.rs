@@ -186,6 +186,11 @@ Then on the host of the replica, with an URL that it has printed:
   qemu-img convert -O raw 'nbd+unix:///web/root?socket=...' root.raw
   pageportctl recovery-point close web 41";
 
+const PREFLIGHT_EXAMPLE: &str = "\
+Example:
+  pageportctl migration preflight web --to b && pageportctl migrate web --to b
+  pageportctl migration preflight web --to b --json | jq '.findings[] | select(.severity != \"ok\")'";
+
 const QUOTE_EXAMPLE: &str = "\
 Example:
   pageportctl migration quote web --to b
@@ -240,6 +245,7 @@ impl Command {
             Self::Link(LinkCommand::List) => "link list",
             Self::Link(LinkCommand::Set { .. }) => "link set",
             Self::Migrate { .. } => "migrate",
+            Self::Migration(MigrationCommand::Preflight { .. }) => "migration preflight",
             Self::Migration(MigrationCommand::Quote { .. }) => "migration quote",
             Self::Migration(MigrationCommand::Get { .. }) => "migration get",
             Self::Migration(MigrationCommand::List { .. }) => "migration list",
@@ -673,6 +679,19 @@ pub enum LinkCommand {
 /// `migration ...`
 #[derive(Debug, Subcommand)]
 pub enum MigrationCommand {
+    /// Look for what would hinder a move of a running VM; nothing moves, and nothing is changed.
+    ///
+    /// The controllers say whether an order would be taken and begin; the VM's worker asks the one at the destination: the link both ways, certificates and
+    /// clocks, versions of QEMU, machine type and CPU model, memory, disk space and bridges. Each finding comes with its fix. The exit code is 0 unless one
+    /// blocks the move. Every move looks at the same before any byte of it moves, fails if something blocks it, and keeps the warnings in its record.
+    #[command(after_help = PREFLIGHT_EXAMPLE)]
+    Preflight {
+        /// Name or id of the VM.
+        vm: String,
+        /// Destination site.
+        #[arg(long, value_name = "SITE")]
+        to: String,
+    },
     /// Forecast what a move of a running VM would take; nothing moves.
     ///
     /// Its worker looks at a few of the guest's pages and at how fast the guest changes them, and tries the link for a second and a half: about five
