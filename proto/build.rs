@@ -3,11 +3,21 @@
 use protox::prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files: Vec<String> =
-        ["fleet", "replication", "quote", "migration", "schedule", "worker_link", "cluster", "host", "peer"]
-            .iter()
-            .map(|name| format!("proto/pageport/v1/{name}.proto"))
-            .collect();
+    let files: Vec<String> = [
+        "fleet",
+        "replication",
+        "preflight",
+        "quote",
+        "migration",
+        "schedule",
+        "worker_link",
+        "cluster",
+        "host",
+        "peer",
+    ]
+    .iter()
+    .map(|name| format!("proto/pageport/v1/{name}.proto"))
+    .collect();
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(&files, ["proto"])?;
     let out_dir = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

@@ -8,13 +8,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::RootCertStore;
 use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use serde::Deserialize;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity as TonicIdentity, ServerTlsConfig};
+use webpki::{EndEntityCert, KeyUsage};
 
 /// DNS name in every controller's certificate.
 pub const CONTROLLER_NAME: &str = "controller.pageport";
@@ -25,6 +27,18 @@ pub const OPERATOR_NAME: &str = "operator.pageport";
 /// DNS name in the certificate of a worker.
 pub fn worker_name(worker: &str) -> String {
     format!("{worker}.worker.pageport")
+}
+
+/// When a certificate ends, in seconds since 1970; [`None`]: it is none, or has not begun by then.
+///
+/// `webpki` says so only of one that it finds to have ended, which at the end of time is every one.
+pub fn certificate_ends(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let end_of_time = UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX));
+    let parsed = EndEntityCert::try_from(certificate).ok()?;
+    match parsed.verify_for_usage(&[], &[], &[], end_of_time, KeyUsage::client_auth(), None, None) {
+        Err(webpki::Error::CertExpired { not_after, .. }) => i64::try_from(not_after.as_secs()).ok(),
+        _ => None,
+    }
 }
 
 /// `[tls]`: PEM files.
@@ -158,6 +172,12 @@ impl Identity {
             .map_err(|source| self.unusable(source))?;
         config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
         Ok(config)
+    }
+
+    /// When its certificate ends: see [`certificate_ends`].
+    pub fn ends(&self) -> Option<i64> {
+        let chain = self.certificates("cert", &self.paths.cert, &self.cert_pem).ok()?;
+        certificate_ends(chain.first()?)
     }
 
     fn roots(&self) -> Result<RootCertStore, TlsError> {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pageport_controller::scheduler::evacuate::{Leaver, evacuate};
-use pageport_controller::scheduler::fleet::{Guest, Host, Limits, Line, Predecessor, Queued, Running};
+use pageport_controller::scheduler::fleet::{Guest, Host, Limits, Line, Nic, Predecessor, Queued, Running};
 use pageport_controller::scheduler::plan::{AGEING_MS, DEFAULT_PRIORITY, OVERDUE_POINTS, URGENT_MS};
 use pageport_controller::scheduler::rates::{FLOOR_BPS, shares};
 use pageport_controller::scheduler::wait::Resource;
@@ -49,6 +49,7 @@ fn guest(number: usize, at: usize) -> Guest {
         memory_bytes: GIB,
         apart: BTreeSet::new(),
         fences_itself: false,
+        shared: BTreeSet::new(),
     }
 }
 
@@ -203,6 +204,21 @@ fn the_target_must_be_there_have_memory_and_no_vm_of_the_same_group() {
         fleet.guests.get_mut(&vm(0)).unwrap().apart.insert("db".into());
     });
     assert_eq!(apart, "waits because vm \"vm8\" is on worker \"w1\", and both are in anti-affinity group \"db\"");
+    let nic = |bridge: &str| BTreeSet::from([Nic { bridge: bridge.into(), mac: "52:54:00:12:34:56".into() }]);
+    let alike = with(&|fleet| {
+        // At another worker of the target's site.
+        fleet.guests.insert(vm(8), Guest { shared: nic("br0"), ..guest(8, 1 + SITES) });
+        fleet.guests.get_mut(&vm(0)).unwrap().shared = nic("br0");
+    });
+    let expected =
+        "waits because vm \"vm8\" at site \"s1\" has the same MAC address, 52:54:00:12:34:56, on bridge br0: stop it";
+    assert!(alike.starts_with(expected), "{alike}");
+    let mut apart = fleet(1, 8, 8);
+    apart.guests.get_mut(&vm(0)).unwrap().shared = nic("br0");
+    for (number, at, bridge) in [(8, 1, "br1"), (9, 2, "br0")] {
+        apart.guests.insert(vm(number), Guest { shared: nic(bridge), ..guest(number, at) });
+    }
+    assert_eq!(admitted(&plan(&apart, 0)), [id(0)], "on another bridge, or at another site, they do not meet");
     let still = with(&|fleet| fleet.queued.get_mut(&id(0)).unwrap().to = Err("it has no replica there".into()));
     assert_eq!(still, "waits until it can move: it has no replica there");
     let mut gone = fleet(1, 8, 8);

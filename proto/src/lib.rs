@@ -2,6 +2,7 @@
 //!
 //! This crate holds no behaviour beyond parsing: what a message means is decided by who receives it.
 
+mod finding;
 pub mod ids;
 pub mod ownership;
 

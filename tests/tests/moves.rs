@@ -4,6 +4,7 @@
 mod support;
 
 use pageport_lab::demo::loads;
+use pageport_lab::lab::network::GUEST_BRIDGE;
 use pageport_lab::lab::{LabConfig, VmFile};
 use pageport_lab::netns;
 use pageport_lab::wan::flow::UDP;
@@ -22,6 +23,7 @@ async fn a_busy_guest_moves_there_and_back_as_if_nothing_had_happened() {
     }
     let mut story = Story::begin(LabConfig::default(), RATE_BPS).await;
     let session = story.busy_session().await;
+    a_preflight_is_green_and_what_blocks_it_fails_a_move_before_a_byte_moves(&story).await;
     let quoted = ctl(&story.lab, &["--json", "migration", "quote", VM, "--to", "b"]).await.unwrap();
     let quote: serde_json::Value = serde_json::from_str(&quoted).unwrap();
     let sent_before = sent_to_peer(&story);
@@ -145,6 +147,35 @@ async fn what_cannot_be_is_refused_with_one_clear_line_and_nothing_happens() {
     ctl(&story.lab, &["vm", "start", VM]).await.unwrap();
     let mut guest = story.lab.guest("a", pageport_lab::lab::guest::GUEST_ADDRESS).await.unwrap();
     assert_ne!(guest.uptime().await.unwrap().1, boot_id);
+}
+
+async fn a_preflight_is_green_and_what_blocks_it_fails_a_move_before_a_byte_moves(story: &Story) {
+    let look = ["--json", "migration", "preflight", VM, "--to", "b"];
+    let shown: serde_json::Value = serde_json::from_str(&ctl(&story.lab, &look).await.unwrap()).unwrap();
+    let findings = shown["findings"].as_array().unwrap();
+    assert!(findings.iter().all(|finding| finding["severity"] == "ok"), "{shown}");
+    for check in ["placement", "link_back", "certificates", "machine", "disk_space", "bridges"] {
+        assert!(findings.iter().any(|finding| finding["check"] == check), "{check} of {shown}");
+    }
+
+    let rename = |from: &str, to: &str| {
+        let namespace = story.lab.network().namespace("b");
+        for change in [&["dev", from, "down"][..], &["dev", from, "name", to], &["dev", to, "up"]] {
+            netns::ip(["-n", namespace, "link", "set"].into_iter().chain(change.iter().copied())).unwrap();
+        }
+    };
+    rename(GUEST_BRIDGE, "br-other");
+    let found = ctl(&story.lab, &look[1..]).await.unwrap_err();
+    assert!(found.contains("1 of the findings block"), "{found}");
+    let sent_before = sent_to_peer(story);
+    let ended = story.wait_for_end(&story.order().await).await;
+    let reason = ended["reason"].as_str().unwrap();
+    assert_eq!(ended["state"], "failed", "{ended}");
+    assert!(reason.contains("worker-b has no bridge br-guest: make it there (ip link add br-guest"), "{reason}");
+    let sent = sent_to_peer(story) - sent_before;
+    assert!(sent < 100_000, "{sent} bytes: more than greetings");
+    story.assert_nothing_left("a").await;
+    rename("br-other", GUEST_BRIDGE);
 }
 
 /// Waits until so many files of memory are kept at a site.

@@ -22,6 +22,8 @@ pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;
+pub mod preflight;
+pub mod questions;
 pub mod quota;
 pub mod quote;
 pub mod replica;

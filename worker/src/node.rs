@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use pageport_common::store::Store;
 use pageport_proto::VmId;
+use pageport_proto::v1::PreflightReport;
 use tokio::sync::Notify;
 
 use crate::agent::controllers::Controllers;
@@ -13,8 +14,10 @@ use crate::drill::exports::Exports;
 use crate::generation::Joined;
 use crate::hypervisor;
 use crate::hypervisor::QemuVersion;
+use crate::hypervisor::offer::Offers;
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
+use crate::questions::Questions;
 use crate::quota::Quota;
 use crate::quote::Quotes;
 use crate::replica::cap::Caps;
@@ -43,6 +46,8 @@ pub struct Node {
     pub hypervisor: hypervisor::Host,
     /// Which QEMU that is.
     pub qemu_version: QemuVersion,
+    /// What that offers.
+    pub offers: Offers,
     /// Disks and replicas.
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
@@ -73,6 +78,8 @@ pub struct Node {
     pub registry: Registry,
     /// Forecasts of moves.
     pub quotes: Quotes,
+    /// Looks at what would hinder moves.
+    pub preflights: Questions<PreflightReport>,
     /// Notified when a report would differ from the one before.
     pub changed: Arc<Notify>,
     /// Notified when a VM needs a lease now.

@@ -172,6 +172,11 @@ Example:
   pageportctl recovery-point list web --site b
   pageportctl recovery-point open web 41 --for 2h   read it as it was then, for a drill";
 
+const PREFLIGHT_EXAMPLE: &str = "\
+Example:
+  pageportctl migration preflight web --to b && pageportctl migrate web --to b
+  pageportctl migration preflight web --to b --json | jq '.findings[] | select(.severity != \"ok\")'";
+
 const QUOTE_EXAMPLE: &str = "\
 Example:
   pageportctl migration quote web --to b
@@ -221,6 +226,7 @@ impl Command {
             Self::Link(LinkCommand::List) => "link list",
             Self::Link(LinkCommand::Set { .. }) => "link set",
             Self::Migrate { .. } => "migrate",
+            Self::Migration(MigrationCommand::Preflight { .. }) => "migration preflight",
             Self::Migration(MigrationCommand::Quote { .. }) => "migration quote",
             Self::Migration(MigrationCommand::Get { .. }) => "migration get",
             Self::Migration(MigrationCommand::List { .. }) => "migration list",
@@ -236,6 +242,19 @@ impl Command {
 /// `migration ...`
 #[derive(Debug, Subcommand)]
 pub enum MigrationCommand {
+    /// Look for what would hinder a move of a running VM; nothing moves, and nothing is changed.
+    ///
+    /// The controllers say whether an order would be taken and begin; the VM's worker asks the one at the destination: the link both ways, certificates and
+    /// clocks, versions of QEMU, machine type and CPU model, memory, disk space and bridges. Each finding comes with its fix. The exit code is 0 unless one
+    /// blocks the move. Every move looks at the same before any byte of it moves, fails if something blocks it, and keeps the warnings in its record.
+    #[command(after_help = PREFLIGHT_EXAMPLE)]
+    Preflight {
+        /// Name or id of the VM.
+        vm: String,
+        /// Destination site.
+        #[arg(long, value_name = "SITE")]
+        to: String,
+    },
     /// Forecast what a move of a running VM would take; nothing moves.
     ///
     /// Its worker looks at a few of the guest's pages and at how fast the guest changes them, and tries the link for a second and a half: about five

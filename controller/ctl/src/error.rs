@@ -98,6 +98,18 @@ pub enum CtlError {
         /// The controller's reason.
         reason: String,
     },
+    /// A preflight found what keeps the move from being made.
+    #[error(
+        "{vm} cannot move to {to_site}: {blocking} of the findings block it; \"pageportctl migration preflight {vm} --to {to_site}\" looks again"
+    )]
+    Preflight {
+        /// The VM's name, as it was given.
+        vm: String,
+        /// Where to.
+        to_site: String,
+        /// How many.
+        blocking: usize,
+    },
     /// A seed that was watched did not complete.
     #[error("the replica of {vm} at {site} failed{}", because(reason))]
     Seed {

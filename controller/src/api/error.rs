@@ -12,6 +12,7 @@ use crate::model::Rejection;
 use crate::model::protection::TermsError;
 use crate::model::schedule::ScheduleError;
 use crate::model::spec::SpecError;
+use crate::scheduler::wait::SameAddress;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +97,9 @@ pub enum ApiError {
         /// The worker.
         worker: WorkerName,
     },
+    /// It would meet its own address.
+    #[error(transparent)]
+    SameAddress(#[from] SameAddress),
     /// Nobody has seen the disk yet.
     #[error("the size of disk \"{disk}\" of vm \"{name}\" is not known yet: start the vm first")]
     DiskNotSeen {
@@ -140,7 +144,7 @@ pub enum ApiError {
         limit: std::time::Duration,
     },
     /// Too much is asked.
-    #[error("too many quotes are being made: ask again in a few seconds")]
+    #[error("too many quotes and preflights are being made: ask again in a few seconds")]
     TooManyQuestions,
     /// Not an id.
     #[error("{field}: {source}")]
@@ -230,6 +234,7 @@ impl ApiError {
             | Self::WorkerAnswers { .. }
             | Self::DiskNotSeen { .. }
             | Self::NoQuote { .. }
+            | Self::SameAddress(_)
             | Self::NotGuarded { .. } => Code::FailedPrecondition,
             Self::Fence(error) => match error {
                 FenceError::NoAgent { .. } | FenceError::Agent(_) => Code::FailedPrecondition,

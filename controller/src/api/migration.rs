@@ -1,9 +1,9 @@
 //! Live moves.
 
 use pageport_common::telemetry;
-use pageport_proto::MigrationId;
 use pageport_proto::v1;
 use pageport_proto::v1::migration_service_server::MigrationService;
+use pageport_proto::{MigrationId, RequestId, SiteName, VmId};
 use tonic::{Request, Response, Status};
 use tracing::{Instrument, info_span};
 
@@ -15,7 +15,7 @@ use crate::model::command::ClientOrder;
 use crate::model::schedule::{Change, MAX_AFTER, ScheduleError, Terms, valid_priority, valid_rate};
 use crate::model::{Answer, Rejection};
 use crate::scheduler::plan::DEFAULT_PRIORITY;
-use crate::scheduler::{Decision, Window};
+use crate::scheduler::{Decision, Wait, Window};
 
 /// Ended migrations that a watch of all of them shows, the newest.
 const PAST_WATCHED: usize = 100;
@@ -32,11 +32,19 @@ fn migration_of(moment: &Moment, id: MigrationId) -> Result<v1::Migration, ApiEr
     Ok(moment.migration(migration))
 }
 
+/// A move that is, or would be, ordered.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way<'a> {
+    pub(super) migration: MigrationId,
+    pub(super) vm: VmId,
+    pub(super) site: &'a SiteName,
+}
+
 impl Api {
     async fn create(&self, request: v1::CreateMigrationRequest) -> Result<v1::Migration, ApiError> {
         let id = request_id(&request.request_id)?;
         let moment = self.read().await?;
-        let (vm_id, vm) = moment.vm(&request.vm)?;
+        let (vm_id, _) = moment.vm(&request.vm)?;
         let site = moment.site(&request.to_site)?;
         let migration = MigrationId::generate();
         let terms = Box::new(terms(&request)?);
@@ -49,24 +57,43 @@ impl Api {
             terms: terms.clone(),
             admitted,
         };
-        let mut admitted = None;
-        if let Some(queued) = self.rehearsed(&moment, id, &order(None))? {
-            moment.must_run(vm_id, vm)?;
-            let to = vm.replicas.get(&site).map(|replica| replica.worker.clone());
-            if let Some(worker) = to {
-                if moment.observations.connected(&worker, moment.now).is_none() {
-                    return Err(ApiError::WorkerLost { worker });
-                }
-                moment.must_be_guarded(&worker, &vm.spec)?;
-            }
-            // Decided before the order is given, so that one that need not wait begins with it.
-            let begins = queued.decisions().get(&migration) == Some(&Decision::Admit);
-            admitted = begins.then_some(queued.state.schedule.seq);
-        }
+        // Decided before the order is given, so that one that need not wait begins with it.
+        let way = Way { migration, vm: vm_id, site: &site };
+        let admitted = match self.foresee(&moment, id, way, &order(None))? {
+            Some((Decision::Admit, seq)) => Some(seq),
+            Some((Decision::Wait(_) | Decision::GiveUp(_), _)) | None => None,
+        };
         let (answer, after) = self.order(id, order(admitted)).await?;
         match answer {
             Answer::Migration(migration) => migration_of(&after, migration),
             Answer::Done | Answer::Vm(_) | Answer::Replica(..) => Err(Rejection::RequestReused { request: id }.into()),
+        }
+    }
+
+    /// What the scheduler would decide now on a move that is ordered, and from which number of its schedule; [`None`]: the request was seen before.
+    ///
+    /// # Errors
+    /// Why it would not be taken.
+    pub(super) fn foresee(
+        &self,
+        moment: &Moment,
+        request: RequestId,
+        way: Way<'_>,
+        order: &ClientOrder,
+    ) -> Result<Option<(Decision, u64)>, ApiError> {
+        let Some(queued) = self.rehearsed(moment, request, order)? else { return Ok(None) };
+        let Some(vm) = moment.state.vms.get(&way.vm) else { return Ok(None) };
+        moment.must_run(way.vm, vm)?;
+        if let Some(worker) = vm.replicas.get(way.site).map(|replica| &replica.worker) {
+            if moment.observations.connected(worker, moment.now).is_none() {
+                return Err(ApiError::WorkerLost { worker: worker.clone() });
+            }
+            moment.must_be_guarded(worker, &vm.spec)?;
+        }
+        match queued.decisions().get(&way.migration) {
+            // It would not pass by waiting.
+            Some(Decision::Wait(Wait::SameAddress(same))) => Err(same.clone().into()),
+            decision => Ok(decision.cloned().map(|decision| (decision, queued.state.schedule.seq))),
         }
     }
 

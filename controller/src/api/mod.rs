@@ -8,6 +8,7 @@
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`], [`membership`] | the services |
 //! | [`disks`] | orders about disks |
 //! | [`quote`] | forecasts, which workers make while their caller waits |
+//! | [`preflight`] | what would hinder a move, as the controllers and both workers see it |
 //! | [`schedule`] | what the scheduler is told, and how drains stand |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
 //! | [`view`], [`lag`] | state and observations into API messages: pure |
@@ -28,6 +29,7 @@ pub mod forward;
 pub mod lag;
 pub mod membership;
 pub mod migration;
+pub mod preflight;
 pub mod quote;
 pub mod replication;
 pub mod schedule;

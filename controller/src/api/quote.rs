@@ -1,4 +1,4 @@
-//! Quotes: the VM's worker makes them, while the caller waits.
+//! Quotes: the VM's worker makes them, while the caller waits. Preflights are asked for beside them: see [`super::preflight`].
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
 use super::{Api, clip};
-use crate::link::questions::Asked;
+use crate::link::questions::Question;
 use crate::model::apply::not_migrating;
 use crate::model::state::Vm;
 use crate::model::{Rejection, State};
@@ -35,25 +35,32 @@ impl Api {
             return Err(ApiError::WorkerLost { worker: owner });
         }
         let question = question(&moment.state, id, vm, site)?;
-        let asked = self.hub.questions.ask(owner.clone(), question).ok_or(ApiError::TooManyQuestions)?;
-        let answer = self.answer(&owner, &asked).await?;
+        let asked = self.hub.questions.ask(owner.clone(), Question::Quote(question));
+        let asked = asked.ok_or(ApiError::TooManyQuestions)?;
+        let answer = self.answer(&owner, ANSWER_WITHIN, |report| asked.quote(report)).await?;
         let reason = clip(&answer.failure, MAX_WORDS_CHARS);
         answer.quote.ok_or_else(|| ApiError::NoQuote { name: name(), reason })
     }
 
-    async fn answer(&self, worker: &WorkerName, asked: &Asked) -> Result<v1::QuoteReport, ApiError> {
+    /// Waits until it is in what the worker says.
+    pub(super) async fn answer<T>(
+        &self,
+        worker: &WorkerName,
+        limit: Duration,
+        answer: impl Fn(&v1::WorkerReport) -> Option<T>,
+    ) -> Result<T, ApiError> {
         let mut observations = self.hub.watch();
         let answered = async {
             loop {
                 let report = observations.borrow_and_update().last(worker).map(|last| last.report.clone());
-                if let Some(answer) = report.as_ref().and_then(|report| asked.answer(report)) {
-                    return Ok(answer.clone());
+                if let Some(answer) = report.as_deref().and_then(&answer) {
+                    return Ok(answer);
                 }
                 observations.changed().await.map_err(|_| ApiError::LeaderChanged)?;
             }
         };
-        let in_time = tokio::time::timeout(ANSWER_WITHIN, answered).await;
-        in_time.unwrap_or_else(|_| Err(ApiError::NoAnswer { worker: worker.clone(), limit: ANSWER_WITHIN }))
+        let in_time = tokio::time::timeout(limit, answered).await;
+        in_time.unwrap_or_else(|_| Err(ApiError::NoAnswer { worker: worker.clone(), limit }))
     }
 }
 
@@ -78,5 +85,13 @@ impl QuoteService for Api {
     ) -> Result<Response<v1::QuoteMigrationResponse>, Status> {
         let quote = self.quote(request.into_inner()).await?;
         Ok(Response::new(v1::QuoteMigrationResponse { quote: Some(quote) }))
+    }
+
+    async fn preflight_migration(
+        &self,
+        request: Request<v1::PreflightMigrationRequest>,
+    ) -> Result<Response<v1::PreflightMigrationResponse>, Status> {
+        let findings = self.preflight(request.into_inner()).await?;
+        Ok(Response::new(v1::PreflightMigrationResponse { findings }))
     }
 }

@@ -14,6 +14,7 @@ use pageport_proto::v1::{self, vm_assignment};
 use pageport_proto::{SiteName, VmId, WorkerName};
 
 use super::budget;
+use super::questions::Asks;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::protection::told_places;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
@@ -190,12 +191,13 @@ impl Telling {
     pub fn next(
         &mut self,
         state: &State,
-        quotes: Vec<v1::QuoteAssignment>,
+        asks: Asks,
         worker: &WorkerName,
         term: u64,
         say: Say,
     ) -> Option<v1::WorkerAssignment> {
-        let mut next = v1::WorkerAssignment { quotes, ..assignment(state, worker) };
+        let Asks { quotes, preflights } = asks;
+        let mut next = v1::WorkerAssignment { quotes, preflights, ..assignment(state, worker) };
         next.controllers.clone_from(&self.controllers);
         let before = self.last.as_deref();
         next.term = before.map_or(0, |last| last.term);

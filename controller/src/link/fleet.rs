@@ -1,6 +1,6 @@
 //! [`fleet`]: the scheduler's view of state and reports. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use pageport_ownership::Policy;
 use pageport_proto::v1::VmState;
@@ -13,13 +13,15 @@ use crate::model::migration::Phase;
 use crate::model::queue::route;
 use crate::model::state::{Life, Power, Vm, Worker};
 use crate::model::{Migration, State};
-use crate::scheduler::fleet::{Guest, Host, Limits, Predecessor, Queued, Running};
+use crate::scheduler::fleet::{Guest, Host, Limits, Nic, Predecessor, Queued, Running};
 use crate::scheduler::{Decision, Fleet, plan};
 
 /// All that the scheduler needs to know.
 pub fn fleet(state: &State, observations: &Observations, now: Instant) -> Fleet {
     let limits = state.schedule.limits;
     let defined = || state.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
+    let running = || defined().filter(|(_, vm)| vm.power == Power::Run);
+    let addresses = addresses(running().map(|(_, vm)| vm));
     let lines = state.schedule.links().map(|(from, to, _)| ((from.clone(), to.clone()), budget::line(state, from, to)));
     let of_phase = |wanted: fn(&Migration) -> bool| state.migrations.values().filter(move |it| wanted(it));
     Fleet {
@@ -30,9 +32,9 @@ pub fn fleet(state: &State, observations: &Observations, now: Instant) -> Fleet 
         },
         hosts: hosts(state, observations, now),
         lines: lines.collect(),
-        guests: defined().filter(|(_, vm)| vm.power == Power::Run).map(|(id, vm)| (*id, guest(vm))).collect(),
+        guests: running().map(|(id, vm)| (*id, guest(vm, &addresses))).collect(),
         resting: defined().filter(|(_, vm)| vm.power != Power::Run).map(|(id, _)| *id).collect::<BTreeSet<_>>(),
-        running: of_phase(Migration::is_under_way).map(|it| (it.id, running(it))).collect(),
+        running: of_phase(Migration::is_under_way).map(|it| (it.id, under_way(it))).collect(),
         queued: of_phase(|it| it.phase == Phase::Queued)
             .map(|it| (it.id, queued(state, observations, now, it)))
             .collect(),
@@ -66,17 +68,28 @@ fn hosts(state: &State, observations: &Observations, now: Instant) -> BTreeMap<W
     state.workers.iter().map(host).collect()
 }
 
-fn guest(vm: &Vm) -> Guest {
+/// How many have each MAC address.
+fn addresses<'a>(vms: impl Iterator<Item = &'a Vm>) -> HashMap<&'a str, usize> {
+    let mut counts = HashMap::new();
+    for (_, mac) in vms.flat_map(|vm| vm.spec.nics()) {
+        *counts.entry(mac).or_default() += 1;
+    }
+    counts
+}
+
+fn guest(vm: &Vm, addresses: &HashMap<&str, usize>) -> Guest {
+    let shared = vm.spec.nics().filter(|(_, mac)| addresses.get(mac).is_some_and(|count| *count > 1));
     Guest {
         name: vm.spec.name.clone(),
         worker: vm.ownership.owner().0.clone(),
         memory_bytes: vm.spec.memory_bytes(),
         apart: vm.spec.anti_affinity().clone(),
         fences_itself: vm.spec.on_isolation == Policy::SelfFence,
+        shared: shared.map(|(bridge, mac)| Nic { bridge: bridge.to_owned(), mac: mac.to_owned() }).collect(),
     }
 }
 
-fn running(migration: &Migration) -> Running {
+fn under_way(migration: &Migration) -> Running {
     Running { vm: migration.vm, from: migration.from.worker.clone(), to: migration.to.worker.clone() }
 }
 

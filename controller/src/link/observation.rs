@@ -27,6 +27,8 @@ pub const MAX_VMS: usize = 4096;
 pub const MAX_POINTS: usize = 4096;
 /// Points that are open for reading, or that ended lately, in one report.
 pub const MAX_EXPORTS: usize = 4096;
+/// What one preflight can find; there are fewer checks.
+pub const MAX_FINDINGS: usize = 64;
 /// Disks of one of them.
 pub const MAX_EXPORTED_DISKS: usize = 64;
 const QUEUE: usize = 256;
@@ -154,7 +156,8 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
     let lengths = [report.vms.len(), report.migrations.len(), report.seeds.len(), report.replications.len()];
     lengths.iter().all(|length| *length <= MAX_VMS)
         && report.vms.iter().all(|vm| vm.recovery_points.len() <= MAX_POINTS)
-        && report.quotes.len() <= questions::MAX_OPEN
+        && report.quotes.len().max(report.preflights.len()) <= questions::MAX_OPEN
+        && report.preflights.iter().all(|preflight| preflight.findings.len() <= MAX_FINDINGS)
         && report.point_exports.len() <= MAX_EXPORTS
         && report.point_exports.iter().all(|export| export.disks.len() <= MAX_EXPORTED_DISKS)
 }

@@ -200,7 +200,7 @@ impl Session {
         }
         if !is_bounded(&report) {
             return Err(Status::invalid_argument(
-                "the report names too many VMs, migrations, seeds, replications or recovery points",
+                "the report names too many VMs, migrations, seeds, replications, recovery points or findings",
             ));
         }
         let assigned = self.telling.told(report.assignment_seq);
@@ -215,8 +215,8 @@ impl Session {
         let membership = self.link.consensus.membership();
         let controllers = membership.members().map(|(member, _)| member.address.clone()).collect();
         self.telling.controllers_are(controllers);
-        let quotes = self.link.hub.questions.of(worker);
-        let next = self.telling.next(&self.link.consensus.applied(), quotes, worker, term, say);
+        let asks = self.link.hub.questions.of(worker);
+        let next = self.telling.next(&self.link.consensus.applied(), asks, worker, term, say);
         let Some(next) = next else { return Ok(()) };
         match self.assignments.try_send(Ok(next.clone())) {
             Ok(()) => self.telling.sent(next),

@@ -183,6 +183,11 @@ impl Spec {
         &self.anti_affinity
     }
 
+    /// Its network cards: the bridge and the MAC address of each.
+    pub fn nics(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.nics.iter().map(|nic| (nic.bridge.as_str(), nic.mac.as_str()))
+    }
+
     /// Names of the disks, in the order of their numbers.
     pub fn disk_names(&self) -> impl Iterator<Item = &str> {
         self.disks.iter().map(|disk| disk.name.as_str())

@@ -56,6 +56,17 @@ pub struct Guest {
     pub apart: BTreeSet<String>,
     /// It fences itself: it goes only where a guard is.
     pub fences_itself: bool,
+    /// Those of its network cards whose MAC address another guest has, too.
+    pub shared: BTreeSet<Nic>,
+}
+
+/// A network card: two on one segment with the same address disturb each other.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Nic {
+    /// What it is joined to.
+    pub bridge: String,
+    /// Its address.
+    pub mac: String,
 }
 
 /// A move that is under way.

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
 
-use super::fleet::{Fleet, Guest, Predecessor, Queued};
-use super::wait::{GivenUp, Resource, Wait};
+use super::fleet::{Fleet, Guest, Nic, Predecessor, Queued};
+use super::wait::{GivenUp, Resource, SameAddress, Wait};
 
 /// The highest priority.
 pub const MAX_PRIORITY: u8 = 100;
@@ -84,6 +84,8 @@ pub(super) struct Book<'a> {
     kept: BTreeMap<Resource, String>,
     memory_bytes: BTreeMap<WorkerName, u64>,
     groups: BTreeMap<(WorkerName, String), BTreeSet<VmId>>,
+    /// Only of those that more than one guest has.
+    nics: BTreeMap<(SiteName, Nic), BTreeSet<VmId>>,
     moving: BTreeSet<VmId>,
 }
 
@@ -95,6 +97,7 @@ impl<'a> Book<'a> {
             kept: BTreeMap::new(),
             memory_bytes: BTreeMap::new(),
             groups: BTreeMap::new(),
+            nics: BTreeMap::new(),
             moving: BTreeSet::new(),
         };
         for (id, guest) in &fleet.guests {
@@ -122,6 +125,10 @@ impl<'a> Book<'a> {
         *self.memory_bytes.entry(worker.clone()).or_default() += guest.memory_bytes;
         for group in &guest.apart {
             self.groups.entry((worker.clone(), group.clone())).or_default().insert(id);
+        }
+        let Some(host) = self.fleet.hosts.get(worker) else { return };
+        for nic in &guest.shared {
+            self.nics.entry((host.site.clone(), nic.clone())).or_default().insert(id);
         }
     }
 
@@ -215,6 +222,14 @@ impl<'a> Book<'a> {
                 return Err(Wait::Apart { worker: to.clone(), group: group.clone(), vm });
             }
         }
+        for nic in &guest.shared {
+            let there = self.nics.get(&(target.site.clone(), nic.clone()));
+            if let Some(other) = there.into_iter().flatten().find(|other| **other != id) {
+                let vm = self.fleet.guests.get(other).map(|other| other.name.clone()).unwrap_or_default();
+                let Nic { bridge, mac } = nic.clone();
+                return Err(Wait::SameAddress(SameAddress { vm, site: target.site.clone(), mac, bridge }));
+            }
+        }
         Ok(())
     }
 
@@ -276,7 +291,8 @@ impl<'a> Book<'a> {
             | Wait::NotGuarded { .. }
             | Wait::Drained { .. }
             | Wait::NoMemory { .. }
-            | Wait::Apart { .. } => return,
+            | Wait::Apart { .. }
+            | Wait::SameAddress(_) => return,
         };
         let Ok(way) = self.gates(queued, now_unix_ms) else { return };
         let (name, all) = (way.guest.name.clone(), way.resources());

@@ -24,6 +24,23 @@ impl fmt::Display for Resource {
     }
 }
 
+/// A VM at the target site has the same MAC address on the same bridge.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "vm \"{vm}\" at site \"{site}\" has the same MAC address, {mac}, on bridge {bridge}: stop it, move it away, or define one of the two anew with an \
+     address of its own"
+)]
+pub struct SameAddress {
+    /// Who is there.
+    pub vm: String,
+    /// Where.
+    pub site: SiteName,
+    /// The address.
+    pub mac: String,
+    /// What both are joined to.
+    pub bridge: String,
+}
+
 /// Why a move waits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Wait {
@@ -90,6 +107,9 @@ pub enum Wait {
         /// Who is there.
         vm: String,
     },
+    /// It would meet its own address.
+    #[error("waits because {0}")]
+    SameAddress(SameAddress),
     /// A worker takes part in as many moves as it may.
     #[error("waits for worker \"{worker}\", which takes part in {limit} migrations, as many as it may")]
     WorkerBusy {

@@ -20,6 +20,7 @@ use pageport_proto::v1;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use pageport_proto::v1::migration_service_client::MigrationServiceClient;
+use pageport_proto::v1::quote_service_client::QuoteServiceClient;
 use pageport_proto::v1::replication_service_client::ReplicationServiceClient;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 use tokio::net::TcpListener;
@@ -226,6 +227,10 @@ impl Cluster {
 
     pub fn migration(&self, id: u64) -> MigrationServiceClient<Channel> {
         MigrationServiceClient::new(self.channel(id))
+    }
+
+    pub fn quote(&self, id: u64) -> QuoteServiceClient<Channel> {
+        QuoteServiceClient::new(self.channel(id))
     }
 
     pub async fn status(&self, id: u64) -> Option<v1::GetClusterStatusResponse> {

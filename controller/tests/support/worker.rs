@@ -55,6 +55,10 @@ pub struct Board {
     pub cut: BTreeSet<String>,
     /// How often a worker turned controllers away that it is deaf to.
     pub turned_away: usize,
+    /// What workers find where they are asked for a preflight.
+    pub findings: Vec<v1::Finding>,
+    /// The preflights that they were last asked for.
+    pub preflights: Vec<v1::PreflightAssignment>,
     /// What owners were last told to replicate.
     pub replications: BTreeMap<String, Vec<v1::ReplicationAssignment>>,
 }
@@ -82,6 +86,7 @@ struct Worker {
     migrations: BTreeMap<String, v1::MigrationReport>,
     seeds: Vec<v1::SeedReport>,
     replications: Vec<v1::ReplicationReport>,
+    preflights: Vec<v1::PreflightReport>,
     seq: u64,
     next_nonce: u64,
     identity: Identity,
@@ -103,6 +108,7 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
         migrations: BTreeMap::new(),
         seeds: vec![],
         replications: vec![],
+        preflights: vec![],
         seq: 0,
         next_nonce: 1,
         identity,
@@ -200,12 +206,24 @@ impl Worker {
             });
         }
         self.replicate(&assignment.replications);
+        self.look(&assignment.preflights);
         for removal in &assignment.replica_removals {
             if let Some(vm) = self.vms.get_mut(&removal.vm_id) {
                 vm.has_replica = false;
             }
         }
         self.seq = assignment.seq;
+    }
+
+    /// Every preflight finds the same.
+    fn look(&mut self, asked: &[v1::PreflightAssignment]) {
+        let mut board = self.board.lock().unwrap();
+        if !asked.is_empty() {
+            board.preflights = asked.to_vec();
+        }
+        let answer =
+            |it: &v1::PreflightAssignment| v1::PreflightReport { seq: it.seq, findings: board.findings.clone() };
+        self.preflights = asked.iter().map(answer).collect();
     }
 
     /// Each look makes a point at once, unless it is to make none.
@@ -448,6 +466,7 @@ impl Worker {
             migrations: self.migrations.values().cloned().collect(),
             seeds: self.seeds.clone(),
             replications: self.replications.clone(),
+            preflights: self.preflights.clone(),
             assignment_seq: self.seq,
             store_id: self.store_id(),
             generation: self.generation,

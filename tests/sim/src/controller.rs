@@ -21,6 +21,7 @@ use pageport_controller::link::assignment::{Say, Telling};
 use pageport_controller::link::failover::{Failovers, Proposed};
 use pageport_controller::link::leases::Leases;
 use pageport_controller::link::observation::{Observations, Observed};
+use pageport_controller::link::questions::Asks;
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::link::service::IDLE;
 use pageport_controller::model::command::{ClientOrder, Outcome};
@@ -463,7 +464,7 @@ impl Member {
             if !self.status().serving {
                 return;
             }
-            if let Some(next) = telling.next(&self.state(), vec![], &worker, self.status().term, say)
+            if let Some(next) = telling.next(&self.state(), Asks::default(), &worker, self.status().term, say)
                 && end.send(next.clone())
             {
                 telling.sent(next);

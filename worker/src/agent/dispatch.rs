@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::generation::Generation;
 use crate::migration::source;
 use crate::node::Node;
+use crate::preflight;
 use crate::replica::points::LeaseEnd;
 use crate::replica::seed;
 use crate::replication::replicators::Replicators;
@@ -42,6 +43,9 @@ pub async fn run(node: Arc<Node>, mut assigned: watch::Receiver<Option<WorkerAss
             start_seeds(&node, assignment).await;
             replications.follow(&node, assignment);
             node.quotes.follow(&node, &assignment.quotes, |vm| spec_of(assignment, vm));
+            for order in node.preflights.take(&assignment.preflights, |order| order.seq) {
+                tokio::spawn(preflight::report(node.clone(), order.clone(), spec_of(assignment, &order.vm_id)));
+            }
             for removal in &assignment.replica_removals {
                 remove_replica(&node, &removal.vm_id).await;
             }

@@ -101,6 +101,7 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         replications: node.replications.reports(),
         point_exports: node.exports.reports(),
         quotes: node.quotes.reports(),
+        preflights: node.preflights.answers(),
         assignment_seq,
         store_id: node.store.id.to_string(),
         generation: joined.number,

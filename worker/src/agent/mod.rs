@@ -36,10 +36,12 @@ use crate::config::{AcceleratorChoice, Config, ReplicationConfig};
 use crate::drill::export::Grounds;
 use crate::drill::exports::Exports;
 use crate::generation::Joined;
+use crate::hypervisor::offer::Offers;
 use crate::hypervisor::{self, Accelerator, accel};
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
+use crate::questions::Questions;
 use crate::quota::Quota;
 use crate::quote::Quotes;
 use crate::replica::cap::Caps;
@@ -78,6 +80,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(stop.clone().run_until_cancelled_owned(peers::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(drills::restore(node.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(look_at_qemu(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
     stop.cancelled().await;
     tasks.close();
@@ -86,6 +89,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     }
     node.endpoint.close();
     Ok(())
+}
+
+/// So that no move waits for it.
+async fn look_at_qemu(node: Arc<Node>) {
+    if let Err(error) = node.offers.get(&node.hypervisor).await {
+        tracing::warn!(error = %crate::error::with_causes(&error), "machine types and CPU models are not known");
+    }
 }
 
 async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
@@ -142,6 +152,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         joined,
         registry: Registry::new(changed.clone()),
         quotes: Quotes::new(changed.clone()),
+        preflights: Questions::new(changed.clone()),
         groups,
         scratch: Arc::new(Quota::new(config.replication.all_scratch_bytes, HashMap::new())),
         flattenings,
@@ -153,6 +164,7 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         sessions: Sessions::default(),
         hypervisor,
         qemu_version,
+        offers: Offers::default(),
         replicas,
         vms,
         changed,

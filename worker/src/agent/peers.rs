@@ -11,6 +11,7 @@ use tracing::Instrument;
 
 use crate::migration::destination;
 use crate::node::Node;
+use crate::preflight;
 use crate::replica::points::LeaseEnd;
 use crate::replica::serve::{InPlace, serve_disk};
 use crate::replication;
@@ -86,6 +87,12 @@ async fn serve(node: Arc<Node>, connection: PeerConnection) {
                 Some(stream_hello::Kind::Probe(_)) => {
                     if let Err(error) = probe::answer(reader, writer).await {
                         tracing::info!(error = %crate::error::with_causes(&error), "a probe of the path broke off");
+                    }
+                }
+                Some(stream_hello::Kind::Preflight(asked)) => {
+                    if let Err(error) = preflight::answer::answer(&node, asked, writer).await {
+                        tracing::warn!(error = %crate::error::with_causes(&error), "a preflight is not answered");
+                        connection.close("preflight not answered");
                     }
                 }
                 _ => connection.close("unexpected stream"),

@@ -78,6 +78,11 @@ impl Accelerator {
             Self::Tcg => "tcg",
         }
     }
+
+    /// From QEMU's name of it.
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::Kvm, Self::Tcg].into_iter().find(|accelerator| accelerator.as_str() == name)
+    }
 }
 
 impl fmt::Display for Accelerator {
@@ -95,6 +100,14 @@ pub struct QemuVersion {
     pub minor: u32,
     /// As in 10.0.2: 2.
     pub micro: u32,
+}
+
+impl QemuVersion {
+    /// From `10.0.2`; what follows is left out.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('.').map(|part| part.parse::<u32>().ok());
+        Some(Self { major: parts.next()??, minor: parts.next()??, micro: parts.next().flatten().unwrap_or(0) })
+    }
 }
 
 impl fmt::Display for QemuVersion {
@@ -151,9 +164,7 @@ pub async fn qemu_version(qemu: &str) -> Result<QemuVersion, AccelError> {
 }
 
 fn parse_version(text: &str) -> Option<QemuVersion> {
-    let version = text.split_once("version ")?.1.split_whitespace().next()?;
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
-    Some(QemuVersion { major: parts.next()??, minor: parts.next()??, micro: parts.next().flatten().unwrap_or(0) })
+    QemuVersion::parse(text.split_once("version ")?.1.split_whitespace().next()?)
 }
 
 /// Finds the accelerator by trying; `scratch` is a folder for the firmware image.

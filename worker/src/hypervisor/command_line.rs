@@ -109,6 +109,15 @@ pub enum SpecError {
     },
 }
 
+fn option_text(value: &str) -> bool {
+    value.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+-".contains(&b))
+}
+
+/// Can this be the name of a Linux bridge, in an argument?
+pub fn is_bridge_name(name: &str) -> bool {
+    (1..=15).contains(&name.len()) && option_text(name) && !name.starts_with('-')
+}
+
 /// Checks everything that ends up in an argument, so that a spec cannot smuggle in options.
 pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
     let range =
@@ -116,7 +125,6 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
     let text = |field, value: &str, ok: bool, rule| {
         if ok { Ok(()) } else { Err(SpecError::Text { field, value: value.to_owned(), rule }) }
     };
-    let option_text = |value: &str| value.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+-".contains(&b));
     let file = |value: &str| Path::new(value).is_absolute() && !value.contains('\0');
 
     text("name", &spec.name, is_name(&spec.name), "use 1 to 40 of a-z, 0-9 and \"-\"")?;
@@ -145,8 +153,7 @@ pub fn check_spec(spec: &VmSpec) -> Result<(), SpecError> {
     for nic in &spec.nics {
         let mac = nic.mac.split(':').filter(|part| part.len() == 2 && u8::from_str_radix(part, 16).is_ok()).count();
         text("mac", &nic.mac, mac == 6 && nic.mac.len() == 17, "use six bytes such as 52:54:00:12:34:56")?;
-        let bridge = !nic.bridge.is_empty() && nic.bridge.len() <= 15 && option_text(&nic.bridge);
-        text("bridge", &nic.bridge, bridge, "use the name of a Linux bridge")?;
+        text("bridge", &nic.bridge, is_bridge_name(&nic.bridge), "use the name of a Linux bridge")?;
     }
     if let Some(boot) = &spec.direct_boot {
         text("kernel", &boot.kernel, file(&boot.kernel), "use an absolute path")?;

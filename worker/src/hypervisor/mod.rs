@@ -1,7 +1,7 @@
 //! QEMU, unmodified, over QMP: everything that the worker does with a hypervisor process.
 //!
 //! ```text
-//!   accel          which accelerator runs guests here, by trying
+//!   accel          which accelerator runs guests here, by trying       offer  machine types and CPU models
 //!   memory         what a guest's memory is made of
 //!   command_line   VmSpec ─▶ arguments (pure)                  disk  the nodes of a disk (pure)
 //!   process        start, find again, watch, kill          tap   its network devices
@@ -35,12 +35,13 @@ pub mod keeper;
 mod memory;
 pub mod migrate;
 pub mod mirror;
+pub mod offer;
 mod paths;
 mod process;
 mod qmp;
 mod ram;
 pub mod stats;
-mod tap;
+pub mod tap;
 mod vm;
 mod watcher;
 

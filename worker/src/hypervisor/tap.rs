@@ -69,7 +69,19 @@ async fn create_one(tap: &str, bridge: &str) -> Result<(), TapError> {
     if ip(tap, &["link", "show", "dev", tap]).await.is_err() {
         ip(tap, &["tuntap", "add", "dev", tap, "mode", "tap"]).await?;
     }
-    ip(tap, &["link", "set", "dev", tap, "master", bridge, "up"]).await
+    ip(tap, &["link", "set", "dev", tap, "master", bridge, "up"]).await.map(drop)
+}
+
+/// Is there a bridge of this name, where tap devices are made?
+///
+/// # Errors
+/// `ip` did not run, or did not end.
+pub async fn is_bridge(bridge: &str) -> Result<bool, TapError> {
+    match ip(bridge, &["link", "show", "dev", bridge, "type", "bridge"]).await {
+        Ok(said) => Ok(!said.is_empty()),
+        Err(TapError::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes devices; one that is gone or cannot be removed is no error here, only logged.
@@ -81,14 +93,15 @@ pub async fn remove(taps: &[String]) {
     }
 }
 
-async fn ip(tap: &str, arguments: &[&str]) -> Result<(), TapError> {
+/// What it says.
+async fn ip(tap: &str, arguments: &[&str]) -> Result<String, TapError> {
     let run = Command::new("ip").args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
     let output = tokio::time::timeout(IP_DEADLINE, run)
         .await
         .map_err(|_| TapError::Deadline { arguments: arguments.join(" ") })?
         .map_err(|source| TapError::Run { tap: tap.to_owned(), source })?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(TapError::Refused { arguments: arguments.join(" "), message })

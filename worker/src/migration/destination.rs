@@ -86,7 +86,10 @@ pub enum DestinationError {
         reason: String,
     },
     /// Too little memory.
-    #[error("no room for a guest of {needed_bytes} bytes: {available_bytes} bytes of memory are available here")]
+    #[error(
+        "no memory for a guest of {needed_bytes} bytes, since only {available_bytes} bytes are available on the destination's host: stop or move \
+         something there, or choose another worker"
+    )]
     NoMemory {
         /// The guest's.
         needed_bytes: u64,
@@ -577,7 +580,11 @@ async fn resumed_at(qemu: &Vm) -> Result<u64, DestinationError> {
     Ok(at.map_or_else(now_ns, |at| at_ns(at.received)))
 }
 
-fn check_memory(needed_bytes: u64) -> Result<(), DestinationError> {
+/// Refuses a guest of so many bytes that this host has no memory for.
+///
+/// # Errors
+/// [`DestinationError::NoMemory`]; the host cannot be looked at.
+pub fn check_memory(needed_bytes: u64) -> Result<(), DestinationError> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(DestinationError::Memory)?;
     let kib = |line: &str| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
     let available_bytes = text.lines().find_map(kib).unwrap_or(u64::MAX >> 10) << 10;

@@ -2,7 +2,7 @@
 //!
 //! | phase | does | undone by |
 //! |---|---|---|
-//! | `connect` | connects, says what is to move | abort, close |
+//! | `connect` | connects, says what is to move; the preflight, after which bytes may move | abort, close |
 //! | `disk-sync` | compares clocks, mirrors every disk until it keeps up, or will soon; is admitted | cancel mirrors |
 //! | `memory` | writes `Prepared`, streams memory until the guest is stopped | cancel, write `revoked`, resume |
 //! | `switchover` | finishes the mirrors, sends the rest, waits for `Ready`, writes `Released` | the same |
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Record};
 use pageport_proto::v1::{
-    Abort, DiskHello, DiskSpec, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord, PhaseTiming,
-    Quote, Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
+    Abort, DiskHello, DiskSpec, Finding, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord,
+    PhaseTiming, Quote, Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
 };
 use tracing::Instrument;
 
@@ -34,6 +34,7 @@ use crate::clock::Offset;
 use crate::failpoint;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
+use crate::preflight::{self, Way};
 use crate::replica::copy::{CopyError, hello};
 use crate::replication::registry::MigrationTurn;
 use crate::transport::{PeerConnection, TransportError};
@@ -69,6 +70,12 @@ pub enum SourceError {
     /// The disks.
     #[error("bring the replica up to date")]
     Disks(#[from] DisksError),
+    /// It would not go well.
+    #[error("nothing was moved: {hindrance}")]
+    Preflight {
+        /// What hinders it, and what to do about that.
+        hindrance: String,
+    },
     /// The disks cannot be looked at.
     #[error("look at the disks")]
     Look(#[source] CopyError),
@@ -149,6 +156,8 @@ struct Move {
     waited_before: Duration,
     /// The forecast; the worker forgets it when the VM leaves.
     quote: Option<Quote>,
+    /// What the preflight warned of.
+    warnings: Vec<Finding>,
     timings: Vec<PhaseTiming>,
     connection: Option<PeerConnection>,
     control: Option<Control>,
@@ -183,6 +192,7 @@ impl Move {
             order,
             started: Instant::now(),
             waited_before: since_order.min(Duration::from_secs(3600)),
+            warnings: Vec::new(),
             timings: Vec::new(),
             connection: None,
             control: None,
@@ -248,7 +258,24 @@ impl Move {
         outcome
     }
 
+    /// While the destination looks at itself its hypervisor starts; bytes move after both.
     async fn connect(&mut self) -> Result<(), SourceError> {
+        let Order { node, vm, spec, assignment, .. } = &self.order;
+        let (node, vm, spec) = (node.clone(), vm.id(), spec.clone());
+        let MigrationAssignment { peer_worker, peer_address, .. } = assignment.clone();
+        let way = Way { vm, spec: &spec, peer_worker: &peer_worker, peer_address: &peer_address };
+        let looked = async { Ok::<_, SourceError>(preflight::look(&node, way).await) };
+        let ((), findings) = tokio::try_join!(self.greet(), looked)?;
+        match preflight::hindrance(&findings) {
+            Some(hindrance) => Err(SourceError::Preflight { hindrance }),
+            None => {
+                self.warnings = preflight::warnings(findings);
+                Ok(())
+            }
+        }
+    }
+
+    async fn greet(&mut self) -> Result<(), SourceError> {
         if !self.order.vm.may_prepare(self.epoch) {
             return Err(SourceError::NotPermitted { record: self.order.vm.status().record });
         }

@@ -9,7 +9,7 @@
 mod estimate;
 mod sample;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pageport_proto::VmId;
@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use crate::clock::unix_ms_now;
 use crate::hypervisor::HypervisorError;
 use crate::node::Node;
+use crate::questions::Questions;
 use crate::transport::TransportError;
 use crate::transport::probe::{ProbeError, probe};
 use crate::vms::VmError;
@@ -57,31 +58,26 @@ enum QuoteError {
 /// The quotes that were asked for, and the newest of each VM and worker.
 #[derive(Debug)]
 pub struct Quotes {
-    changed: Arc<Notify>,
-    asked: Mutex<BTreeMap<u64, Option<QuoteReport>>>,
+    asked: Questions<QuoteReport>,
     newest: Mutex<HashMap<(VmId, String), Quote>>,
 }
 
 impl Quotes {
     /// None; `changed` is notified when a report would differ.
     pub fn new(changed: Arc<Notify>) -> Self {
-        Self { changed, asked: Mutex::default(), newest: Mutex::default() }
+        Self { asked: Questions::new(changed), newest: Mutex::default() }
     }
 
     /// Answers what is asked, each once, and forgets what is no longer asked.
     pub fn follow(&self, node: &Arc<Node>, orders: &[QuoteAssignment], spec_of: impl Fn(&str) -> Option<VmSpec>) {
-        let mut asked = lock(&self.asked);
-        asked.retain(|seq, _| orders.iter().any(|order| order.seq == *seq));
-        for order in orders {
-            let Some(spec) = spec_of(&order.vm_id).filter(|_| !asked.contains_key(&order.seq)) else { continue };
-            asked.insert(order.seq, None);
-            tokio::spawn(answer(node.clone(), order.clone(), spec));
+        for order in self.asked.take(orders, |order| order.seq) {
+            tokio::spawn(answer(node.clone(), order.clone(), spec_of(&order.vm_id)));
         }
     }
 
     /// The answers to what is asked.
     pub fn reports(&self) -> Vec<QuoteReport> {
-        lock(&self.asked).values().flatten().cloned().collect()
+        self.asked.answers()
     }
 
     /// The newest quote of a move to this worker, if it is recent.
@@ -94,21 +90,14 @@ impl Quotes {
     pub fn forget(&self, vm: VmId) {
         lock(&self.newest).retain(|(of, _), _| *of != vm);
     }
-
-    fn end(&self, seq: u64, report: QuoteReport) {
-        if let Some(place) = lock(&self.asked).get_mut(&seq) {
-            *place = Some(report);
-        }
-        self.changed.notify_one();
-    }
 }
 
 fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
     held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn answer(node: Arc<Node>, order: QuoteAssignment, spec: VmSpec) {
-    let report = match quote(&node, &order, &spec).await {
+async fn answer(node: Arc<Node>, order: QuoteAssignment, spec: Option<VmSpec>) {
+    let report = match quote(&node, &order, spec).await {
         Ok((vm, quote)) => {
             lock(&node.quotes.newest).insert((vm, order.peer_worker.clone()), quote.clone());
             QuoteReport { seq: order.seq, quote: Some(quote), failure: String::new() }
@@ -119,10 +108,11 @@ async fn answer(node: Arc<Node>, order: QuoteAssignment, spec: VmSpec) {
             QuoteReport { seq: order.seq, quote: None, failure }
         }
     };
-    node.quotes.end(order.seq, report);
+    node.quotes.asked.answer(order.seq, report);
 }
 
-async fn quote(node: &Node, order: &QuoteAssignment, spec: &VmSpec) -> Result<(VmId, Quote), QuoteError> {
+async fn quote(node: &Node, order: &QuoteAssignment, spec: Option<VmSpec>) -> Result<(VmId, Quote), QuoteError> {
+    let spec = spec.ok_or(QuoteError::Unknown)?;
     let vm = order.vm_id.parse().ok().and_then(|id: VmId| node.vms.get(id)).ok_or(QuoteError::Unknown)?;
     let qemu = vm.qemu().await?;
     let peer = &order.peer_worker;

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use pageport_common::tls::{Identity, TlsError, worker_name};
+use pageport_common::tls::{Identity, TlsError, certificate_ends, worker_name};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::pki_types::CertificateDer;
 
 /// A connection that hears nothing for this long is dead.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(10);
@@ -89,6 +90,7 @@ pub enum TransportError {
 pub struct PeerEndpoint {
     endpoint: quinn::Endpoint,
     client: quinn::ClientConfig,
+    certificate_ends: Option<i64>,
 }
 
 impl PeerEndpoint {
@@ -108,7 +110,7 @@ impl PeerEndpoint {
             quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(server), socket, Arc::new(quinn::TokioRuntime))
         });
         let endpoint = bound.map_err(|source| TransportError::Bind { address, source })?;
-        Ok(Self { endpoint, client })
+        Ok(Self { endpoint, client, certificate_ends: identity.ends() })
     }
 
     /// Where it listens: the port, if it was bound to any.
@@ -117,6 +119,11 @@ impl PeerEndpoint {
     /// The system's.
     pub fn local_address(&self) -> std::io::Result<SocketAddr> {
         self.endpoint.local_addr()
+    }
+
+    /// When this worker's certificate ends, in seconds since 1970; [`None`]: not known.
+    pub fn certificate_ends(&self) -> Option<i64> {
+        self.certificate_ends
     }
 
     /// Connects to a peer and verifies that it is the worker of that name.
@@ -198,6 +205,12 @@ impl PeerConnection {
     /// [`TransportError::Lost`].
     pub async fn accept_uni(&self) -> Result<quinn::RecvStream, TransportError> {
         Ok(self.connection.accept_uni().await?)
+    }
+
+    /// When the peer's certificate ends, in seconds since 1970; [`None`]: not known.
+    pub fn peer_certificate_ends(&self) -> Option<i64> {
+        let chain = self.connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        certificate_ends(chain.first()?)
     }
 
     /// UDP payload bytes sent so far, retransmissions and acknowledgements included.
@@ -285,7 +298,10 @@ pub(crate) mod tests {
         let stranger = PeerEndpoint::bind(loopback, &Authority::new().worker("worker-a")).unwrap();
         assert!(stranger.connect("worker-b", &address).await.is_err());
 
-        client.connect("worker-b", &address).await.unwrap();
+        let connected = client.connect("worker-b", &address).await.unwrap();
         assert!(accepting.await.unwrap());
+        // rcgen's end of a certificate that names none.
+        let year_4096 = Some(67_090_118_400);
+        assert_eq!((client.certificate_ends(), connected.peer_certificate_ends()), (year_4096, year_4096));
     }
 }

@@ -9,7 +9,7 @@
 //! | fallback | |
 //! | memory, and one bidirectional stream per disk | all alike |
 //!
-//! Seeds, replication, probes, and the disks of a migration that are compared whole have a connection of their own. Every stream the source opens begins with a
+//! Seeds, replication, probes, preflights, and the disks of a migration that are compared whole have a connection of their own. Every stream the source opens begins with a
 //! [`StreamHello`](pageport_proto::v1::StreamHello). Nothing here knows what the messages mean.
 
 pub mod endpoint;

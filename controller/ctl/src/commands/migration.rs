@@ -1,4 +1,4 @@
-//! `migrate` and `migration quote | get | list | watch | set | pause | resume | cancel`.
+//! `migrate` and `migration preflight | quote | get | list | watch | set | pause | resume | cancel`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::MigrationState;
@@ -9,13 +9,22 @@ use super::{Context, ask, follow, now_unix_ms, request_id, required};
 use crate::cli::MigrationCommand;
 use crate::error::CtlError;
 use crate::render::screen::Screen;
-use crate::render::{lists, progress, quote, record};
+use crate::render::{lists, preflight, progress, quote, record};
 use crate::trace::Traced;
 
 type Migrations = MigrationServiceClient<Traced>;
 
 pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(), CtlError> {
     match command {
+        MigrationCommand::Preflight { vm, to } => {
+            let request = v1::PreflightMigrationRequest { vm: vm.clone(), to_site: to.clone() };
+            let response = ask!(context, QuoteServiceClient<Traced>, preflight_migration, request).await?;
+            context.output.message(&response, preflight::page)?;
+            match preflight::blocking(&response.findings) {
+                0 => Ok(()),
+                blocking => Err(CtlError::Preflight { vm, to_site: to, blocking }),
+            }
+        }
         MigrationCommand::Quote { vm, to } => {
             let request = v1::QuoteMigrationRequest { vm, to_site: to };
             let response = ask!(context, QuoteServiceClient<Traced>, quote_migration, request).await?;

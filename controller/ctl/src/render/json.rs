@@ -50,6 +50,7 @@ wire!(
     ListWorkersResponse,
     Migration,
     PointExport,
+    PreflightMigrationResponse,
     Quote,
     RemoveMemberResponse,
     Replica,
@@ -173,6 +174,7 @@ mod tests {
                 "stream_digest": "ab12",
                 "downtime_parts": [{"name": "last pages", "duration_ms": 200}],
                 "quote": null,
+                "warnings": [],
             })
         );
     }
@@ -203,6 +205,11 @@ mod tests {
         assert_eq!(line(&v1::ClosePointResponse {}).unwrap(), "{}");
         assert_eq!(parsed(&v1::PointExport { state: 1, ..Default::default() })["state"], "open");
         assert_eq!(line(&v1::ListLinksResponse::default()).unwrap(), r#"{"links":[]}"#);
+        let finding = v1::Finding::blocks(v1::Check::DiskSpace, "full", "make room");
+        assert_eq!(
+            line(&v1::PreflightMigrationResponse { findings: vec![finding] }).unwrap(),
+            r#"{"findings":[{"check":"disk_space","severity":"blocks","seen":"full","fix":"make room"}]}"#
+        );
         assert_eq!(
             line(&v1::Link::default()).unwrap(),
             r#"{"from_site":"","to_site":"","cap_bps":0,"budget_bps":0,"migrations":0}"#

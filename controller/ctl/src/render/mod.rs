@@ -9,6 +9,7 @@
 //! | [`cluster`] | the controllers themselves |
 //! | [`progress`] | the live line of a migration, a seed or a first copy |
 //! | [`protection`] | how protected VMs stand, links |
+//! | [`preflight`] | what would hinder a move |
 //! | [`point`] | recovery points, and those that are open for reading |
 //! | [`record`] | what a finished migration was |
 //! | [`json`] | any message as JSON |
@@ -20,6 +21,7 @@ pub mod fence;
 pub mod json;
 pub mod lists;
 pub mod point;
+pub mod preflight;
 pub mod progress;
 pub mod protection;
 pub mod quote;

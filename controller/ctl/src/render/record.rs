@@ -2,6 +2,7 @@
 
 use pageport_proto::v1::{Migration, MigrationRecord, PageCounts, PhaseTiming};
 
+use super::preflight;
 use super::progress::PAGE_BYTES;
 use super::quote;
 use super::table::{Align, Table};
@@ -40,6 +41,10 @@ pub fn summary(migration: &Migration) -> String {
         if let Some(quote) = &record.quote {
             text.push('\n');
             text.push_str(&quote::beside(quote, record));
+        }
+        if !record.warnings.is_empty() {
+            text.push('\n');
+            text.push_str(&preflight::warnings(&record.warnings));
         }
     }
     text
@@ -89,7 +94,7 @@ fn timings(heading: &'static str, timings: &[PhaseTiming]) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use pageport_proto::v1::MigrationState;
+    use pageport_proto::v1::{Check, Finding, MigrationState};
 
     use super::*;
 
@@ -123,6 +128,7 @@ pub(crate) mod tests {
                 stream_digest: "ab12".into(),
                 downtime_parts: vec![timing("last pages", 200)],
                 quote: None,
+                warnings: vec![],
             }),
             ..Default::default()
         }
@@ -171,6 +177,14 @@ web moved from a to b in 6.21 s; it stood still for 312 ms.
             ..finished()
         };
         assert_eq!(summary(&failed), "web from a to b: failed.\n  no space at b\n  migration m1\n");
+    }
+
+    #[test]
+    fn what_a_preflight_warned_of_is_kept_with_the_move() {
+        let mut migration = finished();
+        let warning = Finding::warns(Check::Clocks, "3.0 s apart", "run NTP");
+        migration.record.as_mut().unwrap().warnings = vec![warning];
+        assert!(summary(&migration).ends_with("\n  WARNED OF\n  clocks     3.0 s apart; run NTP\n"));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use pageport_proto::v1::takeover::Ground;
 use pageport_proto::v1::{
-    IsolationPolicy, MigrationState, PointExportState, ReplicaState, ReplicationPhase, StartPolicy, VmState,
+    Check, IsolationPolicy, MigrationState, PointExportState, ReplicaState, ReplicationPhase, Severity, StartPolicy,
+    VmState,
 };
 
 /// Of a newer API than ours.
@@ -34,6 +35,40 @@ pub fn migration_state(state: i32) -> &'static str {
         Ok(MigrationState::Completed) => "completed",
         Ok(MigrationState::Failed) => "failed",
         Ok(MigrationState::Cancelled) => "cancelled",
+    }
+}
+
+/// What a preflight looks at.
+pub fn check(check: i32) -> &'static str {
+    match Check::try_from(check) {
+        Ok(Check::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(Check::Vm) => "vm",
+        Ok(Check::Replica) => "replica",
+        Ok(Check::Placement) => "placement",
+        Ok(Check::Addresses) => "addresses",
+        Ok(Check::Workers) => "workers",
+        Ok(Check::Link) => "link",
+        Ok(Check::LinkBack) => "link back",
+        Ok(Check::Certificates) => "certificates",
+        Ok(Check::Clocks) => "clocks",
+        Ok(Check::Qemu) => "qemu",
+        Ok(Check::Accelerator) => "accelerator",
+        Ok(Check::Machine) => "machine type",
+        Ok(Check::Cpu) => "cpu model",
+        Ok(Check::Memory) => "memory",
+        Ok(Check::DiskSpace) => "disk space",
+        Ok(Check::Bridges) => "bridges",
+        Ok(Check::Owner) => "owner",
+    }
+}
+
+/// What a finding of a preflight means for the move.
+pub fn severity(severity: i32) -> &'static str {
+    match Severity::try_from(severity) {
+        Ok(Severity::Unspecified) | Err(_) => UNKNOWN_TO_US,
+        Ok(Severity::Ok) => "ok",
+        Ok(Severity::Warning) => "warning",
+        Ok(Severity::Blocks) => "BLOCKS",
     }
 }
 

@@ -35,7 +35,7 @@ use tokio_util::codec::{FramedRead, LinesCodec};
 
 pub(crate) use message::qmp_command;
 pub use message::{Command, Ignored, RawEvent, Refusal};
-use message::{Received, format, parse};
+pub(crate) use message::{Received, format, parse};
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(10);

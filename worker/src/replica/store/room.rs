@@ -42,6 +42,28 @@ impl ReplicaStore {
     /// # Errors
     /// [`ReplicaError::Quota`], [`ReplicaError::NoSpace`]: nothing is changed. The worker's store failed.
     pub fn make_room(&self, vm: VmId, disks: &[(&str, u64)]) -> Result<(), ReplicaError> {
+        // Held until it is noted: two that begin at a time must not both be let in for the same room.
+        let mut expected = self.expected();
+        let counted = self.room_for(vm, disks, &expected)?;
+        expected.extend(counted.into_iter().map(|(disk, allocated)| ((vm, disk.to_owned()), allocated)));
+        Ok(())
+    }
+
+    /// Would [`Self::make_room`] let them in now? Nothing is noted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn has_room(&self, vm: VmId, disks: &[(&str, u64)]) -> Result<(), ReplicaError> {
+        self.room_for(vm, disks, &self.expected()).map(drop)
+    }
+
+    /// Those of the disks that count.
+    fn room_for<'a>(
+        &self,
+        vm: VmId,
+        disks: &[(&'a str, u64)],
+        expected: &Expected,
+    ) -> Result<Vec<(&'a str, u64)>, ReplicaError> {
         let mut files = vec![];
         for (disk, allocated_bytes) in disks {
             let path = match self.locate(vm, disk)? {
@@ -51,10 +73,8 @@ impl ReplicaStore {
             };
             files.push((*disk, path, *allocated_bytes));
         }
-        // Held until it is noted: two that begin at a time must not both be let in for the same room.
-        let mut expected = self.expected();
         let names: BTreeSet<&str> = files.iter().map(|(disk, ..)| *disk).collect();
-        let others = self.counted(&expected, |of, disk| of != vm || !names.contains(disk))?;
+        let others = self.counted(expected, |of, disk| of != vm || !names.contains(disk))?;
         let held_bytes: u64 = files.iter().map(|(_, path, _)| occupied(path)).sum();
         let needed_bytes: u64 =
             files.iter().map(|(_, path, allocated_bytes)| allocated_bytes.saturating_sub(occupied(path))).sum();
@@ -67,8 +87,7 @@ impl ReplicaStore {
             }
             self.must_be_free(files.first().map_or(&self.folder, |(_, path, _)| path), needed_bytes)?;
         }
-        expected.extend(files.into_iter().map(|(disk, _, allocated)| ((vm, disk.to_owned()), allocated)));
-        Ok(())
+        Ok(files.into_iter().map(|(disk, _, allocated)| (disk, allocated)).collect())
     }
 
     /// A VM's replicas are gone.
@@ -163,6 +182,9 @@ mod tests {
         replicas.make_room(one, &[("root", 7 * MIB)]).unwrap();
         assert_eq!(refused(replicas.make_room(other, &[("root", 4 * MIB)])), (4 * MIB, 7 * MIB));
         replicas.remove(one).unwrap();
+        // Who only looks takes nothing.
+        replicas.has_room(VmId::generate(), &[("root", 7 * MIB)]).unwrap();
+        assert_eq!(refused(replicas.has_room(one, &[("root", 8 * MIB)])), (8 * MIB, 3 * MIB));
         replicas.make_room(other, &[("root", 10 * MIB)]).unwrap();
     }
 
