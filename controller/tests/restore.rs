@@ -5,6 +5,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use pageport_controller::backup::{RestoreError, restore};
 use pageport_controller::config::LogLimits;
@@ -147,14 +148,18 @@ async fn of_two_restores_from_one_backup_only_one_ever_learns_who_owns_the_vms()
     lose_all(&mut cluster).await;
     let before = runs(&board);
     let [one, other] = [cluster.restore(&file).await.unwrap(), cluster.restore(&file).await.unwrap()];
+    let began = Instant::now();
     board.lock().unwrap().controllers.push(cluster.addresses()[one as usize - 1].clone());
     at(&cluster, one, "stays", "worker-a", VmState::Running).await;
+    let took = began.elapsed();
 
     // The other is found when the first one is not.
     board.lock().unwrap().controllers.push(cluster.addresses()[other as usize - 1].clone());
     cluster.stop(one).await;
     eventually("both workers to turn the other away", async || (board.lock().unwrap().turned_away >= 20).then_some(()))
         .await;
+    // For longer than the first one needed.
+    tokio::time::sleep(took * 3 / 2).await;
     let status = cluster.status(other).await.unwrap();
     assert_eq!((status.generation, status.vms_unknown), (1, 2));
     assert_eq!(status.awaited_workers, ["worker-a", "worker-b"]);

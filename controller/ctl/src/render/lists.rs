@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use pageport_proto::v1::{
     DeclareWorkerDeadResponse, DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse,
-    ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, Replica, Takeover, Vm, VmSpec,
+    ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, MigrationState, Replica, Takeover, Vm, VmSpec,
 };
 
 use super::table::Align::{Left, Right};
@@ -260,10 +260,19 @@ pub fn migrations(response: &ListMigrationsResponse, now_unix_ms: i64) -> String
             of_record(units::duration, |record| record.total_time_ms),
             of_record(units::duration, |record| record.downtime_ms),
             of_record(units::bytes, |record| record.wan_bytes),
-            migration.reason.clone(),
+            why(migration),
         ]);
     }
     table.render("no migrations")
+}
+
+/// Why it is as it is.
+fn why(migration: &Migration) -> String {
+    let is_held = migration.state() == MigrationState::Running && migration.terms.as_ref().is_some_and(|it| it.paused);
+    if is_held && migration.reason.is_empty() {
+        return format!("paused; it goes on with \"pageportctl migration resume {}\"", migration.id);
+    }
+    migration.reason.clone()
 }
 
 /// One line after a command about a migration.
