@@ -84,7 +84,7 @@ impl Api {
         let asked = self.hub.questions.ask(owner.clone(), Question::Preflight(question));
         let asked = asked.ok_or(ApiError::TooManyQuestions)?;
         match self.answer(&owner, ANSWER_WITHIN, |report| asked.preflight(report)).await {
-            Ok(answer) => Ok(answer.findings.into_iter().map(clipped).collect()),
+            Ok(answer) => Ok(answer.findings.iter().map(|finding| clipped(finding, MAX_WORDS_CHARS)).collect()),
             Err(ApiError::NoAnswer { .. }) => {
                 let why = format!("worker \"{owner}\" has not answered within {} s", ANSWER_WITHIN.as_secs());
                 let fix = "if pageport-worker there is of an older version, upgrade it; else look at its log";
@@ -176,7 +176,8 @@ fn addresses(state: &State, id: VmId, vm: &Vm) -> Finding {
     }
 }
 
-fn clipped(finding: Finding) -> Finding {
-    let Finding { seen, fix, .. } = &finding;
-    Finding { seen: clip(seen, MAX_WORDS_CHARS), fix: clip(fix, MAX_WORDS_CHARS), ..finding }
+/// A worker's finding, with the beginning of what it says.
+pub fn clipped(finding: &Finding, max_chars: usize) -> Finding {
+    let Finding { check, severity, seen, fix } = finding;
+    Finding { check: *check, severity: *severity, seen: clip(seen, max_chars), fix: clip(fix, max_chars) }
 }

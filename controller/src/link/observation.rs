@@ -158,6 +158,7 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
         && report.vms.iter().all(|vm| vm.recovery_points.len() <= MAX_POINTS)
         && report.quotes.len().max(report.preflights.len()) <= questions::MAX_OPEN
         && report.preflights.iter().all(|preflight| preflight.findings.len() <= MAX_FINDINGS)
+        && report.migrations.iter().flat_map(|it| &it.record).all(|record| record.warnings.len() <= MAX_FINDINGS)
         && report.point_exports.len() <= MAX_EXPORTS
         && report.point_exports.iter().all(|export| export.disks.len() <= MAX_EXPORTED_DISKS)
 }

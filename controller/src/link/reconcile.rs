@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::assignment::concerns;
 use super::observation::{Observations, Observed, record_of};
 use crate::api::clip;
+use crate::api::preflight::clipped;
 use crate::model::command::Halt;
 use crate::model::migration::{Phase, Record};
 use crate::model::recovery::Recovering;
@@ -227,7 +228,9 @@ fn moves(migration: &Migration, observations: &Observations, now: Now) -> Vec<Or
         if let Some(record) = &report.record
             && migration.record.is_none()
         {
-            orders.push(Order::MigrationRecord { id, record: Record(Box::new(record.clone())) });
+            let warnings = record.warnings.iter().map(|warning| clipped(warning, MAX_REASON_CHARS)).collect();
+            let record = v1::MigrationRecord { warnings, ..record.clone() };
+            orders.push(Order::MigrationRecord { id, record: Record(Box::new(record)) });
         }
         if !report.failure.is_empty() && migration.wants_reason() {
             orders.push(Order::MigrationFailing { id, reason: shorten(&report.failure) });

@@ -27,7 +27,7 @@ use crate::hypervisor::accel::refuse_live_move;
 /// A certificate that ends within this, in seconds, is to be renewed: a week.
 pub const SOON_S: i64 = 7 * DAY_S;
 /// Wall clocks may differ by so much, in milliseconds. Leases and the downtime are told by monotonic clocks; recovery points, windows and records by these.
-pub const MAX_SKEW_MS: u64 = 1000;
+pub const MAX_SKEW_MS: i64 = 1000;
 const DAY_S: i64 = 24 * 3600;
 /// Features that a finding names; the rest is counted.
 const NAMED_FEATURES: usize = 5;
@@ -47,7 +47,9 @@ pub struct Facts<'a> {
     pub destination: &'a Destination,
     /// By the source's wall clock, when it asked, in milliseconds since 1970.
     pub asked_unix_ms: i64,
-    /// Of the question.
+    /// By the same clock, when it had the answer.
+    pub answered_unix_ms: i64,
+    /// Of the link.
     pub round_trip: Duration,
 }
 
@@ -115,19 +117,16 @@ pub(super) fn certificates(ends: &[(&str, Option<i64>)], now_unix_s: i64) -> Fin
     }
 }
 
+/// It was asked after the one moment of the source's clock, and had answered before the other: what lies between is no difference.
 fn clocks(facts: &Facts<'_>) -> Finding {
-    let Facts { from, to, destination, asked_unix_ms, round_trip, .. } = *facts;
-    // It was asked between now and a round trip later.
-    let way_ms = (round_trip.as_millis() / 2) as i64;
-    let ahead_ms = destination.now_unix_ms.saturating_sub(asked_unix_ms).saturating_sub(way_ms);
-    let apart_ms = ahead_ms.unsigned_abs();
-    if apart_ms.saturating_sub(way_ms.unsigned_abs()) <= MAX_SKEW_MS {
-        return Finding::ok(
-            Check::Clocks,
-            format!("the wall clocks of {from} and {to} agree within {} ms", apart_ms.max(1)),
-        );
+    let Facts { from, to, destination, asked_unix_ms, answered_unix_ms, .. } = *facts;
+    let ahead_ms = destination.now_unix_ms.saturating_sub(answered_unix_ms);
+    let behind_ms = asked_unix_ms.saturating_sub(destination.now_unix_ms);
+    let (apart_ms, direction) = if ahead_ms > behind_ms { (ahead_ms, "ahead of") } else { (behind_ms, "behind") };
+    if apart_ms <= MAX_SKEW_MS {
+        let within_ms = answered_unix_ms.saturating_sub(asked_unix_ms).saturating_add(apart_ms.max(0));
+        return Finding::ok(Check::Clocks, format!("the wall clocks of {from} and {to} agree within {within_ms} ms"));
     }
-    let direction = if ahead_ms > 0 { "ahead of" } else { "behind" };
     Finding::warns(
         Check::Clocks,
         format!("the wall clock of {to} is {:.1} s {direction} that of {from}", apart_ms as f64 / 1000.0),

@@ -108,6 +108,7 @@ async fn with(node: &Node, way: Way<'_>, connection: &PeerConnection) -> Vec<Fin
     let wanted = HostWanted { machine: machine(spec).to_owned(), cpu: spec.cpu.clone() };
     let asked_unix_ms = unix_ms_now();
     let (source, destination) = tokio::join!(facts::of(node, &wanted), ask(node, way, wanted.clone(), connection));
+    let answered_unix_ms = unix_ms_now();
     let spec = VmSpec { machine: wanted.machine, ..spec.clone() };
     let source = Host::try_from(source).map_err(LookError::from);
     match source.and_then(|source| Ok((source, destination?))) {
@@ -121,6 +122,7 @@ async fn with(node: &Node, way: Way<'_>, connection: &PeerConnection) -> Vec<Fin
                 source: &source,
                 destination: &Destination { host, ..destination },
                 asked_unix_ms,
+                answered_unix_ms,
                 round_trip: connection.round_trip(),
             })
         }

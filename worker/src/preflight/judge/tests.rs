@@ -12,7 +12,7 @@ struct Ends {
     spec: VmSpec,
     source: Host,
     destination: Destination,
-    round_trip: Duration,
+    answered_within_ms: i64,
 }
 
 fn names(features: &[&str]) -> BTreeSet<String> {
@@ -50,7 +50,7 @@ impl Ends {
         };
         let spec =
             VmSpec { machine: "pc-q35-10.0".into(), cpu: "EPYC".into(), memory_bytes: 1 << 30, ..VmSpec::default() };
-        Self { spec, source: host, destination, round_trip: Duration::from_millis(50) }
+        Self { spec, source: host, destination, answered_within_ms: 50 }
     }
 
     fn found(&self) -> Vec<Finding> {
@@ -61,7 +61,8 @@ impl Ends {
             source: &self.source,
             destination: &self.destination,
             asked_unix_ms: NOW_S * 1000,
-            round_trip: self.round_trip,
+            answered_unix_ms: NOW_S * 1000 + self.answered_within_ms,
+            round_trip: Duration::from_millis(50),
         })
     }
 
@@ -108,8 +109,10 @@ fn each_misfit_is_one_finding_that_names_it_and_its_fix() {
         (Check::Clocks, Warning, "worker-b is 3.0 s ahead of", |it| it.destination.now_unix_ms += 3000),
         (Check::Clocks, Warning, "worker-b is 3.0 s behind", |it| it.destination.now_unix_ms -= 3000),
         (Check::Clocks, Ok, "agree within", |it| it.destination.now_unix_ms += 1000),
-        // What the way may have taken is no difference.
-        (Check::Clocks, Ok, "agree within", |it| it.round_trip = Duration::from_secs(3)),
+        // What the answer may have taken is no difference.
+        (Check::Clocks, Ok, "agree within 5000 ms", |it| {
+            (it.answered_within_ms, it.destination.now_unix_ms) = (5000, NOW_S * 1000 + 4000);
+        }),
         (Check::Clocks, Warning, "behind", |it| it.destination.now_unix_ms = i64::MIN),
         (Check::Qemu, Warning, "older on worker-b, 9.2.5", |it| it.destination.host.qemu = version(9, 2, 5)),
         (Check::Qemu, Ok, "10.1.0 on worker-b", |it| it.destination.host.qemu = version(10, 1, 0)),
