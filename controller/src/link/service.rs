@@ -22,6 +22,7 @@ use super::answers;
 use super::assignment::{Say, Telling};
 use super::leases::Leases;
 use super::observation::{Hub, Observed, is_bounded};
+use super::stakes::Stakes;
 use crate::api::unix_ms;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::State;
@@ -40,12 +41,14 @@ pub struct WorkerLink {
     consensus: Consensus,
     hub: Hub,
     leases: Arc<Leases>,
+    stakes: Arc<Stakes>,
 }
 
 impl WorkerLink {
-    /// Reports go to this hub, leases come from this book.
+    /// Reports go to this hub, leases come from this book. Must be called on a runtime.
     pub fn new(consensus: Consensus, hub: Hub, leases: Arc<Leases>) -> Self {
-        Self { consensus, hub, leases }
+        let stakes = Stakes::follow(consensus.watch_state());
+        Self { consensus, hub, leases, stakes }
     }
 
     fn not_leader(&self) -> Status {
@@ -157,7 +160,7 @@ impl Session {
         peer::require(caller, &worker_name(worker.as_str()))?;
         tracing::info!(%worker, %site, "worker connected");
         self.take(worker, first).await?;
-        let mut state = self.link.consensus.watch_state();
+        let bell = self.link.stakes.bell(worker);
         let mut status = self.link.consensus.watch_status();
         let mut asked = self.link.hub.questions.watch();
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -170,10 +173,7 @@ impl Session {
                     last_report = Instant::now();
                     self.take(worker, report).await?;
                 }
-                changed = state.changed() => {
-                    changed.map_err(|_| stopping())?;
-                    self.send(worker, Say::News)?;
-                }
+                () = bell.notified() => self.send(worker, Say::News)?,
                 changed = asked.changed() => {
                     changed.map_err(|_| stopping())?;
                     self.send(worker, Say::News)?;
@@ -216,7 +216,8 @@ impl Session {
         let controllers = membership.members().map(|(member, _)| member.address.clone()).collect();
         self.telling.controllers_are(controllers);
         let quotes = self.link.hub.questions.of(worker);
-        let next = self.telling.next(&self.link.consensus.applied(), quotes, worker, term, say);
+        let wanted = v1::WorkerAssignment { quotes, ..self.link.stakes.assignment(worker) };
+        let next = self.telling.next(wanted, term, say);
         let Some(next) = next else { return Ok(()) };
         match self.assignments.try_send(Ok(next.clone())) {
             Ok(()) => self.telling.sent(next),
