@@ -6,6 +6,7 @@
 #   fix     formats and applies the lints' suggestions
 #   bench   measures; figures go to target/bench
 #   bench-replication  only replication, next to qemu-img convert and QEMU's own mirror and backup
+#   bench-controller  only three controllers with a large simulated fleet
 #   faults  strikes a move with every fault at every point, on real processes, and simulates 100,000 schedules; goes on where it
 #           was interrupted
 #   faults-replication  strikes standing replication with every fault at seeded moments, on real processes; goes on where it was interrupted
@@ -15,7 +16,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench bench-replication faults faults-replication simulate setup ui build guest lint ui-verify ui-test rust-test
+.PHONY: help demo test verify fix bench bench-replication bench-controller faults faults-replication simulate setup ui build guest lint ui-verify ui-test rust-test
 
 UI := web-ui
 UI_SOURCES := $(shell find $(UI)/src $(UI)/public $(UI)/index.html $(UI)/vite.config.ts $(UI)/svelte.config.js -type f 2>/dev/null)
@@ -84,6 +85,10 @@ bench: guest
 # BENCH='--rate 1000000000' measures something else; see target/debug/pageport-lab bench-replication --help.
 bench-replication: guest
 	@$(LAB) bench-replication $(BENCH)
+
+# BENCH='--fleet 30/300' measures something else; see target/debug/pageport-lab bench-controller --help.
+bench-controller: build
+	@$(LAB) bench-controller $(BENCH)
 
 # FAULTS='--only memory' runs a part; see target/debug/pageport-lab faults --help.
 faults: guest simulate

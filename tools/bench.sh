@@ -9,3 +9,5 @@ DEMO_EXIT=1 target/debug/pageport-lab demo
 cp target/lab/demo.json target/bench/migration.json
 echo "bench: replication, next to qemu-img convert and QEMU's own mirror and backup"
 target/debug/pageport-lab bench-replication
+echo "bench: three controllers with a large simulated fleet"
+target/debug/pageport-lab bench-controller --again

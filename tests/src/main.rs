@@ -16,10 +16,12 @@ use pageport_lab::wan::emulator::Emulator;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use controller_command::ControllerCommand;
 use faults_command::FaultsCommand;
 use replication_command::ReplicationCommand;
 use replication_faults_command::ReplicationFaultsCommand;
 
+mod controller_command;
 mod faults_command;
 mod replication_command;
 
@@ -56,6 +58,7 @@ enum Cmd {
     },
     Faults(FaultsCommand),
     BenchReplication(ReplicationCommand),
+    BenchController(ControllerCommand),
     FaultsReplication(ReplicationFaultsCommand),
     /// Move a guest over the WAN and compare with QEMU's own ways.
     Demo {
@@ -102,6 +105,7 @@ async fn main() -> anyhow::Result<()> {
         }
         Cmd::Faults(command) => return command.run().await,
         Cmd::BenchReplication(command) => return command.run().await,
+        Cmd::BenchController(command) => return command.run().await,
         Cmd::FaultsReplication(command) => return command.run().await,
         Cmd::Demo { small, free_page_hints, loopback } => {
             let config = DemoConfig::from_environment(small, hints(free_page_hints), mode(loopback));

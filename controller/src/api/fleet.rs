@@ -26,7 +26,16 @@ pub(super) fn vm_of(moment: &Moment, id: VmId) -> Option<v1::Vm> {
 impl Api {
     async fn set_power(&self, request: &str, vm: &str, power: Power) -> Result<Option<v1::Vm>, ApiError> {
         let request = request_id(request)?;
-        let moment = self.read().await?;
+        self.decide(|moment| self.set_power_at(moment, request, vm, power)).await
+    }
+
+    async fn set_power_at(
+        &self,
+        moment: Moment,
+        request: RequestId,
+        vm: &str,
+        power: Power,
+    ) -> Result<Option<v1::Vm>, ApiError> {
         let (id, vm) = moment.vm(vm)?;
         let order = ClientOrder::SetPower { vm: id, power };
         let owner = vm.ownership.owner().0;
@@ -43,8 +52,17 @@ impl Api {
         let id = request_id(&request.request_id)?;
         let spec = request.spec.ok_or(ApiError::Missing { field: "spec", fix: "give the vm's definition" })?;
         let spec = Box::new(Spec::try_from(spec)?);
-        let moment = self.read().await?;
-        let site = moment.site(&request.site)?;
+        self.decide(|moment| self.define_at(moment, id, &request.site, spec.clone())).await
+    }
+
+    async fn define_at(
+        &self,
+        moment: Moment,
+        id: RequestId,
+        site: &str,
+        spec: Box<Spec>,
+    ) -> Result<Option<v1::Vm>, ApiError> {
+        let site = moment.site(site)?;
         let worker = moment.worker_at(&site, spec.on_isolation)?;
         let order = ClientOrder::DefineVm { id: VmId::generate(), spec: spec.clone(), worker: worker.clone() };
         if self.rehearse(&moment, id, &order)? == Rehearsal::New {

@@ -47,6 +47,7 @@ use tokio::time::Instant;
 
 use crate::consensus::Consensus;
 use crate::fence::Desk;
+use crate::link::assignment::parties;
 use crate::link::fleet::decisions;
 use crate::link::observation::{Hub, Observations, record_of};
 use crate::model::command::ClientOrder;
@@ -141,17 +142,22 @@ impl Moment {
         })
     }
 
-    /// The connected worker of a site that owns the fewest VMs; for a VM that fences itself a guarded one, if there is one.
+    /// The connected worker of a site that has the fewest VMs, its own and replicas of others; for a VM that fences itself a guarded one,
+    /// if there is one.
     ///
     /// # Errors
     /// [`ApiError::NoWorker`].
     pub fn worker_at(&self, site: &SiteName, policy: Policy) -> Result<WorkerName, ApiError> {
         let unfit = |name: &WorkerName| policy == Policy::SelfFence && !self.observations.guarded(name, self.now);
         let connected = |name: &WorkerName| self.observations.connected(name, self.now).is_some();
-        let owned = |name: &WorkerName| self.state.vms.values().filter(|vm| vm.ownership.owner().0 == name).count();
         let here = self.state.workers.iter().filter(|(_, worker)| worker.site == *site).map(|(name, _)| name);
-        let best = here.filter(|name| connected(name)).min_by_key(|name| (unfit(name), owned(name)));
-        best.cloned().ok_or_else(|| ApiError::NoWorker { site: site.clone() })
+        let mut counts: BTreeMap<&WorkerName, usize> =
+            here.filter(|name| connected(name)).map(|name| (name, 0)).collect();
+        for worker in self.state.vms.values().flat_map(parties) {
+            counts.entry(worker).and_modify(|count| *count += 1);
+        }
+        let best = counts.into_iter().min_by_key(|(name, count)| (unfit(name), *count));
+        best.map(|(name, _)| name.clone()).ok_or_else(|| ApiError::NoWorker { site: site.clone() })
     }
 
     /// Refuses to bring a VM that fences itself to a worker where a keeper that is stopped would let it outlive its lease. One
@@ -235,6 +241,26 @@ impl Api {
     pub async fn read(&self) -> Result<Moment, ApiError> {
         let state = self.consensus.read().await?;
         Ok(Moment::new(state, self.hub.now()))
+    }
+
+    /// Gives an order that is decided on what is applied here, which saves the quorum round of [`Api::read`]: a command commits only if this
+    /// node leads, and is looked at again when it is applied. A leader that was replaced does not know it at once, so what is refused is
+    /// decided once more after a quorum round.
+    ///
+    /// # Errors
+    /// What `give` says then.
+    pub async fn decide<T, F>(&self, give: impl Fn(Moment) -> F) -> Result<T, ApiError>
+    where
+        F: Future<Output = Result<T, ApiError>>,
+    {
+        if self.consensus.status().serving {
+            match give(self.glance()).await {
+                Ok(done) => return Ok(done),
+                Err(ApiError::Consensus(error)) => return Err(error.into()),
+                Err(_refused) => {}
+            }
+        }
+        give(self.read().await?).await
     }
 
     /// State as applied here, and observations.

@@ -2,13 +2,13 @@
 
 use pageport_proto::v1;
 use pageport_proto::v1::replication_service_server::ReplicationService;
-use pageport_proto::{SiteName, VmId};
+use pageport_proto::{RequestId, SiteName, VmId};
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
-use crate::model::protection::{valid_cap, valid_places};
+use crate::model::protection::{Places, valid_cap, valid_places};
 use crate::model::state::Replica;
 use crate::model::{Rejection, State, Terms};
 
@@ -17,7 +17,15 @@ type Reply<T> = Result<Response<T>, Status>;
 impl Api {
     async fn seed(&self, request: v1::SeedReplicaRequest) -> Result<Option<v1::Replica>, ApiError> {
         let id = request_id(&request.request_id)?;
-        let moment = self.read().await?;
+        self.decide(|moment| self.seed_at(moment, id, &request)).await
+    }
+
+    async fn seed_at(
+        &self,
+        moment: Moment,
+        id: RequestId,
+        request: &v1::SeedReplicaRequest,
+    ) -> Result<Option<v1::Replica>, ApiError> {
         let (vm_id, vm) = moment.vm(&request.vm)?;
         let site = moment.site(&request.to_site)?;
         let worker = match vm.replicas.get(&site) {
@@ -39,9 +47,20 @@ impl Api {
         let id = request_id(&request.request_id)?;
         let terms = Terms::try_from(request.protection.unwrap_or_default())?;
         let places = valid_places(request.places)?;
-        let moment = self.read().await?;
-        let (vm_id, vm) = moment.vm(&request.vm)?;
-        let site = moment.site(&request.to_site)?;
+        let (vm, site) = (request.vm.as_str(), request.to_site.as_str());
+        self.decide(|moment| self.protect_at(moment, id, vm, site, (terms, places.clone()))).await
+    }
+
+    async fn protect_at(
+        &self,
+        moment: Moment,
+        id: RequestId,
+        vm: &str,
+        site: &str,
+        (terms, places): (Terms, Places),
+    ) -> Result<Option<v1::Replica>, ApiError> {
+        let (vm_id, vm) = moment.vm(vm)?;
+        let site = moment.site(site)?;
         let worker = match vm.replicas.get(&site) {
             Some(replica) => replica.worker.clone(),
             // Where the VM itself is nobody has to be connected: it is refused for another reason.

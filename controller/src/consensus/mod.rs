@@ -172,6 +172,17 @@ pub enum Delivered {
     No,
 }
 
+/// What a proposer is answered.
+type Answered = Result<Outcome, ConsensusError>;
+
+/// What became of a command whose answer was waited for.
+fn outcome_of(waited: Result<Result<Answered, oneshot::error::RecvError>, tokio::time::error::Elapsed>) -> Answered {
+    match waited {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(_)) | Err(_) => Err(ConsensusError::Unknown),
+    }
+}
+
 /// The way to the core, for everyone else.
 #[derive(Debug, Clone)]
 pub struct Consensus {
@@ -199,17 +210,42 @@ impl Consensus {
         self.propose_when(command, Some(term)).await
     }
 
+    /// Commits and applies commands in this order, without waiting for one before the next is on its way: as many as come
+    /// together cost one round. Each gets an outcome of its own, and one that fails holds none of the others up.
+    pub async fn propose_all(&self, commands: &[Command]) -> Vec<Result<Outcome, ConsensusError>> {
+        let mut waiting = Vec::with_capacity(commands.len());
+        for command in commands {
+            waiting.push(self.submit(command, None).await);
+        }
+        let deadline = tokio::time::Instant::now() + PROPOSE_WITHIN;
+        let mut outcomes = Vec::with_capacity(waiting.len());
+        for submitted in waiting {
+            outcomes.push(match submitted {
+                Ok(answered) => outcome_of(tokio::time::timeout_at(deadline, answered).await),
+                Err(error) => Err(error),
+            });
+        }
+        outcomes
+    }
+
     async fn propose_when(&self, command: &Command, term: Option<u64>) -> Result<Outcome, ConsensusError> {
+        let answered = self.submit(command, term).await?;
+        outcome_of(tokio::time::timeout(PROPOSE_WITHIN, answered).await)
+    }
+
+    /// Hands a command in; its outcome comes later, if at all.
+    async fn submit(
+        &self,
+        command: &Command,
+        term: Option<u64>,
+    ) -> Result<oneshot::Receiver<Answered>, ConsensusError> {
         let command = serde_json::to_vec(command).map_err(ConsensusError::Encode)?;
         if command.len() > MAX_COMMAND_BYTES {
             return Err(ConsensusError::TooLarge { bytes: command.len() });
         }
         let (answer, answered) = oneshot::channel();
         self.put(Input::Propose { command, term, answer }).await?;
-        match tokio::time::timeout(PROPOSE_WITHIN, answered).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) | Err(_) => Err(ConsensusError::Unknown),
-        }
+        Ok(answered)
     }
 
     /// The state, after a quorum round: it holds every command that was answered before this call.

@@ -6,7 +6,6 @@
 //! A worker is told of a VM while it owns it, holds (or should remove) a copy of it, or takes part in a move of it; of
 //! a deleted VM until nothing is left of it; of an ended move until it has reported that it is done with it.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pageport_ownership::Ownership;
@@ -14,7 +13,6 @@ use pageport_proto::v1::{self, vm_assignment};
 use pageport_proto::{SiteName, VmId, WorkerName};
 
 use super::budget;
-use super::questions::Asks;
 use crate::model::migration::{Cancel, Phase};
 use crate::model::protection::told_places;
 use crate::model::state::{Life, Power, Replica, ReplicaPhase, Vm};
@@ -22,22 +20,34 @@ use crate::model::{Migration, State};
 
 /// What this worker should do. `seq` and `term` are left for the sender.
 pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
-    let mine = state.vms.iter().filter(|(_, vm)| concerns(vm, worker));
+    let mine = state.vms.iter().filter(|(_, vm)| concerns(vm, worker)).map(|(id, vm)| (*id, vm));
+    let cap_bps = |to: &SiteName| state.site_of(worker).map(|from| budget::replication_bps(state, from, to));
+    assignment_of(state, worker, mine, state.migrations.values(), |to| cap_bps(to).unwrap_or_default())
+}
+
+/// As [`assignment`], of the VMs that the worker has to do with and of moves among which its own are. `cap_bps`: what its
+/// replication and seeds may send to a site, in bits per second; 0: no cap.
+pub fn assignment_of<'a>(
+    state: &State,
+    worker: &WorkerName,
+    vms: impl Iterator<Item = (VmId, &'a Vm)>,
+    migrations: impl Iterator<Item = &'a Migration>,
+    cap_bps: impl Fn(&SiteName) -> u64,
+) -> v1::WorkerAssignment {
     let mut out = v1::WorkerAssignment {
-        migrations: state.migrations.values().filter_map(|migration| migration_for(state, migration, worker)).collect(),
+        migrations: migrations.filter_map(|migration| migration_for(state, migration, worker)).collect(),
         generation: state.generation.0.into(),
         restoration_id: state.restoration_id(),
         ..v1::WorkerAssignment::default()
     };
-    let caps = caps(state, worker);
-    for (id, vm) in mine {
-        out.vms.push(vm_for(*id, vm));
+    for (id, vm) in vms {
+        out.vms.push(vm_for(id, vm));
         if vm.life == Life::Deleted {
             continue;
         }
         if vm.ownership.owner().0 == worker {
-            out.seeds.extend(seeds_for(state, *id, vm, &caps));
-            out.replications.extend(replications_for(state, *id, vm, &caps));
+            out.seeds.extend(seeds_for(state, id, vm, &cap_bps));
+            out.replications.extend(replications_for(state, id, vm, &cap_bps));
         }
         if vm.removals.values().any(|holder| holder == worker) {
             out.replica_removals.push(v1::ReplicaRemoval { vm_id: id.to_string() });
@@ -48,13 +58,17 @@ pub fn assignment(state: &State, worker: &WorkerName) -> v1::WorkerAssignment {
 
 /// Does this worker have to do with the VM?
 pub fn concerns(vm: &Vm, worker: &WorkerName) -> bool {
-    let moves_here = match &vm.ownership {
-        Ownership::Owned { owner, .. } => owner == worker,
-        Ownership::Migrating { from, to, .. } => from == worker || to == worker,
+    parties(vm).any(|party| party == worker)
+}
+
+/// The workers that have to do with the VM; one may be named more than once.
+pub fn parties(vm: &Vm) -> impl Iterator<Item = &WorkerName> {
+    let (first, second) = match &vm.ownership {
+        Ownership::Owned { owner, .. } => (owner, None),
+        Ownership::Migrating { from, to, .. } => (from, Some(to)),
     };
-    moves_here
-        || vm.replicas.values().any(|replica| replica.worker == *worker)
-        || vm.removals.values().any(|holder| holder == worker)
+    let holders = vm.replicas.values().map(|replica| &replica.worker);
+    std::iter::once(first).chain(second).chain(holders).chain(vm.removals.values())
 }
 
 fn vm_for(id: VmId, vm: &Vm) -> v1::VmAssignment {
@@ -111,7 +125,7 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
     })
 }
 
-fn seeds_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::SeedAssignment> {
+fn seeds_for(state: &State, id: VmId, vm: &Vm, cap_bps: &impl Fn(&SiteName) -> u64) -> Vec<v1::SeedAssignment> {
     // A replica that is kept up to date gets its first copy that way, too.
     let wanted = |replica: &Replica| replica.phase == ReplicaPhase::Seeding && replica.protection.is_none();
     let seeding = vm.replicas.iter().filter(|(_, replica)| wanted(replica));
@@ -124,14 +138,19 @@ fn seeds_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::SeedAssig
                 peer_worker: replica.worker.to_string(),
                 peer_address: peer.peer_address.clone(),
                 seed_seq: replica.seed_seq,
-                cap_bps: caps.get(site).copied().unwrap_or_default(),
+                cap_bps: cap_bps(site),
             })
         })
         .collect()
 }
 
 /// Every protected replica, whatever its phase: the owner says how far it is, also while the VM moves.
-fn replications_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::ReplicationAssignment> {
+fn replications_for(
+    state: &State,
+    id: VmId,
+    vm: &Vm,
+    cap_bps: &impl Fn(&SiteName) -> u64,
+) -> Vec<v1::ReplicationAssignment> {
     let replications = vm.replicas.iter().filter_map(|(site, replica)| {
         let protection = replica.protection?;
         let peer = state.workers.get(&replica.worker)?;
@@ -142,21 +161,12 @@ fn replications_for(state: &State, id: VmId, vm: &Vm, caps: &Caps) -> Vec<v1::Re
             peer_address: peer.peer_address.clone(),
             protect_seq: protection.seq,
             protection: Some(protection.terms.into()),
-            cap_bps: caps.get(site).copied().unwrap_or_default(),
+            cap_bps: cap_bps(site),
             scrub_seq: protection.scrub_seq,
             places: told_places(vm.places.get(site)),
         })
     });
     replications.collect()
-}
-
-/// What a worker's replication and seeds may send to each site, in bits per second; 0: no cap.
-type Caps = BTreeMap<SiteName, u64>;
-
-fn caps(state: &State, worker: &WorkerName) -> Caps {
-    let Some(from) = state.site_of(worker) else { return Caps::new() };
-    let others = state.sites().into_iter().filter(|to| to != from);
-    others.map(|to| (to.clone(), budget::replication_bps(state, from, &to))).collect()
 }
 
 /// Is there something to say?
@@ -187,17 +197,8 @@ impl Telling {
         self.controllers = addresses;
     }
 
-    /// What to send now, if anything: what the state calls for, and what the worker is asked beside it.
-    pub fn next(
-        &mut self,
-        state: &State,
-        asks: Asks,
-        worker: &WorkerName,
-        term: u64,
-        say: Say,
-    ) -> Option<v1::WorkerAssignment> {
-        let Asks { quotes, preflights } = asks;
-        let mut next = v1::WorkerAssignment { quotes, preflights, ..assignment(state, worker) };
+    /// What to send now, if anything, of what the worker should do.
+    pub fn next(&mut self, mut next: v1::WorkerAssignment, term: u64, say: Say) -> Option<v1::WorkerAssignment> {
         next.controllers.clone_from(&self.controllers);
         let before = self.last.as_deref();
         next.term = before.map_or(0, |last| last.term);

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`observation`] | what each worker last said; the hub that keeps it, in the leader's memory only |
 //! | [`assignment`] | what each worker should do: a pure function of the state |
+//! | [`stakes`] | the same for a large fleet: what each worker has to do with, and whom a change concerns |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
 //! | [`questions`] | what workers are asked for somebody who waits for the answer |
 //! | [`fleet`], [`drain`], [`scheduling`] | the scheduler's view, and which commands its decisions call for: pure |
@@ -33,3 +34,4 @@ pub mod questions;
 pub mod reconcile;
 pub mod scheduling;
 pub mod service;
+pub mod stakes;

@@ -32,6 +32,8 @@ pub const MAX_FINDINGS: usize = 64;
 /// Disks of one of them.
 pub const MAX_EXPORTED_DISKS: usize = 64;
 const QUEUE: usize = 256;
+/// Observations are published this far apart: each time may cost a copy of all of them.
+const MIN_GAP: Duration = Duration::from_millis(2);
 
 /// One worker's last words.
 #[derive(Debug, Clone)]
@@ -195,8 +197,13 @@ pub fn hub() -> Hub {
     let (reports, mut inbox) = mpsc::channel::<(WorkerName, Observed)>(QUEUE);
     let (published, observations) = watch::channel(Arc::new(Observations::default()));
     tokio::spawn(async move {
-        while let Some((worker, observed)) = inbox.recv().await {
-            published.send_modify(|observations| Arc::make_mut(observations).put(worker, observed));
+        let mut said = Vec::with_capacity(QUEUE);
+        while inbox.recv_many(&mut said, QUEUE).await > 0 {
+            published.send_modify(|observations| {
+                let observations = Arc::make_mut(observations);
+                said.drain(..).for_each(|(worker, observed)| observations.put(worker, observed));
+            });
+            tokio::time::sleep(MIN_GAP).await;
         }
     });
     Hub { questions: Questions::default(), reports, observations }

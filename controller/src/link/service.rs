@@ -22,6 +22,8 @@ use super::answers;
 use super::assignment::{Say, Telling};
 use super::leases::Leases;
 use super::observation::{Hub, Observed, is_bounded};
+use super::questions::Asks;
+use super::stakes::Stakes;
 use crate::api::unix_ms;
 use crate::consensus::{Consensus, ConsensusError};
 use crate::model::State;
@@ -40,12 +42,14 @@ pub struct WorkerLink {
     consensus: Consensus,
     hub: Hub,
     leases: Arc<Leases>,
+    stakes: Arc<Stakes>,
 }
 
 impl WorkerLink {
-    /// Reports go to this hub, leases come from this book.
+    /// Reports go to this hub, leases come from this book. Must be called on a runtime.
     pub fn new(consensus: Consensus, hub: Hub, leases: Arc<Leases>) -> Self {
-        Self { consensus, hub, leases }
+        let stakes = Stakes::follow(consensus.watch_state());
+        Self { consensus, hub, leases, stakes }
     }
 
     fn not_leader(&self) -> Status {
@@ -157,7 +161,7 @@ impl Session {
         peer::require(caller, &worker_name(worker.as_str()))?;
         tracing::info!(%worker, %site, "worker connected");
         self.take(worker, first).await?;
-        let mut state = self.link.consensus.watch_state();
+        let bell = self.link.stakes.bell(worker);
         let mut status = self.link.consensus.watch_status();
         let mut asked = self.link.hub.questions.watch();
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -170,10 +174,7 @@ impl Session {
                     last_report = Instant::now();
                     self.take(worker, report).await?;
                 }
-                changed = state.changed() => {
-                    changed.map_err(|_| stopping())?;
-                    self.send(worker, Say::News)?;
-                }
+                () = bell.notified() => self.send(worker, Say::News)?,
                 changed = asked.changed() => {
                     changed.map_err(|_| stopping())?;
                     self.send(worker, Say::News)?;
@@ -215,8 +216,9 @@ impl Session {
         let membership = self.link.consensus.membership();
         let controllers = membership.members().map(|(member, _)| member.address.clone()).collect();
         self.telling.controllers_are(controllers);
-        let asks = self.link.hub.questions.of(worker);
-        let next = self.telling.next(&self.link.consensus.applied(), asks, worker, term, say);
+        let Asks { quotes, preflights } = self.link.hub.questions.of(worker);
+        let wanted = v1::WorkerAssignment { quotes, preflights, ..self.link.stakes.assignment(worker) };
+        let next = self.telling.next(wanted, term, say);
         let Some(next) = next else { return Ok(()) };
         match self.assignments.try_send(Ok(next.clone())) {
             Ok(()) => self.telling.sent(next),

@@ -12,6 +12,7 @@
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
 //! | [`schedule`], [`queue`] | what the scheduler is told, and the moves that wait for it |
 //! | [`recovery`] | who owns what after a restore from a backup |
+//! | [`shelf`] | maps whose copies share what has not changed |
 //! | [`protection`] | replicas that are kept up to date, and the caps of links |
 //! | [`apply`] | the one function that changes it |
 //!
@@ -27,6 +28,7 @@ pub mod queue;
 pub mod recovery;
 pub mod rejection;
 pub mod schedule;
+pub mod shelf;
 pub mod spec;
 pub mod state;
 pub mod takeover;

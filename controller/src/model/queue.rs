@@ -226,8 +226,8 @@ pub(super) fn undrain(state: &mut State, spot: &Spot, now: i64) -> Outcome {
         return Err(Rejection::NotDrained { spot: spot.clone() });
     }
     let still_drained = |from: &Place| state.schedule.is_drained(&from.worker, &from.site);
-    let orphaned = |it: &&mut Migration| it.phase == Phase::Queued && it.terms.drains && !still_drained(&it.from);
-    for migration in state.migrations.values_mut().filter(orphaned) {
+    let orphaned = |it: &Migration| it.phase == Phase::Queued && it.terms.drains && !still_drained(&it.from);
+    for migration in state.migrations.select_mut(orphaned) {
         migration.leave_queue(Phase::Cancelled { at_unix_ms: now });
     }
     state.schedule.seq += 1;

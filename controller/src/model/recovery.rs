@@ -102,7 +102,7 @@ impl State {
         self.protect_seq += SKIPPED_NUMBERS;
         self.declared_dead.clear();
         self.migrations.retain(|_, migration| migration.is_over());
-        for migration in self.migrations.values_mut() {
+        for migration in self.migrations.select_mut(|_| true) {
             (migration.source_ended, migration.destination_ended) = (true, true);
         }
         self

@@ -13,6 +13,7 @@ use super::migration::Migration;
 use super::protection::{Links, Places, Protection};
 use super::recovery::{DeclaredDead, Recovering};
 use super::schedule::Schedule;
+use super::shelf::Shelf;
 use super::spec::Spec;
 use super::takeover::Takeover;
 
@@ -214,11 +215,11 @@ impl Answers {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Workers that have ever reported.
-    pub workers: BTreeMap<WorkerName, Worker>,
+    pub workers: Shelf<WorkerName, Worker>,
     /// VMs, deleted ones until nothing is left of them.
-    pub vms: BTreeMap<VmId, Vm>,
+    pub vms: Shelf<VmId, Vm>,
     /// Moves, ended ones for a while.
-    pub migrations: BTreeMap<MigrationId, Migration>,
+    pub migrations: Shelf<MigrationId, Migration>,
     /// Number of the newest order to copy.
     pub seed_seq: u64,
     /// Number of the newest order to protect, or of the newest turn of a protection.
@@ -249,9 +250,13 @@ pub struct State {
 impl State {
     /// The VM of this id or name.
     pub fn find_vm(&self, id_or_name: &str) -> Option<(VmId, &Vm)> {
-        let id = id_or_name.parse::<VmId>().ok();
         let mut defined = self.vms.iter().filter(|(_, vm)| vm.life == Life::Defined);
-        defined.find(|(key, vm)| Some(**key) == id || vm.spec.name == id_or_name).map(|(key, vm)| (*key, vm))
+        if let Ok(id) = id_or_name.parse::<VmId>()
+            && let Some(vm) = self.vms.get(&id).filter(|vm| vm.life == Life::Defined)
+        {
+            return Some((id, vm));
+        }
+        defined.find(|(_, vm)| vm.spec.name == id_or_name).map(|(key, vm)| (*key, vm))
     }
 
     /// By which restore these controllers began, as it is told; empty: by none.

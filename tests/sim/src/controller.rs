@@ -17,11 +17,10 @@ use pageport_controller::consensus::node::{ELECTION_TICKS, Node, NodeConfig, Out
 use pageport_controller::consensus::storage::LogStorage;
 use pageport_controller::consensus::{Input, PROPOSE_WITHIN, READ_WITHIN, Status};
 use pageport_controller::link::answers;
-use pageport_controller::link::assignment::{Say, Telling};
+use pageport_controller::link::assignment::{Say, Telling, assignment};
 use pageport_controller::link::failover::{Failovers, Proposed};
 use pageport_controller::link::leases::Leases;
 use pageport_controller::link::observation::{Observations, Observed};
-use pageport_controller::link::questions::Asks;
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::link::service::IDLE;
 use pageport_controller::model::command::{ClientOrder, Outcome};
@@ -464,7 +463,8 @@ impl Member {
             if !self.status().serving {
                 return;
             }
-            if let Some(next) = telling.next(&self.state(), Asks::default(), &worker, self.status().term, say)
+            let wanted = assignment(&self.state(), &worker);
+            if let Some(next) = telling.next(wanted, self.status().term, say)
                 && end.send(next.clone())
             {
                 telling.sent(next);

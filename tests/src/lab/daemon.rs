@@ -152,8 +152,18 @@ impl Daemon {
     /// The highest resident memory that it has had since it was started last, while it runs.
     #[must_use]
     pub fn peak_memory_bytes(&self) -> Option<u64> {
+        self.status_bytes("VmHWM:")
+    }
+
+    /// Its resident memory, while it runs.
+    #[must_use]
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.status_bytes("VmRSS:")
+    }
+
+    fn status_bytes(&self, key: &str) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?)).ok()?;
-        let kib = |line: &str| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+        let kib = |line: &str| line.strip_prefix(key)?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
         status.lines().find_map(kib).map(|kib| kib << 10)
     }
 

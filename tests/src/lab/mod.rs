@@ -106,6 +106,18 @@ pub struct LabConfig {
     pub worker_volume_bytes: Option<u64>,
     /// Block devices of this machine that workers may make replicas on.
     pub devices: Vec<PathBuf>,
+    /// Who is at the sites.
+    pub daemons: Daemons,
+}
+
+/// Which daemons a lab has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Daemons {
+    /// A controller, a worker and its guard at each site.
+    #[default]
+    All,
+    /// A controller at each site.
+    Controllers,
 }
 
 /// Whether the workers' failpoints are on.
@@ -132,6 +144,7 @@ impl Default for LabConfig {
             failpoints: Failpoints::default(),
             worker_volume_bytes: None,
             devices: vec![],
+            daemons: Daemons::default(),
         }
     }
 }
@@ -197,6 +210,7 @@ pub struct Lab {
     network: Network,
     volumes: Vec<Volume>,
     folders: Folders,
+    authority: Authority,
     operator: Identity,
 }
 
@@ -250,6 +264,7 @@ impl Lab {
             network,
             volumes: Vec::new(),
             folders,
+            authority,
             operator,
         };
 
@@ -262,6 +277,7 @@ impl Lab {
             failpoints,
             worker_volume_bytes,
             devices,
+            daemons,
             ..
         } = config;
         let mut environment = Vec::new();
@@ -279,14 +295,15 @@ impl Lab {
             Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, devices, addresses };
         for site in SITES {
             let name = settings::controller_name(site);
-            let identity = authority.issue(&name, "controller.pageport")?;
+            let identity = lab.authority.issue(&name, "controller.pageport")?;
             let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
             let daemon = lab.start_daemon(&name, site, controller, &text, &[])?;
             lab.controllers.insert(site.to_owned(), daemon);
         }
-        for site in SITES {
+        let with_workers: &[&'static str] = if daemons == Daemons::All { &SITES } else { &[] };
+        for site in with_workers.iter().copied() {
             let name = settings::worker_name(site);
-            let identity = authority.issue(&name, &format!("{name}.worker.pageport"))?;
+            let identity = lab.authority.issue(&name, &format!("{name}.worker.pageport"))?;
             let runtime = lab.folders.runtime.join(site);
             let guard = format!("guard-{site}");
             let log = lab.logs().join(format!("{guard}.log"));
@@ -343,7 +360,7 @@ impl Lab {
                 daemon.check()?;
             }
             let seen = match self.ctl_json(["worker", "list"]).await {
-                Ok(answer) if ready_workers(&answer) == SITES.len() => break,
+                Ok(answer) if ready_workers(&answer) == self.workers.len() => break,
                 Ok(answer) => answer.to_string(),
                 Err(error) => error.to_string(),
             };
@@ -390,6 +407,12 @@ impl Lab {
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.folders.run.join("logs")
+    }
+
+    /// Who gives out the daemons' certificates.
+    #[must_use]
+    pub fn authority(&self) -> &Authority {
+        &self.authority
     }
 
     /// The operator's identity.

@@ -45,6 +45,7 @@ pub enum TlsError {
 }
 
 /// An authority that issues identities into a folder.
+#[derive(Debug)]
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: PathBuf,
