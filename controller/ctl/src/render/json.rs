@@ -173,6 +173,7 @@ mod tests {
                 "stream_digest": "ab12",
                 "downtime_parts": [{"name": "last pages", "duration_ms": 200}],
                 "quote": null,
+                "convergence": null,
             })
         );
     }

@@ -260,7 +260,7 @@ pub fn migrations(response: &ListMigrationsResponse, now_unix_ms: i64) -> String
             of_record(units::duration, |record| record.total_time_ms),
             of_record(units::duration, |record| record.downtime_ms),
             of_record(units::bytes, |record| record.wan_bytes),
-            migration.reason.clone(),
+            progress::reason(migration).to_owned(),
         ]);
     }
     table.render("no migrations")
@@ -293,6 +293,7 @@ fn terms(migration: &Migration) -> String {
     if terms.paused {
         parts.push("paused".to_owned());
     }
+    parts.extend(words::if_it_does_not_converge(terms));
     parts.into_iter().map(|part| format!(", {part}")).collect()
 }
 

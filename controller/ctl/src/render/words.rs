@@ -2,8 +2,11 @@
 
 use pageport_proto::v1::takeover::Ground;
 use pageport_proto::v1::{
-    IsolationPolicy, MigrationState, PointExportState, ReplicaState, ReplicationPhase, StartPolicy, VmState,
+    ConvergencePolicy, IsolationPolicy, MigrationState, MigrationTerms, PointExportState, ReplicaState,
+    ReplicationPhase, StartPolicy, VmState,
 };
+
+use super::units;
 
 /// Of a newer API than ours.
 const UNKNOWN_TO_US: &str = "?";
@@ -34,6 +37,19 @@ pub fn migration_state(state: i32) -> &'static str {
         Ok(MigrationState::Completed) => "completed",
         Ok(MigrationState::Failed) => "failed",
         Ok(MigrationState::Cancelled) => "cancelled",
+    }
+}
+
+/// What becomes of a migration that does not converge, when it is not the usual.
+pub fn if_it_does_not_converge(terms: &MigrationTerms) -> Option<String> {
+    match terms.convergence() {
+        ConvergencePolicy::Unspecified | ConvergencePolicy::Wait => None,
+        ConvergencePolicy::Throttle => Some("slows its guest down if it does not converge".to_owned()),
+        ConvergencePolicy::LongerPause => Some(format!(
+            "stands still for {} at most if it does not converge",
+            units::duration(terms.longest_pause_ms)
+        )),
+        ConvergencePolicy::GiveUp => Some("gives up if it does not converge".to_owned()),
     }
 }
 

@@ -40,6 +40,7 @@ impl Move {
             stream_digest: blake3::Hash::from_bytes(switched.totals.digest).to_hex().to_string(),
             downtime_parts: steps.chain([hand_over]).collect(),
             quote: self.quote.clone(),
+            convergence: Some(self.converging.record()),
         }
     }
 

@@ -6,7 +6,7 @@
 
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
-import type { Quote } from "./quote_pb.ts";
+import type { Convergence, Quote } from "./quote_pb.ts";
 import { file_pageport_v1_quote } from "./quote_pb.ts";
 import type { Message } from "@bufbuild/protobuf";
 
@@ -14,7 +14,91 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/migration.proto.
  */
 export const file_pageport_v1_migration: GenFile = /*@__PURE__*/
-  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCKHAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJQgkKB19ldGFfbXMigAMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBAUIICgZfcXVvdGUirwMKCU1pZ3JhdGlvbhIKCgJpZBgBIAEoCRINCgV2bV9pZBgCIAEoCRIPCgd2bV9uYW1lGAMgASgJEhEKCWZyb21fc2l0ZRgEIAEoCRIPCgd0b19zaXRlGAUgASgJEioKBXN0YXRlGAYgASgOMhsucGFnZXBvcnQudjEuTWlncmF0aW9uU3RhdGUSDQoFZXBvY2gYByABKAQSFwoPY3JlYXRlZF91bml4X21zGAggASgDEhUKDWVuZGVkX3VuaXhfbXMYCSABKAMSDgoGcmVhc29uGAogASgJEjUKCHByb2dyZXNzGAsgASgLMh4ucGFnZXBvcnQudjEuTWlncmF0aW9uUHJvZ3Jlc3NIAIgBARIxCgZyZWNvcmQYDCABKAsyHC5wYWdlcG9ydC52MS5NaWdyYXRpb25SZWNvcmRIAYgBARIqCgV0ZXJtcxhkIAEoCzIbLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblRlcm1zEhcKD3N0YXJ0ZWRfdW5peF9tcxhlIAEoAxIQCghyYXRlX2JwcxhmIAEoBEILCglfcHJvZ3Jlc3NCCQoHX3JlY29yZCKRAQoOTWlncmF0aW9uVGVybXMSEAoIcHJpb3JpdHkYASABKA0SEAoIcmF0ZV9icHMYAiABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxgDIAEoAxIOCgZ3aW5kb3cYBCABKAkSEQoJYWZ0ZXJfaWRzGAUgAygJEg4KBnBhdXNlZBgGIAEoCBIOCgZkcmFpbnMYByABKAgivAEKFkNyZWF0ZU1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEhUKCHByaW9yaXR5GGQgASgNSACIAQESEAoIcmF0ZV9icHMYZSABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxhmIAEoAxIOCgZ3aW5kb3cYZyABKAkSEQoJYWZ0ZXJfaWRzGGggAygJQgsKCV9wcmlvcml0eSJEChdDcmVhdGVNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIQoTR2V0TWlncmF0aW9uUmVxdWVzdBIKCgJpZBgBIAEoCSJBChRHZXRNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0EgoKAnZtGAEgASgJIkQKFkxpc3RNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiIjChVXYXRjaE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQwoWV2F0Y2hNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iGAoWV2F0Y2hNaWdyYXRpb25zUmVxdWVzdCJcChdXYXRjaE1pZ3JhdGlvbnNSZXNwb25zZRIqCgptaWdyYXRpb25zGAEgAygLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uEhUKDWZvcmdvdHRlbl9pZHMYAiADKAkiOAoWQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJIkQKF0NhbmNlbE1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiKgAQoWQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJEhUKCHByaW9yaXR5GAMgASgNSACIAQESFQoIcmF0ZV9icHMYBCABKARIAYgBARITCgZwYXVzZWQYBSABKAhIAogBAUILCglfcHJpb3JpdHlCCwoJX3JhdGVfYnBzQgkKB19wYXVzZWQiRAoXQ2hhbmdlTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uKoYCCg5NaWdyYXRpb25TdGF0ZRIfChtNSUdSQVRJT05fU1RBVEVfVU5TUEVDSUZJRUQQABIdChlNSUdSQVRJT05fU1RBVEVfUkVRVUVTVEVEEAESGwoXTUlHUkFUSU9OX1NUQVRFX1JVTk5JTkcQAhIeChpNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTElORxADEh0KGU1JR1JBVElPTl9TVEFURV9DT01NSVRURUQQBBIdChlNSUdSQVRJT05fU1RBVEVfQ09NUExFVEVEEAUSGgoWTUlHUkFUSU9OX1NUQVRFX0ZBSUxFRBAGEh0KGU1JR1JBVElPTl9TVEFURV9DQU5DRUxMRUQQBzKZBQoQTWlncmF0aW9uU2VydmljZRJcCg9DcmVhdGVNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DcmVhdGVNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVzcG9uc2USUwoMR2V0TWlncmF0aW9uEiAucGFnZXBvcnQudjEuR2V0TWlncmF0aW9uUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlc3BvbnNlElkKDkxpc3RNaWdyYXRpb25zEiIucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0GiMucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXNwb25zZRJbCg5XYXRjaE1pZ3JhdGlvbhIiLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVzcG9uc2UwARJeCg9XYXRjaE1pZ3JhdGlvbnMSIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvbnNSZXF1ZXN0GiQucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVzcG9uc2UwARJcCg9DYW5jZWxNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DYW5jZWxNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVzcG9uc2USXAoPQ2hhbmdlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNoYW5nZU1pZ3JhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_pageport_v1_quote]);
+  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIoYBChFDb252ZXJnZW5jZVN0YXR1cxIpCgdvdXRsb29rGAEgASgOMhgucGFnZXBvcnQudjEuQ29udmVyZ2VuY2USEAoIc2VudGVuY2UYAiABKAkSGAoQdGhyb3R0bGVfcGVyY2VudBgDIAEoDRIaChJwZXJtaXR0ZWRfcGF1c2VfbXMYBCABKAQikQEKEUNvbnZlcmdlbmNlUmVjb3JkEi0KBWFjdGVkGAEgAygOMh4ucGFnZXBvcnQudjEuQ29udmVyZ2VuY2VQb2xpY3kSDgoGcm91bmRzGAIgASgNEiEKGWdyZWF0ZXN0X3Rocm90dGxlX3BlcmNlbnQYAyABKA0SGgoScGVybWl0dGVkX3BhdXNlX21zGAQgASgEIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCLSAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJEjkKC2NvbnZlcmdlbmNlGIwBIAEoCzIeLnBhZ2Vwb3J0LnYxLkNvbnZlcmdlbmNlU3RhdHVzSAGIAQFCCQoHX2V0YV9tc0IOCgxfY29udmVyZ2VuY2UiywMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBARI5Cgtjb252ZXJnZW5jZRiMASABKAsyHi5wYWdlcG9ydC52MS5Db252ZXJnZW5jZVJlY29yZEgBiAEBQggKBl9xdW90ZUIOCgxfY29udmVyZ2VuY2UirwMKCU1pZ3JhdGlvbhIKCgJpZBgBIAEoCRINCgV2bV9pZBgCIAEoCRIPCgd2bV9uYW1lGAMgASgJEhEKCWZyb21fc2l0ZRgEIAEoCRIPCgd0b19zaXRlGAUgASgJEioKBXN0YXRlGAYgASgOMhsucGFnZXBvcnQudjEuTWlncmF0aW9uU3RhdGUSDQoFZXBvY2gYByABKAQSFwoPY3JlYXRlZF91bml4X21zGAggASgDEhUKDWVuZGVkX3VuaXhfbXMYCSABKAMSDgoGcmVhc29uGAogASgJEjUKCHByb2dyZXNzGAsgASgLMh4ucGFnZXBvcnQudjEuTWlncmF0aW9uUHJvZ3Jlc3NIAIgBARIxCgZyZWNvcmQYDCABKAsyHC5wYWdlcG9ydC52MS5NaWdyYXRpb25SZWNvcmRIAYgBARIqCgV0ZXJtcxhkIAEoCzIbLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblRlcm1zEhcKD3N0YXJ0ZWRfdW5peF9tcxhlIAEoAxIQCghyYXRlX2JwcxhmIAEoBEILCglfcHJvZ3Jlc3NCCQoHX3JlY29yZCLiAQoOTWlncmF0aW9uVGVybXMSEAoIcHJpb3JpdHkYASABKA0SEAoIcmF0ZV9icHMYAiABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxgDIAEoAxIOCgZ3aW5kb3cYBCABKAkSEQoJYWZ0ZXJfaWRzGAUgAygJEg4KBnBhdXNlZBgGIAEoCBIOCgZkcmFpbnMYByABKAgSNAoLY29udmVyZ2VuY2UYjAEgASgOMh4ucGFnZXBvcnQudjEuQ29udmVyZ2VuY2VQb2xpY3kSGQoQbG9uZ2VzdF9wYXVzZV9tcxiNASABKAQijQIKFkNyZWF0ZU1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCRIPCgd0b19zaXRlGAMgASgJEhUKCHByaW9yaXR5GGQgASgNSACIAQESEAoIcmF0ZV9icHMYZSABKAQSGAoQZGVhZGxpbmVfdW5peF9tcxhmIAEoAxIOCgZ3aW5kb3cYZyABKAkSEQoJYWZ0ZXJfaWRzGGggAygJEjQKC2NvbnZlcmdlbmNlGIwBIAEoDjIeLnBhZ2Vwb3J0LnYxLkNvbnZlcmdlbmNlUG9saWN5EhkKEGxvbmdlc3RfcGF1c2VfbXMYjQEgASgEQgsKCV9wcmlvcml0eSJEChdDcmVhdGVNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIQoTR2V0TWlncmF0aW9uUmVxdWVzdBIKCgJpZBgBIAEoCSJBChRHZXRNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0EgoKAnZtGAEgASgJIkQKFkxpc3RNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiIjChVXYXRjaE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQwoWV2F0Y2hNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iGAoWV2F0Y2hNaWdyYXRpb25zUmVxdWVzdCJcChdXYXRjaE1pZ3JhdGlvbnNSZXNwb25zZRIqCgptaWdyYXRpb25zGAEgAygLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uEhUKDWZvcmdvdHRlbl9pZHMYAiADKAkiOAoWQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJIkQKF0NhbmNlbE1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiLxAQoWQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEgoKAmlkGAIgASgJEhUKCHByaW9yaXR5GAMgASgNSACIAQESFQoIcmF0ZV9icHMYBCABKARIAYgBARITCgZwYXVzZWQYBSABKAhIAogBARI0Cgtjb252ZXJnZW5jZRiMASABKA4yHi5wYWdlcG9ydC52MS5Db252ZXJnZW5jZVBvbGljeRIZChBsb25nZXN0X3BhdXNlX21zGI0BIAEoBEILCglfcHJpb3JpdHlCCwoJX3JhdGVfYnBzQgkKB19wYXVzZWQiRAoXQ2hhbmdlTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uKoYCCg5NaWdyYXRpb25TdGF0ZRIfChtNSUdSQVRJT05fU1RBVEVfVU5TUEVDSUZJRUQQABIdChlNSUdSQVRJT05fU1RBVEVfUkVRVUVTVEVEEAESGwoXTUlHUkFUSU9OX1NUQVRFX1JVTk5JTkcQAhIeChpNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTElORxADEh0KGU1JR1JBVElPTl9TVEFURV9DT01NSVRURUQQBBIdChlNSUdSQVRJT05fU1RBVEVfQ09NUExFVEVEEAUSGgoWTUlHUkFUSU9OX1NUQVRFX0ZBSUxFRBAGEh0KGU1JR1JBVElPTl9TVEFURV9DQU5DRUxMRUQQByq6AQoRQ29udmVyZ2VuY2VQb2xpY3kSIgoeQ09OVkVSR0VOQ0VfUE9MSUNZX1VOU1BFQ0lGSUVEEAASGwoXQ09OVkVSR0VOQ0VfUE9MSUNZX1dBSVQQARIfChtDT05WRVJHRU5DRV9QT0xJQ1lfVEhST1RUTEUQAhIjCh9DT05WRVJHRU5DRV9QT0xJQ1lfTE9OR0VSX1BBVVNFEAMSHgoaQ09OVkVSR0VOQ0VfUE9MSUNZX0dJVkVfVVAQBDKZBQoQTWlncmF0aW9uU2VydmljZRJcCg9DcmVhdGVNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DcmVhdGVNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVzcG9uc2USUwoMR2V0TWlncmF0aW9uEiAucGFnZXBvcnQudjEuR2V0TWlncmF0aW9uUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlc3BvbnNlElkKDkxpc3RNaWdyYXRpb25zEiIucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXF1ZXN0GiMucGFnZXBvcnQudjEuTGlzdE1pZ3JhdGlvbnNSZXNwb25zZRJbCg5XYXRjaE1pZ3JhdGlvbhIiLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uUmVzcG9uc2UwARJeCg9XYXRjaE1pZ3JhdGlvbnMSIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvbnNSZXF1ZXN0GiQucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVzcG9uc2UwARJcCg9DYW5jZWxNaWdyYXRpb24SIy5wYWdlcG9ydC52MS5DYW5jZWxNaWdyYXRpb25SZXF1ZXN0GiQucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVzcG9uc2USXAoPQ2hhbmdlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2hhbmdlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNoYW5nZU1pZ3JhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_pageport_v1_quote]);
+
+/**
+ * Whether the memory of a migration converges, and what is done about it.
+ *
+ * @generated from message pageport.v1.ConvergenceStatus
+ */
+export type ConvergenceStatus = Message<"pageport.v1.ConvergenceStatus"> & {
+  /**
+   * As the rounds so far show it; unspecified while they show nothing.
+   *
+   * @generated from field: pageport.v1.Convergence outlook = 1;
+   */
+  outlook: Convergence;
+
+  /**
+   * The same in one sentence, with its figures and a way out; empty while there is nothing to say.
+   *
+   * @generated from field: string sentence = 2;
+   */
+  sentence: string;
+
+  /**
+   * Of its CPUs, what the guest does not get now, in per cent.
+   *
+   * @generated from field: uint32 throttle_percent = 3;
+   */
+  throttlePercent: number;
+
+  /**
+   * How long the guest may stand still now for the last of its memory.
+   *
+   * @generated from field: uint64 permitted_pause_ms = 4;
+   */
+  permittedPauseMs: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.ConvergenceStatus.
+ * Use `create(ConvergenceStatusSchema)` to create a new message.
+ */
+export const ConvergenceStatusSchema: GenMessage<ConvergenceStatus> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 0);
+
+/**
+ * What it took for the memory of a migration to converge.
+ *
+ * @generated from message pageport.v1.ConvergenceRecord
+ */
+export type ConvergenceRecord = Message<"pageport.v1.ConvergenceRecord"> & {
+  /**
+   * The policies that had to act, in the order in which they first did.
+   *
+   * @generated from field: repeated pageport.v1.ConvergencePolicy acted = 1;
+   */
+  acted: ConvergencePolicy[];
+
+  /**
+   * Passes over the memory.
+   *
+   * @generated from field: uint32 rounds = 2;
+   */
+  rounds: number;
+
+  /**
+   * Of its CPUs, the most that the guest did not get, in per cent.
+   *
+   * @generated from field: uint32 greatest_throttle_percent = 3;
+   */
+  greatestThrottlePercent: number;
+
+  /**
+   * How long the guest might stand still in the end for the last of its memory.
+   *
+   * @generated from field: uint64 permitted_pause_ms = 4;
+   */
+  permittedPauseMs: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.ConvergenceRecord.
+ * Use `create(ConvergenceRecordSchema)` to create a new message.
+ */
+export const ConvergenceRecordSchema: GenMessage<ConvergenceRecord> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 1);
 
 /**
  * @generated from message pageport.v1.PageCounts
@@ -48,7 +132,7 @@ export type PageCounts = Message<"pageport.v1.PageCounts"> & {
  * Use `create(PageCountsSchema)` to create a new message.
  */
 export const PageCountsSchema: GenMessage<PageCounts> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 0);
+  messageDesc(file_pageport_v1_migration, 2);
 
 /**
  * @generated from message pageport.v1.PhaseTiming
@@ -70,7 +154,7 @@ export type PhaseTiming = Message<"pageport.v1.PhaseTiming"> & {
  * Use `create(PhaseTimingSchema)` to create a new message.
  */
 export const PhaseTimingSchema: GenMessage<PhaseTiming> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 1);
+  messageDesc(file_pageport_v1_migration, 3);
 
 /**
  * Live figures; they do not go through the replicated log.
@@ -171,6 +255,13 @@ export type MigrationProgress = Message<"pageport.v1.MigrationProgress"> & {
    * @generated from field: string waits_for = 16;
    */
   waitsFor: string;
+
+  /**
+   * Absent: memory does not move yet.
+   *
+   * @generated from field: optional pageport.v1.ConvergenceStatus convergence = 140;
+   */
+  convergence?: ConvergenceStatus | undefined;
 };
 
 /**
@@ -178,7 +269,7 @@ export type MigrationProgress = Message<"pageport.v1.MigrationProgress"> & {
  * Use `create(MigrationProgressSchema)` to create a new message.
  */
 export const MigrationProgressSchema: GenMessage<MigrationProgress> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 2);
+  messageDesc(file_pageport_v1_migration, 4);
 
 /**
  * What a finished migration was.
@@ -255,6 +346,11 @@ export type MigrationRecord = Message<"pageport.v1.MigrationRecord"> & {
    * @generated from field: optional pageport.v1.Quote quote = 100;
    */
   quote?: Quote | undefined;
+
+  /**
+   * @generated from field: optional pageport.v1.ConvergenceRecord convergence = 140;
+   */
+  convergence?: ConvergenceRecord | undefined;
 };
 
 /**
@@ -262,7 +358,7 @@ export type MigrationRecord = Message<"pageport.v1.MigrationRecord"> & {
  * Use `create(MigrationRecordSchema)` to create a new message.
  */
 export const MigrationRecordSchema: GenMessage<MigrationRecord> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 3);
+  messageDesc(file_pageport_v1_migration, 5);
 
 /**
  * @generated from message pageport.v1.Migration
@@ -355,7 +451,7 @@ export type Migration = Message<"pageport.v1.Migration"> & {
  * Use `create(MigrationSchema)` to create a new message.
  */
 export const MigrationSchema: GenMessage<Migration> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 4);
+  messageDesc(file_pageport_v1_migration, 6);
 
 /**
  * On which terms a migration is made.
@@ -411,6 +507,18 @@ export type MigrationTerms = Message<"pageport.v1.MigrationTerms"> & {
    * @generated from field: bool drains = 7;
    */
   drains: boolean;
+
+  /**
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * With longer-pause: how long the guest may stand still in all, 500 to 20000.
+   *
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -418,7 +526,7 @@ export type MigrationTerms = Message<"pageport.v1.MigrationTerms"> & {
  * Use `create(MigrationTermsSchema)` to create a new message.
  */
 export const MigrationTermsSchema: GenMessage<MigrationTerms> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 5);
+  messageDesc(file_pageport_v1_migration, 7);
 
 /**
  * @generated from message pageport.v1.CreateMigrationRequest
@@ -467,6 +575,16 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
    * @generated from field: repeated string after_ids = 104;
    */
   afterIds: string[];
+
+  /**
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -474,7 +592,7 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
  * Use `create(CreateMigrationRequestSchema)` to create a new message.
  */
 export const CreateMigrationRequestSchema: GenMessage<CreateMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 6);
+  messageDesc(file_pageport_v1_migration, 8);
 
 /**
  * @generated from message pageport.v1.CreateMigrationResponse
@@ -491,7 +609,7 @@ export type CreateMigrationResponse = Message<"pageport.v1.CreateMigrationRespon
  * Use `create(CreateMigrationResponseSchema)` to create a new message.
  */
 export const CreateMigrationResponseSchema: GenMessage<CreateMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 7);
+  messageDesc(file_pageport_v1_migration, 9);
 
 /**
  * @generated from message pageport.v1.GetMigrationRequest
@@ -508,7 +626,7 @@ export type GetMigrationRequest = Message<"pageport.v1.GetMigrationRequest"> & {
  * Use `create(GetMigrationRequestSchema)` to create a new message.
  */
 export const GetMigrationRequestSchema: GenMessage<GetMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 8);
+  messageDesc(file_pageport_v1_migration, 10);
 
 /**
  * @generated from message pageport.v1.GetMigrationResponse
@@ -525,7 +643,7 @@ export type GetMigrationResponse = Message<"pageport.v1.GetMigrationResponse"> &
  * Use `create(GetMigrationResponseSchema)` to create a new message.
  */
 export const GetMigrationResponseSchema: GenMessage<GetMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 9);
+  messageDesc(file_pageport_v1_migration, 11);
 
 /**
  * @generated from message pageport.v1.ListMigrationsRequest
@@ -544,7 +662,7 @@ export type ListMigrationsRequest = Message<"pageport.v1.ListMigrationsRequest">
  * Use `create(ListMigrationsRequestSchema)` to create a new message.
  */
 export const ListMigrationsRequestSchema: GenMessage<ListMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 10);
+  messageDesc(file_pageport_v1_migration, 12);
 
 /**
  * @generated from message pageport.v1.ListMigrationsResponse
@@ -561,7 +679,7 @@ export type ListMigrationsResponse = Message<"pageport.v1.ListMigrationsResponse
  * Use `create(ListMigrationsResponseSchema)` to create a new message.
  */
 export const ListMigrationsResponseSchema: GenMessage<ListMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 11);
+  messageDesc(file_pageport_v1_migration, 13);
 
 /**
  * @generated from message pageport.v1.WatchMigrationRequest
@@ -578,7 +696,7 @@ export type WatchMigrationRequest = Message<"pageport.v1.WatchMigrationRequest">
  * Use `create(WatchMigrationRequestSchema)` to create a new message.
  */
 export const WatchMigrationRequestSchema: GenMessage<WatchMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 12);
+  messageDesc(file_pageport_v1_migration, 14);
 
 /**
  * @generated from message pageport.v1.WatchMigrationResponse
@@ -595,7 +713,7 @@ export type WatchMigrationResponse = Message<"pageport.v1.WatchMigrationResponse
  * Use `create(WatchMigrationResponseSchema)` to create a new message.
  */
 export const WatchMigrationResponseSchema: GenMessage<WatchMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 13);
+  messageDesc(file_pageport_v1_migration, 15);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsRequest
@@ -608,7 +726,7 @@ export type WatchMigrationsRequest = Message<"pageport.v1.WatchMigrationsRequest
  * Use `create(WatchMigrationsRequestSchema)` to create a new message.
  */
 export const WatchMigrationsRequestSchema: GenMessage<WatchMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 14);
+  messageDesc(file_pageport_v1_migration, 16);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsResponse
@@ -634,7 +752,7 @@ export type WatchMigrationsResponse = Message<"pageport.v1.WatchMigrationsRespon
  * Use `create(WatchMigrationsResponseSchema)` to create a new message.
  */
 export const WatchMigrationsResponseSchema: GenMessage<WatchMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 15);
+  messageDesc(file_pageport_v1_migration, 17);
 
 /**
  * @generated from message pageport.v1.CancelMigrationRequest
@@ -656,7 +774,7 @@ export type CancelMigrationRequest = Message<"pageport.v1.CancelMigrationRequest
  * Use `create(CancelMigrationRequestSchema)` to create a new message.
  */
 export const CancelMigrationRequestSchema: GenMessage<CancelMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 16);
+  messageDesc(file_pageport_v1_migration, 18);
 
 /**
  * @generated from message pageport.v1.CancelMigrationResponse
@@ -673,7 +791,7 @@ export type CancelMigrationResponse = Message<"pageport.v1.CancelMigrationRespon
  * Use `create(CancelMigrationResponseSchema)` to create a new message.
  */
 export const CancelMigrationResponseSchema: GenMessage<CancelMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 17);
+  messageDesc(file_pageport_v1_migration, 19);
 
 /**
  * @generated from message pageport.v1.ChangeMigrationRequest
@@ -707,6 +825,18 @@ export type ChangeMigrationRequest = Message<"pageport.v1.ChangeMigrationRequest
    * @generated from field: optional bool paused = 5;
    */
   paused?: boolean | undefined;
+
+  /**
+   * Unspecified: as it is. The longest pause goes with it. Throttle is refused in a migration that runs and did not begin with it.
+   *
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -714,7 +844,7 @@ export type ChangeMigrationRequest = Message<"pageport.v1.ChangeMigrationRequest
  * Use `create(ChangeMigrationRequestSchema)` to create a new message.
  */
 export const ChangeMigrationRequestSchema: GenMessage<ChangeMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 18);
+  messageDesc(file_pageport_v1_migration, 20);
 
 /**
  * @generated from message pageport.v1.ChangeMigrationResponse
@@ -731,7 +861,7 @@ export type ChangeMigrationResponse = Message<"pageport.v1.ChangeMigrationRespon
  * Use `create(ChangeMigrationResponseSchema)` to create a new message.
  */
 export const ChangeMigrationResponseSchema: GenMessage<ChangeMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 19);
+  messageDesc(file_pageport_v1_migration, 21);
 
 /**
  * @generated from enum pageport.v1.MigrationState
@@ -789,6 +919,55 @@ export enum MigrationState {
  */
 export const MigrationStateSchema: GenEnum<MigrationState> = /*@__PURE__*/
   enumDesc(file_pageport_v1_migration, 0);
+
+/**
+ * What becomes of a migration whose guest dirties memory faster than the link carries it.
+ *
+ * @generated from enum pageport.v1.ConvergencePolicy
+ */
+export enum ConvergencePolicy {
+  /**
+   * As wait; in a change: as it was.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It goes on, and says so. Nothing is done to the guest.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_WAIT = 1;
+   */
+  WAIT = 1,
+
+  /**
+   * The guest gets less and less of its CPUs until memory converges, and all of them when the migration ends. Only in migrations that
+   * begin with it.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_THROTTLE = 2;
+   */
+  THROTTLE = 2,
+
+  /**
+   * The guest may stand still for longer than usual, up to a stated maximum.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_LONGER_PAUSE = 3;
+   */
+  LONGER_PAUSE = 3,
+
+  /**
+   * The migration is given up, and the guest goes on at its source, untouched.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_GIVE_UP = 4;
+   */
+  GIVE_UP = 4,
+}
+
+/**
+ * Describes the enum pageport.v1.ConvergencePolicy.
+ */
+export const ConvergencePolicySchema: GenEnum<ConvergencePolicy> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_migration, 1);
 
 /**
  * @generated from service pageport.v1.MigrationService
