@@ -68,7 +68,7 @@ fn client_order() -> impl Strategy<Value = ClientOrder> {
         },
         11 => ClientOrder::ChangeMigration {
             id: uuid(2, move_number),
-            change: Change { priority: Some(move_number), rate_bps: None, paused: Some(index == 0) },
+            change: Change { priority: Some(move_number), paused: Some(index == 0), ..Change::default() },
         },
         12 if move_number < 2 => ClientOrder::Drain { spot: Spot::Site(site(index)), to: None, priority: 50 },
         12 => ClientOrder::Undrain { spot: Spot::Site(site(index)) },

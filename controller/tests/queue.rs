@@ -5,13 +5,14 @@
 use pageport_controller::link::assignment::assignment;
 use pageport_controller::link::budget;
 use pageport_controller::model::command::ClientOrder;
+use pageport_controller::model::convergence::Convergence;
 use pageport_controller::model::migration::{Cancel, Phase};
 use pageport_controller::model::protection::Places;
 use pageport_controller::model::schedule::{Change, DrainMove, Limits, LinkLimits, Spot, Terms};
 use pageport_controller::model::state::{Power, Worker};
 use pageport_controller::model::{Command, Order, Outcome, Rejection, Spec, State, apply};
 use pageport_ownership::{Epoch, Evidence, controller::Fact};
-use pageport_proto::v1;
+use pageport_proto::v1::{self, ConvergencePolicy};
 use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 
 const MBIT: u64 = 1_000_000;
@@ -195,6 +196,33 @@ fn moves_and_replication_share_a_budget_and_a_rate_changes_while_a_move_runs() {
 }
 
 #[test]
+fn what_becomes_of_a_move_that_does_not_converge_changes_while_it_runs_but_slowing_down_is_ordered_before() {
+    let mut story = Story::new(2);
+    let throttle = Terms { convergence: Convergence::Throttle, ..Terms::default() };
+    let ids = [story.queue(0, Terms::default(), None).unwrap(), story.queue(1, throttle, None).unwrap()];
+    story.admit(&ids);
+    let told = |story: &Story, index: usize| {
+        let told = assignment(&story.state, &worker("a")).migrations;
+        let told = told.iter().find(|told| told.migration_id == ids[index].to_string()).unwrap();
+        (told.convergence(), told.longest_pause_ms, told.can_throttle)
+    };
+    assert_eq!(told(&story, 0), (ConvergencePolicy::Wait, 0, false), "nothing is done to a guest unasked");
+    assert_eq!(told(&story, 1), (ConvergencePolicy::Throttle, 0, true));
+    let set = |story: &mut Story, index: usize, convergence| {
+        let change = Change { convergence: Some(convergence), ..Change::default() };
+        story.client(ClientOrder::ChangeMigration { id: ids[index], change }).map(drop)
+    };
+    for index in [0, 1] {
+        set(&mut story, index, Convergence::LongerPause { longest_ms: 2_000 }).unwrap();
+        assert_eq!(told(&story, index), (ConvergencePolicy::LongerPause, 2_000, index == 1));
+    }
+    assert_eq!(set(&mut story, 0, Convergence::Throttle), Err(Rejection::CannotThrottle { id: ids[0] }));
+    assert_eq!(told(&story, 0).0, ConvergencePolicy::LongerPause, "as it was");
+    set(&mut story, 1, Convergence::Throttle).unwrap();
+    assert_eq!(told(&story, 1), (ConvergencePolicy::Throttle, 0, true));
+}
+
+#[test]
 fn a_drain_counts_who_has_left_and_its_end_cancels_what_waits() {
     let mut story = Story::new(2);
     let spot = Spot::Site(site("a"));
@@ -212,6 +240,18 @@ fn a_drain_counts_who_has_left_and_its_end_cancels_what_waits() {
     assert_eq!(again.to_string(), "site \"a\" is not being drained");
     story.tell(Order::QueueDrain { spot, moves: vec![DrainMove { id: ids[1], vm: story.vms[1], site: site("b") }] });
     assert!(matches!(story.phase(ids[1]), Phase::Cancelled { .. }), "an order that came late");
+}
+
+#[test]
+fn terms_and_changes_from_before_there_was_convergence_are_still_read() {
+    let longer = Convergence::LongerPause { longest_ms: 2_000 };
+    let terms = Terms { convergence: longer, priority: 80, ..Terms::default() };
+    let mut old = serde_json::to_value(&terms).unwrap();
+    assert_eq!(serde_json::from_value::<Terms>(old.clone()).unwrap(), terms);
+    assert!(old.as_object_mut().unwrap().remove("convergence").is_some());
+    assert_eq!(serde_json::from_value::<Terms>(old).unwrap(), Terms { convergence: Convergence::Wait, ..terms });
+    let change: Change = serde_json::from_str(r#"{"priority":80,"rate_bps":null,"paused":null}"#).unwrap();
+    assert_eq!(change, Change { priority: Some(80), ..Change::default() });
 }
 
 #[test]

@@ -120,11 +120,22 @@ async fn orders_keep_their_terms_and_those_that_cannot_be_are_refused() {
     refused(v1::CreateMigrationRequest { window: "22-6".into(), ..order("web") }, "like 22:00-06:00").await;
     refused(v1::CreateMigrationRequest { deadline_unix_ms: 1, ..order("web") }, "has passed already").await;
     refused(v1::CreateMigrationRequest { rate_bps: 1, ..order("web") }, "at least 100 kbit/s").await;
+    let longer = v1::ConvergencePolicy::LongerPause.into();
+    refused(v1::CreateMigrationRequest { convergence: longer, ..order("web") }, "from 500 ms to 20000 ms").await;
+    refused(v1::CreateMigrationRequest { longest_pause_ms: 2_000, ..order("web") }, "longer-pause alone").await;
     // A window that is never open now: of one minute, half a day away.
     let minute = (pageport_controller::api::unix_ms() / 60_000 + 720) % 1440;
     let clock = |minute: i64| format!("{:02}:{:02}", minute / 60, minute % 60);
     let window = format!("{}-{}", clock(minute), clock((minute + 1) % 1440));
-    let first = lab.migrate(v1::CreateMigrationRequest { window: window.clone(), ..order("web") }).await.unwrap();
+    let kept = v1::CreateMigrationRequest {
+        window: window.clone(),
+        convergence: longer,
+        longest_pause_ms: 2_000,
+        ..order("web")
+    };
+    let first = lab.migrate(kept).await.unwrap();
+    let terms = first.terms.as_ref().unwrap();
+    assert_eq!((terms.convergence, terms.longest_pause_ms), (longer, 2_000));
     assert_eq!(first.reason, format!("waits for its window, {window} UTC"));
     let after = v1::CreateMigrationRequest { after_ids: vec![first.id.clone()], ..order("db") };
     let second = lab.migrate(after).await.unwrap();

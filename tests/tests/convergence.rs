@@ -1,5 +1,6 @@
-//! A guest that dirties memory faster than the link carries it: whoever watches is told that it will not converge, and a cancel
-//! leaves the guest at its source as if nothing had been.
+//! A guest that dirties memory faster than the link carries it: whoever watches is told that it will not converge and what helps. It is
+//! given up as soon as that is ordered, and the guest stays at its source as if nothing had been; ordered anew, the guest is slowed down, and
+//! the move ends.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod support;
@@ -7,22 +8,24 @@ mod support;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
-use pageport_guest::protocol::{Reply, Request};
+use pageport_guest::protocol::Request;
 use pageport_lab::demo::loads;
 use pageport_lab::lab::LabConfig;
 use pageport_lab::netns;
 use serde_json::Value;
-use support::{PATIENCE, Story, VM, ctl, set_rate, wait_for};
+use support::{PATIENCE, Story, VM, ctl, wait_for};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Child;
 
 const SLOW_BPS: u64 = 30_000_000;
-const FAST_BPS: u64 = 200_000_000;
-/// 16 MB of changes a second, half of it random: twice what the slow link carries even when it is compressed.
-const DIRTY: Request = Request::DirtyStart { bytes: 48 << 20, pages_per_second: 4000, seed: 77 };
+/// 16 MB of changes a second, half of it random: twice what the link carries even when it is compressed.
+const DIRTY: Request = Request::DirtyStart { bytes: 24 << 20, pages_per_second: 4000, seed: 77 };
+/// What is left then takes a quarter of it.
+const LONGEST_PAUSE: &str = "20s";
+const LONGEST_PAUSE_MS: u64 = 20_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_that_dirties_faster_than_the_link_is_said_not_to_converge_and_stays_when_cancelled() {
+async fn a_guest_that_dirties_faster_than_the_link_is_waited_for_given_up_or_slowed_down_as_ordered() {
     if !netns::available() {
         eprintln!("skipped: network namespaces need root");
         return;
@@ -33,49 +36,90 @@ async fn a_guest_that_dirties_faster_than_the_link_is_said_not_to_converge_and_s
     story.guest.call(&Request::DirtyStop, PATIENCE).await.unwrap();
     story.guest.call(&DIRTY, PATIENCE).await.unwrap();
 
-    let (mut person, seen) = watch(&story, &["migrate", VM, "--to", "b", "--watch"], Stream::Errors);
-    let id = wait_for("the migration", || async {
-        let list = story.lab.ctl_json(["migration", "list", "--vm", VM]).await.map_err(|error| error.to_string())?;
-        let running = list["migrations"].as_array().into_iter().flatten().find(|one| one["state"] == "running");
-        running.and_then(|one| one["id"].as_str()).map(str::to_owned).ok_or_else(|| list.to_string())
-    })
-    .await;
-    let (mut script, lines) = watch(&story, &["--json", "migration", "watch", &id], Stream::Output);
-
-    let line = wait_for_line(&seen, "will not converge").await;
-    assert!(line.contains("the guest dirties") && line.contains("the link takes"), "{line}");
-    assert!(!line.contains("ETA"), "{line}");
-    let line = wait_for_line(&lines, "\"not_converging\":true").await;
-    let told: Value = serde_json::from_str(&line).unwrap();
-    let progress = &told["progress"];
-    assert_eq!(progress["phase"], "memory", "{told}");
-    assert!(progress["dirty_rate_bps"].as_u64().unwrap() > progress["rate_bps"].as_u64().unwrap(), "{told}");
-    assert_eq!(progress["eta_ms"], Value::Null, "{told}");
-
-    let cancelled = ctl(&story.lab, &["migration", "cancel", &id]).await.unwrap();
-    assert!(cancelled.contains("cancel"), "{cancelled}");
-    let ended = story.wait_for_end(&id).await;
-    assert_eq!(ended["state"], "cancelled", "{ended}");
-    for watcher in [&mut person, &mut script] {
-        let status = tokio::time::timeout(PATIENCE, watcher.wait()).await.unwrap().unwrap();
-        assert_eq!(status.code(), Some(1));
-    }
-    wait_for_line(&seen, "was cancelled").await;
+    it_is_waited_for_and_then_given_up(&story).await;
     story.assert_nothing_left("a").await;
     story.assert_guest_lives(&boot_id).await;
     assert_eq!(story.wait_for_vm("running").await["owner_site"], "a");
 
-    // Its memory is what it must be, and with a load that the link bears it moves.
-    let dirty = story.guest.call(&Request::DirtyStop, PATIENCE).await.unwrap();
-    assert!(matches!(dirty, Reply::Dirty { corrupt_pages: 0, writes: 1.. }), "{dirty:?}");
-    let bearable = Request::DirtyStart { bytes: 8 << 20, pages_per_second: 300, seed: 78 };
-    story.guest.call(&bearable, PATIENCE).await.unwrap();
-    set_rate(&story.lab, FAST_BPS);
-    ctl(&story.lab, &["migrate", VM, "--to", "b", "--watch"]).await.unwrap();
+    it_is_slowed_down_and_stands_still_for_longer(&story).await;
     story.assert_nothing_left("b").await;
     session.finish().await.unwrap();
     let checks = loads::compare(&mut story.guest, &story.before, true).await.unwrap();
     assert!(checks.all(), "{checks:?}");
+}
+
+/// Nothing is done unasked but to say that it will not converge, why, and what helps.
+async fn it_is_waited_for_and_then_given_up(story: &Story) {
+    let (mut person, seen) = watch(story, &["migrate", VM, "--to", "b", "--watch"], Stream::Errors);
+    let id = running(story).await;
+    let (mut script, lines) = watch(story, &["--json", "migration", "watch", &id], Stream::Output);
+
+    let line = wait_for_line(&seen, "will not converge").await;
+    assert!(line.contains("the guest dirties") && line.contains("the link carries"), "{line}");
+    assert!(line.contains(&format!("pageportctl migration set {id} --convergence longer-pause")), "{line}");
+    assert!(!line.contains("ETA"), "{line}");
+    let line = wait_for_line(&lines, "\"not_converging\":true").await;
+    let told: Value = serde_json::from_str(&line).unwrap();
+    let (progress, convergence) = (&told["progress"], &told["progress"]["convergence"]);
+    assert_eq!((&progress["phase"], &progress["eta_ms"]), (&Value::from("memory"), &Value::Null), "{told}");
+    assert_eq!((&convergence["outlook"], &told["terms"]["convergence"]), (&"no".into(), &"wait".into()), "{told}");
+    assert_eq!(
+        (&convergence["throttle_percent"], &convergence["permitted_pause_ms"]),
+        (&0.into(), &300.into()),
+        "{told}"
+    );
+    let list = ctl(&story.lab, &["migration", "list"]).await.unwrap();
+    assert!(list.contains("will not converge"), "{list}");
+
+    let refused = ctl(&story.lab, &["migration", "set", &id, "--convergence", "throttle"]).await.unwrap_err();
+    assert!(refused.contains("order it again with that"), "{refused}");
+    let set = ctl(&story.lab, &["migration", "set", &id, "--convergence", "give-up"]).await.unwrap();
+    assert!(set.contains("gives up if it does not converge"), "{set}");
+    let ended = story.wait_for_end(&id).await;
+    assert_eq!(ended["state"], "failed", "{ended}");
+    let reason = ended["reason"].as_str().unwrap();
+    assert!(reason.contains("given up as was ordered") && reason.contains("the link carries"), "{reason}");
+    for watcher in [&mut person, &mut script] {
+        let status = tokio::time::timeout(PATIENCE, watcher.wait()).await.unwrap().unwrap();
+        assert_eq!(status.code(), Some(1));
+    }
+}
+
+async fn it_is_slowed_down_and_stands_still_for_longer(story: &Story) {
+    let order = ["--json", "migrate", VM, "--to", "b", "--convergence", "throttle", "--watch"];
+    let (mut script, _) = watch(story, &order, Stream::Output);
+    let id = running(story).await;
+    wait_for("the guest to be slowed down", || async {
+        let migration = story.migration(&id).await;
+        let percent = migration["progress"]["convergence"]["throttle_percent"].as_u64().unwrap_or_default();
+        if percent >= 50 { Ok(()) } else { Err(migration.to_string()) }
+    })
+    .await;
+    let longer = ["--convergence", "longer-pause", "--longest-pause", LONGEST_PAUSE];
+    let set = ctl(&story.lab, &[&["migration", "set", &id], &longer[..]].concat()).await.unwrap();
+    assert!(set.contains("stands still for 20.0 s at most"), "{set}");
+    let status = tokio::time::timeout(PATIENCE, script.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(0));
+    let ended = story.migration(&id).await;
+    let (record, took) = (&ended["record"], &ended["record"]["convergence"]);
+    assert_eq!(ended["state"], "completed", "{ended}");
+    assert_eq!(took["acted"][0], "throttle", "{ended}");
+    assert!(
+        took["rounds"].as_u64().unwrap() >= 3 && took["greatest_throttle_percent"].as_u64().unwrap() >= 50,
+        "{ended}"
+    );
+    assert!(took["permitted_pause_ms"].as_u64().unwrap() < LONGEST_PAUSE_MS, "{ended}");
+    assert!(record["downtime_ms"].as_u64().unwrap() < LONGEST_PAUSE_MS, "{ended}");
+}
+
+/// The id of the migration that runs.
+async fn running(story: &Story) -> String {
+    wait_for("the migration", || async {
+        let list = story.lab.ctl_json(["migration", "list", "--vm", VM]).await.map_err(|error| error.to_string())?;
+        let running = list["migrations"].as_array().into_iter().flatten().find(|one| one["state"] == "running");
+        running.and_then(|one| one["id"].as_str()).map(str::to_owned).ok_or_else(|| list.to_string())
+    })
+    .await
 }
 
 /// Which of a program's streams is read.

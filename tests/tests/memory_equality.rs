@@ -18,7 +18,7 @@ use pageport_lab::lab::tls::Authority;
 use pageport_proto::VmId;
 use pageport_proto::v1::{DirectBoot, DiskSpec, StreamHello, VmSpec, to_source};
 use pageport_teleport::{BlockDigest, PAGE_SIZE};
-use pageport_worker::hypervisor::migrate::SourceSettings;
+use pageport_worker::hypervisor::migrate::{AutoConverge, SourceSettings};
 use pageport_worker::hypervisor::{
     Accelerator, Console, Host, HugePages, Launch, MigrationStatus, RunState, StartMode, Vm, VmPaths, list_running,
 };
@@ -209,7 +209,11 @@ fn free_address() -> SocketAddr {
 async fn begin(source: &Vm) -> UnixStream {
     let path = source.paths().outgoing();
     let listener = tokio::net::UnixListener::bind(&path).unwrap();
-    let settings = SourceSettings { downtime_limit: Duration::from_millis(300), switchover_bandwidth: 100_000_000 };
+    let settings = SourceSettings {
+        downtime_limit: Duration::from_millis(300),
+        switchover_bandwidth: 100_000_000,
+        auto_converge: AutoConverge::Off,
+    };
     let (ordered, accepted) = tokio::join!(source.migrate_to(&path, settings), listener.accept());
     ordered.unwrap();
     let socket = accepted.unwrap().0.into_std().unwrap();

@@ -16,7 +16,7 @@ pub use replication::{LinkCommand, RecoveryPointCommand, ReplicaCommand, Replica
 
 use crate::place::Place;
 use crate::quantity::{Cap, Span};
-use crate::terms::{SchedulerCommand, TermsArgs};
+use crate::terms::{ConvergenceArgs, SchedulerCommand, TermsArgs};
 
 /// Sees and moves virtual machines between datacenters.
 #[derive(Debug, Parser)]
@@ -160,7 +160,9 @@ Example:
   pageportctl migrate db --to b --priority 80 --window 22:00-06:00 --deadline 24h
   pageportctl migrate web --to b --after 0190...      once that migration has completed
   pageportctl migration list                          REASON says what each one waits for
-  pageportctl migration set 0190... --rate 50mbit     also while it runs";
+  pageportctl migration set 0190... --rate 50mbit     also while it runs
+  pageportctl migrate web --to b --convergence throttle
+  pageportctl migration set 0190... --convergence longer-pause --longest-pause 2s";
 
 const PROTECT_EXAMPLE: &str = "\
 Example:
@@ -283,8 +285,8 @@ pub enum MigrationCommand {
         /// Id of the migration.
         id: String,
     },
-    /// Change the priority or the rate of a migration that waits or runs.
-    #[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+    /// Change the priority or the rate of a migration that waits or runs, or what becomes of it if it does not converge.
+    #[command(group = clap::ArgGroup::new("what").arg("convergence").required(true).multiple(true))]
     Set {
         /// Id of the migration.
         id: String,
@@ -294,6 +296,9 @@ pub enum MigrationCommand {
         /// What it may send at most, like 50mbit; none: its part of the link's budget.
         #[arg(long, value_name = "RATE", group = "what")]
         rate: Option<Cap>,
+        /// If it does not converge.
+        #[command(flatten)]
+        convergence: ConvergenceArgs,
     },
     /// Hold a migration: one that waits does not begin, one that runs hardly sends and its guest is not stopped.
     Pause {
@@ -361,6 +366,7 @@ mod tests {
         }
         parse(&["link", "set", "a", "b", "--budget", "1gbit", "--migrations", "2"]).unwrap();
         parse(&["migration", "set", "m1", "--rate", "none"]).unwrap();
+        parse(&["migration", "set", "m1", "--convergence", "throttle"]).unwrap();
         parse(&["scheduler", "set", "--per-link", "1", "--memory-percent", "90"]).unwrap();
         assert!(parse(&["site", "drain", "a", "--dry-run", "--watch"]).is_err());
     }

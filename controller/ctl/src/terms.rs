@@ -1,6 +1,6 @@
 //! What the command line says to the scheduler: terms of a migration, limits, and what is to be emptied.
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use pageport_proto::v1::{self, spot::Place};
 
 use crate::quantity::{Cap, Span};
@@ -23,6 +23,46 @@ pub struct TermsArgs {
     /// What it may send at most, like 50mbit; left out: its part of the link's budget.
     #[arg(long, value_name = "RATE", default_value = "none")]
     pub rate: Cap,
+    /// If it does not converge.
+    #[command(flatten)]
+    pub convergence: ConvergenceArgs,
+}
+
+/// What becomes of a migration whose guest dirties memory faster than the link carries it.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ConvergenceArgs {
+    /// If the guest dirties memory faster than the link carries it; wait, unless it is ordered otherwise.
+    #[arg(long, value_name = "POLICY")]
+    pub convergence: Option<Policy>,
+    /// How long the guest may stand still in all, like 2s (500ms to 20s); with longer-pause.
+    #[arg(long, value_name = "DURATION", requires = "convergence", required_if_eq("convergence", "longer-pause"))]
+    pub longest_pause: Option<Span>,
+}
+
+impl ConvergenceArgs {
+    /// As an order, with the longest pause in milliseconds.
+    pub fn order(&self) -> (v1::ConvergencePolicy, u64) {
+        let policy = self.convergence.map_or(v1::ConvergencePolicy::Unspecified, |policy| match policy {
+            Policy::Wait => v1::ConvergencePolicy::Wait,
+            Policy::Throttle => v1::ConvergencePolicy::Throttle,
+            Policy::LongerPause => v1::ConvergencePolicy::LongerPause,
+            Policy::GiveUp => v1::ConvergencePolicy::GiveUp,
+        });
+        (policy, self.longest_pause.map_or(0, |pause| pause.0))
+    }
+}
+
+/// What is done when two rounds in a row say that a migration will not end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// Say so and go on; nothing is done to the guest.
+    Wait,
+    /// Give the guest less and less of its CPUs until memory converges, and all of them when the migration ends; to be ordered before it begins.
+    Throttle,
+    /// Let the guest stand still for longer, up to --longest-pause.
+    LongerPause,
+    /// Give the migration up; the guest goes on at its source, untouched.
+    GiveUp,
 }
 
 impl TermsArgs {
@@ -34,6 +74,7 @@ impl TermsArgs {
         to_site: String,
         now_unix_ms: i64,
     ) -> v1::CreateMigrationRequest {
+        let (convergence, longest_pause_ms) = self.convergence.order();
         let at = |span: Span| now_unix_ms.saturating_add(i64::try_from(span.0).unwrap_or(i64::MAX));
         v1::CreateMigrationRequest {
             request_id,
@@ -44,6 +85,8 @@ impl TermsArgs {
             deadline_unix_ms: self.deadline.map_or(0, at),
             window: self.window.unwrap_or_default(),
             after_ids: self.after,
+            convergence: convergence.into(),
+            longest_pause_ms,
         }
     }
 }
@@ -132,6 +175,21 @@ mod tests {
         assert_eq!((order.window.as_str(), order.after_ids), ("22:00-06:00", vec!["x".to_owned(), "y".to_owned()]));
         for wrong in [["--priority", "101"], ["--rate", "50MB"], ["--deadline", "2"]] {
             assert!(parse(&wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_longer_pause_is_ordered_with_its_maximum() {
+        let order =
+            |words: &[&str]| parse(words).map(|terms| terms.order(String::new(), String::new(), String::new(), 0));
+        let longer = order(&["--convergence", "longer-pause", "--longest-pause", "2s"]).unwrap();
+        assert_eq!((longer.convergence(), longer.longest_pause_ms), (v1::ConvergencePolicy::LongerPause, 2_000));
+        let give_up = order(&["--convergence", "give-up"]).unwrap();
+        assert_eq!((give_up.convergence(), give_up.longest_pause_ms), (v1::ConvergencePolicy::GiveUp, 0));
+        let missing = order(&["--convergence", "longer-pause"]).unwrap_err().to_string();
+        assert!(missing.contains("--longest-pause <DURATION>"), "{missing}");
+        for wrong in [&["--longest-pause", "2s"][..], &["--convergence", "hope"]] {
+            assert!(order(wrong).is_err(), "{wrong:?}");
         }
     }
 }

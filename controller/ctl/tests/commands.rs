@@ -99,6 +99,14 @@ async fn the_terms_of_a_migration_are_changed_and_shown() {
     assert_eq!(set.stdout, "migration m1: web from  to , queued, priority 80, at most 50.0 Mbit/s\n");
     let pause = run(&authority, &at, &["migration", "pause", "m1"]).await.succeeded();
     assert_eq!(pause.stdout, "migration m1: web from  to , queued, paused\n");
+    let longer = ["migration", "set", "m1", "--convergence", "longer-pause", "--longest-pause", "2s"];
+    let longer = run(&authority, &at, &longer).await.succeeded();
+    assert_eq!(
+        longer.stdout,
+        "migration m1: web from  to , queued, stands still for 2.00 s at most if it does not converge\n"
+    );
+    let throttled = run(&authority, &at, &["migration", "set", "m1", "--convergence", "throttle"]).await.succeeded();
+    assert_eq!(throttled.stdout, "migration m1: web from  to , queued, slows its guest down if it does not converge\n");
     let resume = run(&authority, &at, &["migration", "resume", "m1", "--json"]).await.succeeded();
     assert_eq!(resume.lines()[0]["terms"]["paused"], false);
 }

@@ -197,6 +197,7 @@ impl ApiError {
                 | Rejection::AlreadyQueued { .. }
                 | Rejection::BeingCancelled { .. }
                 | Rejection::HandedOver { .. }
+                | Rejection::CannotThrottle { .. }
                 | Rejection::NotDrained { .. }
                 | Rejection::NotConfirmed { .. }
                 | Rejection::NotRunning { .. }

@@ -12,6 +12,7 @@ use super::error::ApiError;
 use super::watch::{View, Views, views};
 use super::{Api, Moment, request_id, unix_ms};
 use crate::model::command::ClientOrder;
+use crate::model::convergence::Convergence;
 use crate::model::schedule::{Change, MAX_AFTER, ScheduleError, Terms, valid_priority, valid_rate};
 use crate::model::{Answer, Rejection};
 use crate::scheduler::plan::DEFAULT_PRIORITY;
@@ -104,6 +105,7 @@ impl Api {
             priority: request.priority.map(valid_priority).transpose()?,
             rate_bps: request.rate_bps.map(|bps| valid_rate("a migration's rate", bps)).transpose()?,
             paused: request.paused,
+            convergence: Convergence::ordered(request.convergence, request.longest_pause_ms)?,
         };
         let (_, after) = self.order(request_id, ClientOrder::ChangeMigration { id, change }).await?;
         migration_of(&after, id)
@@ -129,6 +131,7 @@ fn terms(request: &v1::CreateMigrationRequest) -> Result<Terms, ApiError> {
         after,
         paused: false,
         drains: false,
+        convergence: Convergence::ordered(request.convergence, request.longest_pause_ms)?.unwrap_or_default(),
     })
 }
 

@@ -298,6 +298,7 @@ impl<'a> View<'a> {
 
 fn terms(migration: &Migration) -> v1::MigrationTerms {
     let terms = &migration.terms;
+    let (convergence, longest_pause_ms) = terms.convergence.told();
     v1::MigrationTerms {
         priority: terms.priority.into(),
         rate_bps: terms.rate_bps,
@@ -306,6 +307,8 @@ fn terms(migration: &Migration) -> v1::MigrationTerms {
         after_ids: terms.after.iter().map(ToString::to_string).collect(),
         paused: terms.paused,
         drains: terms.drains,
+        convergence: convergence.into(),
+        longest_pause_ms,
     }
 }
 

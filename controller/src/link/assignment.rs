@@ -109,6 +109,8 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
         return None;
     }
     let is_source = role == v1::MigrationRole::Source;
+    let (convergence, longest_pause_ms) =
+        if is_source { migration.terms.convergence.told() } else { Default::default() };
     Some(v1::MigrationAssignment {
         migration_id: migration.id.to_string(),
         vm_id: migration.vm.to_string(),
@@ -122,6 +124,9 @@ fn migration_for(state: &State, migration: &Migration, worker: &WorkerName) -> O
         over: migration.is_over(),
         rate_bps: if is_source { budget::rate_bps(state, migration) } else { 0 },
         paused: is_source && migration.terms.paused,
+        convergence: convergence.into(),
+        longest_pause_ms,
+        can_throttle: is_source && migration.can_throttle,
     })
 }
 

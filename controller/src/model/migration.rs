@@ -56,6 +56,9 @@ pub struct Migration {
     /// On which terms.
     #[serde(default)]
     pub terms: Terms,
+    /// The guest can be slowed down in it: it was let begin with that policy, which its hypervisor has to know before.
+    #[serde(default)]
+    pub can_throttle: bool,
     /// How far it is.
     pub phase: Phase,
     /// The first failure that a worker gave.

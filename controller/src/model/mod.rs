@@ -11,6 +11,7 @@
 //! | [`command`], [`rejection`] | what can be asked of the state, and what comes back |
 //! | [`takeover`] | a VM gets another owner without the word of the one before |
 //! | [`schedule`], [`queue`] | what the scheduler is told, and the moves that wait for it |
+//! | [`convergence`] | what becomes of a move that does not converge |
 //! | [`recovery`] | who owns what after a restore from a backup |
 //! | [`shelf`] | maps whose copies share what has not changed |
 //! | [`protection`] | replicas that are kept up to date, and the caps of links |
@@ -21,6 +22,7 @@
 
 pub mod apply;
 pub mod command;
+pub mod convergence;
 pub mod disks;
 pub mod migration;
 pub mod protection;

@@ -18,6 +18,7 @@ use pageport_proto::{MigrationId, SiteName, StoreId, VmId, WorkerName};
 
 use super::apply::{forget_old_migrations, not_migrating, vm_mut};
 use super::command::{Answer, Outcome};
+use super::convergence::Convergence;
 use super::disks;
 use super::migration::{Cancel, Migration, Phase, Place};
 use super::protection::has_point;
@@ -115,6 +116,7 @@ pub(super) fn enqueue(state: &mut State, wanted: Wanted, now: i64) -> Outcome {
         started_unix_ms: None,
         traceparent,
         terms,
+        can_throttle: false,
         phase: Phase::Queued,
         failure: None,
         record: None,
@@ -152,6 +154,7 @@ pub(super) fn start(state: &mut State, id: MigrationId, now: i64) {
     migration.epoch = ownership.last();
     (migration.from, migration.to, migration.to_store) = (from, to, to_store);
     migration.started_unix_ms = Some(now);
+    migration.can_throttle = migration.terms.convergence == Convergence::Throttle;
     migration.phase = Phase::Running { cancel: Cancel::NotAsked };
     vm.ownership = ownership;
     let unprotected = |replica: &&mut Replica| replica.protection.is_none();
@@ -182,11 +185,15 @@ pub(super) fn change(state: &mut State, id: MigrationId, change: Change) -> Outc
             return Err(Rejection::AlreadyEnded { id });
         }
     }
-    let Change { priority, rate_bps, paused } = change;
+    let Change { priority, rate_bps, paused, convergence } = change;
+    if convergence == Some(Convergence::Throttle) && !migration.can_throttle && migration.phase != Phase::Queued {
+        return Err(Rejection::CannotThrottle { id });
+    }
     let terms = &mut migration.terms;
     terms.priority = priority.unwrap_or(terms.priority);
     terms.rate_bps = rate_bps.unwrap_or(terms.rate_bps);
     terms.paused = paused.unwrap_or(terms.paused);
+    terms.convergence = convergence.unwrap_or(terms.convergence);
     state.schedule.seq += 1;
     Ok(Answer::Migration(id))
 }

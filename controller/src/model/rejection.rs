@@ -92,6 +92,15 @@ pub enum Rejection {
         /// The move.
         id: MigrationId,
     },
+    /// Its hypervisor cannot slow the guest down.
+    #[error(
+        "migration {id} was not begun with --convergence throttle, and QEMU cannot slow its guest down in it: cancel it and order it again with \
+         that, or change it to --convergence longer-pause"
+    )]
+    CannotThrottle {
+        /// The move.
+        id: MigrationId,
+    },
     /// Nothing to empty.
     #[error("site \"{site}\" has no workers; \"pageportctl site list\" shows all sites")]
     SiteWithoutWorkers {

@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use pageport_proto::{MigrationId, SiteName, VmId, WorkerName};
+use pageport_proto::{LONGEST_PAUSE_MS, MigrationId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::command::{Answer, Outcome};
+use super::convergence::Convergence;
 use super::protection::MIN_CAP_BPS;
 use super::rejection::Rejection;
 use super::state::State;
@@ -42,6 +43,9 @@ pub struct Terms {
     pub paused: bool,
     /// It empties a site or worker.
     pub drains: bool,
+    /// What becomes of it if it does not converge.
+    #[serde(default)]
+    pub convergence: Convergence,
 }
 
 impl Default for Terms {
@@ -54,6 +58,7 @@ impl Default for Terms {
             after: BTreeSet::new(),
             paused: false,
             drains: false,
+            convergence: Convergence::default(),
         }
     }
 }
@@ -67,6 +72,9 @@ pub struct Change {
     pub rate_bps: Option<u64>,
     /// Held, or not.
     pub paused: Option<bool>,
+    /// What becomes of it if it does not converge.
+    #[serde(default)]
+    pub convergence: Option<Convergence>,
 }
 
 /// Limits for all moves.
@@ -223,6 +231,25 @@ pub enum ScheduleError {
         /// How many were named.
         count: usize,
     },
+    /// What becomes of a move that does not converge.
+    #[error("there is no convergence policy {policy}: give 1 (wait), 2 (throttle), 3 (longer-pause) or 4 (give-up)")]
+    Convergence {
+        /// What was asked for.
+        policy: i32,
+    },
+    /// The longest pause.
+    #[error(
+        "a longer pause needs its maximum, from {} ms to {} ms, and {ms} ms is none: say how long the guest may stand still",
+        LONGEST_PAUSE_MS.start(),
+        LONGEST_PAUSE_MS.end()
+    )]
+    LongestPause {
+        /// What was asked for.
+        ms: u64,
+    },
+    /// A longest pause, for nothing.
+    #[error("a longest pause belongs to the policy longer-pause alone: choose that one, or leave the pause out")]
+    NoLongerPause,
     /// The number of moves at a time.
     #[error("{count} migrations at a time cannot be: give 1 to 256")]
     Slots {

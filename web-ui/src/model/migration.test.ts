@@ -2,19 +2,21 @@ import { create } from "@bufbuild/protobuf";
 import { expect, test } from "vitest";
 
 import {
+  ConvergencePolicy,
   MigrationProgressSchema,
   MigrationSchema,
   MigrationState,
   MigrationTermsSchema,
   PageCountsSchema,
 } from "../gen/pageport/v1/migration_pb.ts";
+import { Convergence } from "../gen/pageport/v1/quote_pb.ts";
 import {
   byAge,
   classShares,
-  convergenceWarning,
   fractionOf,
   isQueued,
   liveFigures,
+  outlookOf,
   phaseOf,
   recordFigures,
   stepOf,
@@ -72,11 +74,26 @@ test("what the switchover waits for is shown while it is known", () => {
   expect(liveFigures(memory).map(({ label }) => label)).not.toContain("switchover waits for");
 });
 
-test("a migration that will not converge says why", () => {
-  expect(convergenceWarning(memory)).toBeUndefined();
-  expect(convergenceWarning(create(MigrationProgressSchema, { ...memory, notConverging: true }))).toBe(
-    "Will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s.",
-  );
+test("whether a migration converges is said in one sentence, and raises an alarm only when it will not", () => {
+  const seen = (outlook: Convergence, sentence: string) =>
+    outlookOf(create(MigrationProgressSchema, { convergence: { outlook, sentence } }));
+  expect(outlookOf(undefined)).toBeUndefined();
+  expect(outlookOf(memory)).toBeUndefined();
+  expect(seen(Convergence.UNSPECIFIED, "")).toBeUndefined();
+  expect(seen(Convergence.YES, "converges: one more round")).toEqual({ sentence: "Converges: one more round.", alarming: false });
+  expect(seen(Convergence.NO, "will not converge: the guest dirties 37.5 MB/s")).toEqual({
+    sentence: "Will not converge: the guest dirties 37.5 MB/s.",
+    alarming: true,
+  });
+});
+
+test("what was done for it to converge is told when something was", () => {
+  const labels = (acted: ConvergencePolicy[]) => {
+    const convergence = { acted, rounds: 9, greatestThrottlePercent: 75, permittedPauseMs: 300n };
+    return recordFigures(create(MigrationSchema, { record: { convergence } })).map(({ value }) => value);
+  };
+  expect(labels([])).not.toContain("by 75 % at most");
+  expect(labels([ConvergencePolicy.THROTTLE])).toContain("by 75 % at most");
 });
 
 test("different digests cannot be overlooked", () => {
@@ -112,6 +129,10 @@ test("only what was asked for beyond the usual is told of the terms", () => {
   expect(termsOf(queued({}))).toBe("");
   expect(termsOf(queued({ priority: 80, window: "22:00-06:00", rateBps: 50_000_000n, drains: true }))).toBe(
     "priority 80 · 22:00-06:00 UTC · at most 50.0 Mbit/s · empties its place",
+  );
+  expect(termsOf(queued({ convergence: ConvergencePolicy.WAIT }))).toBe("");
+  expect(termsOf(queued({ convergence: ConvergencePolicy.LONGER_PAUSE, longestPauseMs: 2_000n }))).toBe(
+    "stands still for 2.00 s at most if it does not converge",
   );
   expect(isQueued(MigrationState.REQUESTED)).toBe(true);
   expect(isQueued(MigrationState.RUNNING)).toBe(false);

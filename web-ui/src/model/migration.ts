@@ -1,5 +1,14 @@
 // What a migration shows: how far it is, what its pages were, what became of it. Pure.
-import { type Migration, type MigrationProgress, MigrationState, type PageCounts } from "../gen/pageport/v1/migration_pb.ts";
+import {
+  ConvergencePolicy,
+  type ConvergenceRecord,
+  type Migration,
+  type MigrationProgress,
+  MigrationState,
+  type MigrationTerms,
+  type PageCounts,
+} from "../gen/pageport/v1/migration_pb.ts";
+import { Convergence } from "../gen/pageport/v1/quote_pb.ts";
 import { bytes, duration, rate } from "./format.ts";
 import { migrationLook } from "./states.ts";
 
@@ -81,10 +90,17 @@ export function liveFigures(progress: MigrationProgress): Figure[] {
   return figures;
 }
 
-/** Why it will not converge, or undefined when it will. */
-export function convergenceWarning(progress: MigrationProgress | undefined): string | undefined {
-  if (!progress?.notConverging) return undefined;
-  return `Will not converge: the guest dirties ${rate(progress.dirtyRateBps)}, the link takes ${rate(progress.rateBps)}.`;
+export interface Outlook {
+  sentence: string;
+  /** It will not converge as it goes. */
+  alarming: boolean;
+}
+
+/** Whether its memory converges, in one sentence; undefined while nobody can say. */
+export function outlookOf(progress: MigrationProgress | undefined): Outlook | undefined {
+  const { sentence = "", outlook } = progress?.convergence ?? {};
+  if (sentence === "") return undefined;
+  return { sentence: `${sentence.charAt(0).toUpperCase()}${sentence.slice(1)}.`, alarming: outlook === Convergence.NO };
 }
 
 /** The figures of a migration that has ended; none without a record. */
@@ -100,6 +116,17 @@ export function recordFigures(migration: Migration): Figure[] {
     { label: "memory on the wire", value: bytes(record.wanBytes) + factor },
     { label: "disk on the wire", value: bytes(record.diskWanBytes) },
     { label: "stream digest", value: record.streamDigestMatch ? "equal" : "DIFFERENT" },
+    ...measures(record.convergence),
+  ];
+}
+
+/** What was done for it to converge; nothing when nothing was. */
+function measures(convergence: ConvergenceRecord | undefined): Figure[] {
+  if (convergence === undefined || convergence.acted.length === 0) return [];
+  const { greatestThrottlePercent: percent, permittedPauseMs } = convergence;
+  return [
+    { label: "guest slowed down", value: percent === 0 ? "not at all" : `by ${percent} % at most` },
+    { label: "permitted pause", value: duration(permittedPauseMs) },
   ];
 }
 
@@ -119,6 +146,21 @@ export const isQueued = (state: MigrationState): boolean => state === MigrationS
 
 const USUAL_PRIORITY = 50;
 
+/** What becomes of it if it does not converge; empty for the usual, which is to say so and go on. */
+function policyOf({ convergence, longestPauseMs }: MigrationTerms): string {
+  switch (convergence) {
+    case ConvergencePolicy.THROTTLE:
+      return "slows its guest down if it does not converge";
+    case ConvergencePolicy.LONGER_PAUSE:
+      return `stands still for ${duration(longestPauseMs)} at most if it does not converge`;
+    case ConvergencePolicy.GIVE_UP:
+      return "gives up if it does not converge";
+    case ConvergencePolicy.WAIT:
+    case ConvergencePolicy.UNSPECIFIED:
+      return "";
+  }
+}
+
 /** What was asked for beyond the usual; empty when nothing was. */
 export function termsOf({ terms }: Migration): string {
   if (terms === undefined) return "";
@@ -127,6 +169,7 @@ export function termsOf({ terms }: Migration): string {
     terms.window === "" ? "" : `${terms.window} UTC`,
     terms.rateBps === 0n ? "" : `at most ${rate(terms.rateBps)}`,
     terms.drains ? "empties its place" : "",
+    policyOf(terms),
   ];
   return parts.filter((part) => part !== "").join(" · ");
 }

@@ -2,7 +2,8 @@
 import { create } from "@bufbuild/protobuf";
 
 import { SiteSchema, type Vm, VmSchema, VmState, type WatchFleetResponse, WatchFleetResponseSchema, WorkerSchema } from "../../src/gen/pageport/v1/fleet_pb.ts";
-import { type Migration, MigrationSchema, MigrationState } from "../../src/gen/pageport/v1/migration_pb.ts";
+import { ConvergenceStatusSchema, type Migration, MigrationSchema, MigrationState } from "../../src/gen/pageport/v1/migration_pb.ts";
+import { Convergence } from "../../src/gen/pageport/v1/quote_pb.ts";
 import { ReplicaSchema, ReplicaState, ReplicationPhase } from "../../src/gen/pageport/v1/replication_pb.ts";
 
 const GIB = 1n << 30n;
@@ -82,7 +83,11 @@ export const inMemoryPhase = (): Migration =>
 
 export const notConverging = (): Migration => {
   const migration = inMemoryPhase();
-  if (migration.progress) Object.assign(migration.progress, { notConverging: true, dirtyRateBps: 300_000_000n, etaMs: undefined });
+  if (migration.progress) {
+    const sentence = "will not converge: the guest dirties 37.5 MB/s, which is 19.0 MB/s on the wire, and the link carries 17.7 MB/s";
+    const convergence = create(ConvergenceStatusSchema, { outlook: Convergence.NO, sentence });
+    Object.assign(migration.progress, { notConverging: true, convergence, etaMs: undefined });
+  }
   return migration;
 };
 

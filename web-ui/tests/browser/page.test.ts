@@ -103,7 +103,7 @@ test("sites, VMs, replicas and a running migration are shown", async () => {
 test("a migration that will not converge says so", async () => {
   controller.migrations.set([notConverging(), failedBefore()]);
   await page.goto(controller.url);
-  await sees("Will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s.");
+  await sees("Will not converge: the guest dirties 37.5 MB/s, which is 19.0 MB/s on the wire, and the link carries 17.7 MB/s.");
   await shoot("not-converging");
 });
 

@@ -12,6 +12,8 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::generation::Generation;
+use crate::migration::convergence::policy::Policy;
+use crate::migration::pace::Pace;
 use crate::migration::source;
 use crate::node::Node;
 use crate::preflight;
@@ -190,7 +192,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
     match migration.role() {
         MigrationRole::Source => {
             if let Some(entry) = node.registry.migration(id) {
-                entry.pace.set(migration.rate_bps, migration.paused);
+                set_pace(&entry.pace, migration);
                 if migration.cancel || migration.over {
                     entry.cancel.cancel();
                 }
@@ -198,7 +200,7 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
             }
             let Some(spec) = spec_of(assignment, &migration.vm_id) else { return };
             let Some(entry) = node.registry.begin_migration(id, MigrationRole::Source) else { return };
-            entry.pace.set(migration.rate_bps, migration.paused);
+            set_pace(&entry.pace, migration);
             if migration.cancel || migration.over || !vm.may_prepare(epoch) {
                 let failure = give_up(&vm, epoch).await;
                 entry.end(Err(failure));
@@ -225,6 +227,13 @@ async fn drive_migration(node: &Arc<Node>, assignment: &WorkerAssignment, migrat
         }
         MigrationRole::Destination | MigrationRole::Unspecified => {}
     }
+}
+
+fn set_pace(pace: &Pace, told: &MigrationAssignment) {
+    // A hypervisor that can slow its guest down is held back at its own rate: held up at its socket, it would hold up the guest.
+    let rate_bps = if told.paused && told.can_throttle { 0 } else { told.rate_bps };
+    pace.set(rate_bps, told.paused);
+    pace.set_policy(Policy::told(told.convergence(), told.longest_pause_ms));
 }
 
 /// A move that this worker does not (or, after a restart, no longer) carry out as its source.

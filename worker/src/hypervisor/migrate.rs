@@ -30,6 +30,10 @@ const UNLIMITED_BYTES_PER_S: u64 = 1 << 40;
 /// A bandwidth at which memory stands still. (Less than 10 would mean: without a limit.)
 const HELD_BYTES_PER_S: u64 = 4096;
 const SOURCE_CAPABILITIES: [&str; 2] = ["events", "pause-before-switchover"];
+/// Of its CPUs, the least that a guest can be denied, in per cent.
+pub const LEAST_THROTTLE_PERCENT: u8 = 1;
+/// Of its CPUs, the most that a guest can be denied, in per cent.
+pub const MOST_THROTTLE_PERCENT: u8 = 99;
 const DESTINATION_CAPABILITIES: [&str; 2] = ["events", "late-block-activate"];
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,10 +47,12 @@ qmp_command!(/// Which capabilities there are.
 qmp_command!(/// Turns capabilities on and off.
     SetCapabilities = "migrate-set-capabilities" -> Ignored { capabilities: Vec<Capability> });
 qmp_command!(/// Sets limits; absent ones stay.
+#[derive(Default)]
 SetParameters = "migrate-set-parameters" -> Ignored {
     #[serde(skip_serializing_if = "Option::is_none")] max_bandwidth: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")] downtime_limit: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")] avail_switchover_bandwidth: Option<u64>,
+    #[serde(flatten)] throttling: Option<Throttling>,
 });
 qmp_command!(/// Starts the source.
     Migrate = "migrate" -> Ignored { uri: String });
@@ -59,6 +65,49 @@ qmp_command!(/// Gives up.
 qmp_command!(/// How far is it?
     QueryMigrate = "query-migrate" -> MigrationInfo {});
 
+/// How QEMU slows a guest down. After every second round in which the guest has dirtied more than
+/// `throttle_trigger_threshold` per cent of what was sent, it takes `cpu_throttle_increment` per cent more of its CPUs from it,
+/// up to `max_cpu_throttle`. It has no word for "not at all", and gives everything back when the migration ends, however it does.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Throttling {
+    throttle_trigger_threshold: u8,
+    cpu_throttle_initial: u8,
+    cpu_throttle_increment: u8,
+    max_cpu_throttle: u8,
+}
+
+impl Throttling {
+    /// As little as QEMU knows, and only of a guest that dirties more than is sent.
+    const LEAST: Self = Self {
+        throttle_trigger_threshold: 100,
+        cpu_throttle_initial: LEAST_THROTTLE_PERCENT,
+        cpu_throttle_increment: MOST_THROTTLE_PERCENT,
+        max_cpu_throttle: LEAST_THROTTLE_PERCENT,
+    };
+
+    /// So much, whatever the guest dirties, after two rounds at most.
+    fn to(percent: u8) -> Self {
+        let percent = percent.clamp(LEAST_THROTTLE_PERCENT, MOST_THROTTLE_PERCENT);
+        Self {
+            throttle_trigger_threshold: 1,
+            cpu_throttle_initial: percent,
+            cpu_throttle_increment: MOST_THROTTLE_PERCENT,
+            max_cpu_throttle: percent,
+        }
+    }
+}
+
+/// Whether QEMU can slow its guest down; that cannot be changed while a migration runs. Where it can, QEMU's main loop looks for dirty
+/// pages every 5 s by itself, and waits for that while the socket takes nothing: a stalled reader holds up the guest then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AutoConverge {
+    /// It cannot.
+    Off,
+    /// It can, and does when it is [told to](Vm::set_throttle).
+    On,
+}
+
 /// What the source is told before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SourceSettings {
@@ -66,6 +115,8 @@ pub struct SourceSettings {
     pub downtime_limit: Duration,
     /// Bytes per second at which the rest will really go over the WAN.
     pub switchover_bandwidth: u64,
+    /// Whether it can slow its guest down.
+    pub auto_converge: AutoConverge,
 }
 
 /// QEMU's figures of a migration.
@@ -82,6 +133,8 @@ pub struct MigrationInfo {
     pub downtime: Option<u64>,
     /// Milliseconds since it began.
     pub total_time: Option<u64>,
+    /// Of its CPUs, what the guest is denied, in per cent; absent when nothing is.
+    pub cpu_throttle_percentage: Option<u8>,
     /// Why it failed.
     pub error_desc: Option<String>,
 }
@@ -94,6 +147,10 @@ pub struct RamInfo {
     pub transferred: u64,
     /// Bytes still to look at.
     pub remaining: u64,
+    /// Pages that were sent, but for those of one byte repeated.
+    pub normal: u64,
+    /// Pages of one byte repeated, most of them zero, that were sent as such.
+    pub duplicate: u64,
     /// Bytes of memory.
     pub total: u64,
     /// Pages per second that the guest dirties; 0 before the second pass.
@@ -104,14 +161,26 @@ pub struct RamInfo {
     pub page_size: u64,
 }
 
+impl RamInfo {
+    /// Bytes of memory that were sent, as pages of either kind.
+    pub fn sent_bytes(&self) -> u64 {
+        (self.normal + self.duplicate) * self.page_size
+    }
+}
+
 impl Vm {
     /// Source: starts to send to a unix socket on which the worker listens.
     pub async fn migrate_to(&self, socket: &Path, settings: SourceSettings) -> Result<(), HypervisorError> {
-        self.set_capabilities(&SOURCE_CAPABILITIES).await?;
+        let slowing: &[&str] = match settings.auto_converge {
+            AutoConverge::Off => &[],
+            AutoConverge::On => &["auto-converge"],
+        };
+        self.set_capabilities(&[&SOURCE_CAPABILITIES, slowing].concat()).await?;
         let parameters = SetParameters {
             max_bandwidth: Some(UNLIMITED_BYTES_PER_S),
             downtime_limit: Some(u64::try_from(settings.downtime_limit.as_millis()).unwrap_or(u64::MAX).max(1)),
             avail_switchover_bandwidth: Some(settings.switchover_bandwidth),
+            throttling: Some(Throttling::LEAST),
         };
         self.execute(&parameters).await?;
         self.forget_migration();
@@ -134,23 +203,27 @@ impl Vm {
     /// guest when the rest fits into the downtime limit at this rate.
     pub async fn set_switchover_bandwidth(&self, bytes_per_s: u64) -> Result<(), HypervisorError> {
         // Zero would mean: go by what you see.
-        let rate = Some(bytes_per_s.max(1));
-        let set = SetParameters { max_bandwidth: None, downtime_limit: None, avail_switchover_bandwidth: rate };
-        self.execute(&set).await.map(drop)
+        let avail_switchover_bandwidth = Some(bytes_per_s.max(1));
+        self.execute(&SetParameters { avail_switchover_bandwidth, ..SetParameters::default() }).await.map(drop)
     }
 
     /// Source: whether memory is held back, so that the guest is not stopped however little is left.
     pub async fn hold_memory(&self, hold: bool) -> Result<(), HypervisorError> {
         let max_bandwidth = Some(if hold { HELD_BYTES_PER_S } else { UNLIMITED_BYTES_PER_S });
-        let set = SetParameters { max_bandwidth, downtime_limit: None, avail_switchover_bandwidth: None };
-        self.execute(&set).await.map(drop)
+        self.execute(&SetParameters { max_bandwidth, ..SetParameters::default() }).await.map(drop)
     }
 
     /// Source, at any time: the longest pause that QEMU plans for.
     pub async fn set_downtime_limit(&self, limit: Duration) -> Result<(), HypervisorError> {
-        let limit = Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1));
-        let set = SetParameters { max_bandwidth: None, downtime_limit: limit, avail_switchover_bandwidth: None };
-        self.execute(&set).await.map(drop)
+        let downtime_limit = Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1));
+        self.execute(&SetParameters { downtime_limit, ..SetParameters::default() }).await.map(drop)
+    }
+
+    /// Source with [`AutoConverge::On`], at any time: so much of its CPUs the guest is denied, in per cent, once two more rounds have
+    /// ended; [`LEAST_THROTTLE_PERCENT`] to [`MOST_THROTTLE_PERCENT`].
+    pub async fn set_throttle(&self, percent: u8) -> Result<(), HypervisorError> {
+        let throttling = Some(Throttling::to(percent));
+        self.execute(&SetParameters { throttling, ..SetParameters::default() }).await.map(drop)
     }
 
     /// Source, in `PreSwitchover`: lets go of the disks and sends the device state.

@@ -20,6 +20,7 @@
 //! can. A destination that has vouched for its image never drops it on its own.
 
 pub mod control;
+pub mod convergence;
 pub mod destination;
 pub mod disks;
 pub mod incoming;

@@ -81,6 +81,8 @@ pub struct Sent {
     pub pages: PageCounts,
     /// Bytes of the hypervisor's stream.
     pub raw_bytes: u64,
+    /// Bytes of the frames that they became, without fallbacks.
+    pub wire_bytes: u64,
 }
 
 #[derive(Debug, Default)]
@@ -309,6 +311,7 @@ async fn send(
         let mut sent = shared.sent();
         sent.pages += batch.counts;
         sent.raw_bytes += raw_bytes;
+        sent.wire_bytes += wire_bytes;
     }
     // The peer may have closed the connection already, which its control stream tells better.
     let _ = stream.finish();

@@ -1,10 +1,11 @@
-//! How fast a move may go: what the controllers last said, changeable while it runs.
+//! How fast a move may go, and what it may do to its guest: what the controllers last said, changeable while it runs.
 //!
 //! Memory and disks of a move share one cap. It ends with the guest's standstill: what is left then is little, and is downtime.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::convergence::policy::Policy;
 use crate::replica::cap::Cap;
 
 /// The pace of one move.
@@ -13,11 +14,17 @@ pub struct Pace {
     cap: Arc<Cap>,
     is_lifted: Mutex<bool>,
     is_paused: AtomicBool,
+    policy: Mutex<Policy>,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { cap: Arc::new(Cap::none()), is_lifted: Mutex::default(), is_paused: AtomicBool::new(false) }
+        Self {
+            cap: Arc::new(Cap::none()),
+            is_lifted: Mutex::default(),
+            is_paused: AtomicBool::new(false),
+            policy: Mutex::default(),
+        }
     }
 }
 
@@ -29,6 +36,16 @@ impl Pace {
             self.cap.set(rate_bps);
         }
         self.is_paused.store(paused, Ordering::Relaxed);
+    }
+
+    /// What is done from now on if memory does not converge.
+    pub fn set_policy(&self, policy: Policy) {
+        *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = policy;
+    }
+
+    /// What is done if memory does not converge.
+    pub fn policy(&self) -> Policy {
+        *self.policy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// No bound any more, whatever is said from now on.

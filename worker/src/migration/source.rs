@@ -10,6 +10,7 @@
 //!
 //! The phases run through one wrapper ([`Move::phase`]) that gives the span, the timing and the seam for cancelling.
 
+mod converging;
 mod figures;
 mod leaving;
 
@@ -19,12 +20,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pageport_common::telemetry;
 use pageport_ownership::{Epoch, Event, Record};
 use pageport_proto::v1::{
-    Abort, DiskHello, DiskSpec, Finding, MigrationAssignment, MigrationHello, MigrationProgress, MigrationRecord,
-    PhaseTiming, Quote, Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
+    Abort, Convergence, DiskHello, DiskSpec, Finding, MigrationAssignment, MigrationHello, MigrationProgress,
+    MigrationRecord, PhaseTiming, Quote, Release, ReplicationDisk, StreamEnd, VmSpec, to_destination, to_source,
 };
 use tracing::Instrument;
 
+use self::converging::{Converging, Seen};
 use super::control::{Control, ControlError};
+use super::convergence::policy::GivenUp;
+use super::convergence::rounds::Observation;
 use super::disks::{Disks, DisksError};
 use super::outgoing::{Held, Outgoing, OutgoingError, StreamTotals};
 use super::registry::MigrationEntry;
@@ -32,6 +36,7 @@ use super::stream::{self, StreamError};
 use super::waits;
 use crate::clock::Offset;
 use crate::failpoint;
+use crate::hypervisor::migrate::AutoConverge;
 use crate::hypervisor::{HypervisorError, MigrationStatus, RunState, Vm};
 use crate::node::Node;
 use crate::preflight::{self, Way};
@@ -45,7 +50,7 @@ const ADMIT_LIMIT: Duration = Duration::from_secs(90);
 const CLOCK_LIMIT: Duration = Duration::from_secs(5);
 /// A full comparison of large disks takes its time; a stalled one is noticed by the disk stream.
 const DISK_SYNC_LIMIT: Duration = Duration::from_secs(24 * 3600);
-/// Longest move of memory; one that does not converge is ended by its operator.
+/// Longest move of memory; what becomes sooner of one that does not converge is its policy's.
 const MEMORY_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// The guest stands still: what is not done by then goes back.
 const SWITCHOVER_LIMIT: Duration = Duration::from_secs(30);
@@ -97,6 +102,9 @@ pub enum SourceError {
     /// Asked to.
     #[error("cancelled")]
     Cancelled,
+    /// Its policy asks for it.
+    #[error(transparent)]
+    GivenUp(#[from] GivenUp),
     /// The record does not permit a move.
     #[error("the vm's ownership record does not permit this move: {record:?}")]
     NotPermitted {
@@ -170,6 +178,7 @@ struct Move {
     outgoing: Option<Outgoing>,
     memory_started: Option<Instant>,
     memory_held: bool,
+    converging: Converging,
     /// Pages that the destination has kept.
     kept_pages: u64,
     downtime_marks: Vec<(&'static str, Instant)>,
@@ -189,7 +198,6 @@ impl Move {
         Self {
             epoch: Epoch::from_raw(order.assignment.epoch),
             quote: order.node.quotes.newest(order.vm.id(), &order.assignment.peer_worker),
-            order,
             started: Instant::now(),
             waited_before: since_order.min(Duration::from_secs(3600)),
             warnings: Vec::new(),
@@ -203,8 +211,10 @@ impl Move {
             outgoing: None,
             memory_started: None,
             memory_held: false,
+            converging: Converging::new(&order.assignment),
             kept_pages: 0,
             downtime_marks: Vec::new(),
+            order,
         }
     }
 
@@ -366,7 +376,8 @@ impl Move {
             return Err(SourceError::NotPermitted { record });
         }
         let connection = self.connection.clone().ok_or(ControlError::OutOfTurn { expected: "a connection" })?;
-        let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S).await?;
+        let auto_converge = if self.order.assignment.can_throttle { AutoConverge::On } else { AutoConverge::Off };
+        let socket = stream::begin(qemu, RATE_FLOOR_BYTES_PER_S, auto_converge).await?;
         let disks = self.order.node.views.of(self.order.vm.id(), &self.order.assignment.peer_worker).await;
         // It may have kept another migration's, or a part.
         let kept = self.kept().filter(|kept| kept.count() == self.kept_pages);
@@ -408,9 +419,10 @@ impl Move {
         };
         let disk_lag_bytes = disk_lag_bytes + last_increment_bytes;
         let disks_lag = waits::disks_lag(disk_lag_bytes, carried);
-        // Planned for nothing, memory does not converge under a guest that writes.
         let paused = self.order.entry.pace.is_paused();
-        qemu.set_switchover_bandwidth(if disks_lag || paused { 0 } else { carried }).await?;
+        // Planned for nothing, memory does not converge under a guest that writes.
+        let planned_bytes_per_s = self.converging.planned_bytes_per_s(carried);
+        qemu.set_switchover_bandwidth(if disks_lag || paused { 0 } else { planned_bytes_per_s }).await?;
         let info = qemu.migration_info().await?;
         let Some(ram) = info.ram else { return Ok(()) };
         let hold = paused || waits::holds_memory(ram.remaining, last_increment_bytes);
@@ -418,16 +430,29 @@ impl Move {
             qemu.hold_memory(hold).await?;
         }
         outgoing.set_left(ram.remaining);
-        let dirty_bytes_per_s = ram.dirty_pages_rate * ram.page_size;
-        let sent_bytes_per_s = outgoing.sent().raw_bytes as f64
-            / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
+        let sent = outgoing.sent();
+        let seen = Seen {
+            observation: Observation {
+                round: ram.dirty_sync_count,
+                left_bytes: ram.remaining,
+                sent_bytes: ram.sent_bytes(),
+                wire_bytes: sent.wire_bytes,
+                at: Instant::now(),
+            },
+            throttle_percent: info.cpu_throttle_percentage.unwrap_or(0),
+            planned_bytes_per_s,
+            held: hold,
+        };
+        let convergence = self.converging.observe(qemu, self.order.entry.pace.policy(), seen).await?;
+        let sent_bytes_per_s =
+            sent.raw_bytes as f64 / self.memory_started.map_or(1.0, |began| began.elapsed().as_secs_f64()).max(0.001);
         let rest_s = ram.remaining as f64 / sent_bytes_per_s.max(1.0);
-        let not_converging = ram.dirty_sync_count >= 3 && dirty_bytes_per_s > carried;
+        let not_converging = convergence.outlook() == Convergence::No;
         let foreseeable = !not_converging && sent_bytes_per_s >= 1.0;
         self.report_progress(Some(MigrationProgress {
             rate_bps: lately * 8,
             remaining_bytes: ram.remaining,
-            dirty_rate_bps: dirty_bytes_per_s * 8,
+            dirty_rate_bps: ram.dirty_pages_rate * ram.page_size * 8,
             eta_ms: (foreseeable && !paused).then_some((rest_s * 1000.0) as u64),
             not_converging,
             disk_lag_bytes,
@@ -437,6 +462,7 @@ impl Move {
                 (false, false) => waits::for_memory(ram.remaining),
             },
             round: ram.dirty_sync_count as u32,
+            convergence: Some(convergence),
             ..MigrationProgress::default()
         }));
         Ok(())

@@ -5,13 +5,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::hypervisor::migrate::SourceSettings;
+use super::convergence::USUAL_PAUSE;
+use crate::hypervisor::migrate::{AutoConverge, SourceSettings};
 use crate::hypervisor::{HypervisorError, Vm};
 
 /// The hypervisor has this long to connect to our socket.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// The pause that QEMU plans for.
-const DOWNTIME_LIMIT: Duration = Duration::from_millis(300);
 const CANCEL_LIMIT: Duration = Duration::from_secs(20);
 
 /// Why the stream did not begin.
@@ -31,15 +30,17 @@ pub enum StreamError {
     },
 }
 
-/// Has the hypervisor connect to a socket of ours; it is to take the link to carry `first_bytes_per_s` until it is told more.
+/// Has the hypervisor connect to a socket of ours; it is to take the link to carry `first_bytes_per_s` until it is told more, and can
+/// slow its guest down with [`AutoConverge::On`].
 ///
 /// # Errors
 /// The socket cannot be made, or the hypervisor does not come.
-pub async fn begin(qemu: &Vm, first_bytes_per_s: u64) -> Result<UnixStream, StreamError> {
+pub async fn begin(qemu: &Vm, first_bytes_per_s: u64, auto_converge: AutoConverge) -> Result<UnixStream, StreamError> {
     let path = qemu.paths().outgoing();
     remove_socket(&path)?;
     let listener = tokio::net::UnixListener::bind(&path).map_err(StreamError::Socket)?;
-    let settings = SourceSettings { downtime_limit: DOWNTIME_LIMIT, switchover_bandwidth: first_bytes_per_s };
+    let settings =
+        SourceSettings { downtime_limit: USUAL_PAUSE, switchover_bandwidth: first_bytes_per_s, auto_converge };
     let accepted = tokio::time::timeout(CONNECT_LIMIT, async {
         let (ordered, accepted) = tokio::join!(qemu.migrate_to(&path, settings), listener.accept());
         ordered?;

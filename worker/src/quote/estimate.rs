@@ -14,6 +14,7 @@ use pageport_proto::v1::{Convergence, Quote, Range};
 use pageport_teleport::PAGE_SIZE;
 
 use super::sample::Cluster;
+use crate::migration::convergence::{SURE_SHARE, outlook, passes};
 
 /// Standard errors by which the truth is expected to differ at most.
 const TRUST: f64 = 2.0;
@@ -33,8 +34,6 @@ const SET_UP_ROUND_TRIPS: Span = Span { low: 3.0, high: 10.0 };
 /// The hypervisor's own limit of the last pass is within it.
 const DOWNTIME_S: Span = Span { low: 0.05, high: 0.8 };
 const DOWNTIME_ROUND_TRIPS: Span = Span { low: 2.0, high: 6.0 };
-/// Rounds that each leave more than this of the one before hardly end.
-const SURE_SHARE: f64 = 0.8;
 
 /// What was found.
 #[derive(Debug)]
@@ -68,12 +67,8 @@ pub fn estimate(facts: &Facts<'_>) -> Quote {
     let first_pass = Span { low: sending.low.max(stream.low), high: sending.high + stream.high };
     let taken = (link / wire_per_literal(facts.clusters)).capped_by(STREAM_BYTES_PER_S);
     let left = Span::of(facts.dirty_bytes_per_s as f64) / taken;
-    let convergence = match left {
-        _ if left.low >= 1.0 => Convergence::No,
-        _ if left.high > SURE_SHARE => Convergence::Uncertain,
-        _ => Convergence::Yes,
-    };
-    let rounds = Span { low: 1.0 / (1.0 - left.low), high: 1.0 / (1.0 - left.high.min(SURE_SHARE)) };
+    let convergence = outlook(left.low, left.high);
+    let rounds = Span { low: passes(left.low.min(SURE_SHARE)), high: passes(left.high.min(SURE_SHARE)) };
     let lag = Span { low: 0.0, high: facts.disk_lag_bytes as f64 } / link;
     let round_trip = facts.round_trip.as_secs_f64();
     let total = SET_UP_S + SET_UP_ROUND_TRIPS * round_trip + lag + first_pass * rounds;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pageport_worker::hypervisor::migrate::SourceSettings;
+use pageport_worker::hypervisor::migrate::{AutoConverge, SourceSettings};
 use pageport_worker::hypervisor::{Console, Host, HugePages, MigrationStatus, RunState, StartMode, Vm};
 use pageport_worker::image::Image;
 
@@ -24,9 +24,15 @@ async fn migrate_between(fixture: &Fixture, from: &Host, to: &Host) -> (Vm, Vm) 
     assert_eq!(destination.run_state().await.unwrap(), RunState::Inmigrate);
     let socket = destination.paths().incoming();
     destination.listen_incoming(&socket).await.unwrap();
-    let settings = SourceSettings { downtime_limit: Duration::from_millis(300), switchover_bandwidth: 25_000_000 };
+    let settings = SourceSettings {
+        downtime_limit: Duration::from_millis(300),
+        switchover_bandwidth: 25_000_000,
+        auto_converge: AutoConverge::On,
+    };
     source.migrate_to(&socket, settings).await.unwrap();
     source.set_switchover_bandwidth(50_000_000).await.unwrap();
+    source.set_throttle(50).await.unwrap();
+    source.set_downtime_limit(Duration::from_millis(500)).await.unwrap();
     source.wait_migration(MigrationStatus::PreSwitchover, SOON).await.unwrap();
     (source, destination)
 }
@@ -71,6 +77,8 @@ async fn a_cancelled_move_leaves_the_guest_running_and_can_be_tried_again() {
     let (source, destination) = migrate_to_the_pause(&fixture).await;
     source.cancel_migration().await.unwrap();
     source.wait_migration(MigrationStatus::Cancelled, SOON).await.unwrap();
+    let denied = source.migration_info().await.unwrap().cpu_throttle_percentage;
+    assert_eq!(denied, None, "the guest has all of its CPUs");
     let mut marks = source.marks();
     let runs = |resumed: &pageport_worker::hypervisor::Marks| {
         resumed.resumed.zip(resumed.stopped).is_some_and(|(resumed, stopped)| resumed.qemu > stopped.qemu)
@@ -80,7 +88,11 @@ async fn a_cancelled_move_leaves_the_guest_running_and_can_be_tried_again() {
     destination.kill().await.unwrap();
 
     // A destination that is not there: an error, and the guest runs on.
-    let settings = SourceSettings { downtime_limit: Duration::from_millis(300), switchover_bandwidth: 25_000_000 };
+    let settings = SourceSettings {
+        downtime_limit: Duration::from_millis(300),
+        switchover_bandwidth: 25_000_000,
+        auto_converge: AutoConverge::On,
+    };
     let nowhere = fixture.path("nowhere.sock");
     let failed = match source.migrate_to(&nowhere, settings).await {
         Ok(()) => source.wait_migration(MigrationStatus::PreSwitchover, SOON).await,

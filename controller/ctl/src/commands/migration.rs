@@ -42,9 +42,17 @@ pub async fn run(context: &mut Context, command: MigrationCommand) -> Result<(),
             context.output.message(&response, |response| lists::migrations(response, now_unix_ms()))
         }
         MigrationCommand::Watch { id } => watch(context, id).await,
-        MigrationCommand::Set { id, priority, rate } => {
-            let rate_bps = rate.map(|rate| rate.0);
-            let request = v1::ChangeMigrationRequest { request_id: request_id(), id, priority, rate_bps, paused: None };
+        MigrationCommand::Set { id, priority, rate, convergence } => {
+            let (convergence, longest_pause_ms) = convergence.order();
+            let request = v1::ChangeMigrationRequest {
+                request_id: request_id(),
+                id,
+                priority,
+                rate_bps: rate.map(|rate| rate.0),
+                convergence: convergence.into(),
+                longest_pause_ms,
+                ..v1::ChangeMigrationRequest::default()
+            };
             change(context, request).await
         }
         MigrationCommand::Pause { id } => change(context, hold(id, true)).await,

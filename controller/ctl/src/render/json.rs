@@ -175,6 +175,7 @@ mod tests {
                 "downtime_parts": [{"name": "last pages", "duration_ms": 200}],
                 "quote": null,
                 "warnings": [],
+                "convergence": null,
             })
         );
     }

@@ -272,7 +272,7 @@ fn why(migration: &Migration) -> String {
     if is_held && migration.reason.is_empty() {
         return format!("paused; it goes on with \"pageportctl migration resume {}\"", migration.id);
     }
-    migration.reason.clone()
+    progress::reason(migration).to_owned()
 }
 
 /// One line after a command about a migration.
@@ -302,6 +302,7 @@ fn terms(migration: &Migration) -> String {
     if terms.paused {
         parts.push("paused".to_owned());
     }
+    parts.extend(words::if_it_does_not_converge(terms));
     parts.into_iter().map(|part| format!(", {part}")).collect()
 }
 

@@ -6,7 +6,8 @@
 //! What matters most stands left, since a narrow terminal cuts the line at its right end.
 
 use pageport_proto::v1::{
-    Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState, ReplicationStatus, ScrubStatus,
+    Convergence, Migration, MigrationProgress, MigrationState, PageCounts, Replica, ReplicaState, ReplicationStatus,
+    ScrubStatus,
 };
 
 use super::units;
@@ -33,13 +34,8 @@ pub fn migration(migration: &Migration) -> String {
         return with_reason(phase, &migration.reason);
     };
     let mut parts = vec![head(phase, fraction(progress))];
-    if progress.not_converging {
-        parts.push(format!(
-            "will not converge: the guest dirties {}, the link takes {}",
-            units::rate(progress.dirty_rate_bps),
-            units::rate(progress.rate_bps),
-        ));
-    }
+    let running = progress.convergence.as_ref().filter(|_| !has_ended(migration));
+    parts.extend(running.map(|convergence| convergence.sentence.clone()).filter(|sentence| !sentence.is_empty()));
     let whole = progress.memory_bytes + progress.remaining_bytes;
     let eta = progress.eta_ms.filter(|_| !has_ended(migration));
     let eta = eta.map(|eta| format!("ETA {}", units::duration(eta)));
@@ -65,6 +61,19 @@ pub fn migration(migration: &Migration) -> String {
         parts.push(migration.reason.clone());
     }
     parts.join("  ")
+}
+
+/// Why it waits, failed, or may not end.
+pub fn reason(migration: &Migration) -> &str {
+    let convergence = migration.progress.as_ref().and_then(|progress| progress.convergence.as_ref());
+    match convergence {
+        Some(convergence)
+            if migration.reason.is_empty() && !has_ended(migration) && convergence.outlook() != Convergence::Yes =>
+        {
+            &convergence.sentence
+        }
+        _ => &migration.reason,
+    }
 }
 
 /// The line of a seed that is under way.
@@ -184,6 +193,8 @@ fn classes(pages: Option<&PageCounts>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pageport_proto::v1::ConvergenceStatus;
+
     use super::*;
 
     fn running(progress: MigrationProgress) -> Migration {
@@ -214,13 +225,15 @@ mod tests {
 
     #[test]
     fn a_migration_that_will_not_converge_says_so_first() {
-        let mut progress = MigrationProgress { not_converging: true, dirty_rate_bps: 300_000_000, ..memory() };
+        let sentence = "will not converge: the guest dirties 37.5 MB/s".to_owned();
+        let convergence = Some(ConvergenceStatus { sentence, ..Default::default() });
+        let mut progress = MigrationProgress { convergence, ..memory() };
         progress.pages = Some(PageCounts { fallback: 1, ..progress.pages.unwrap() });
         progress.eta_ms = None;
         assert_eq!(
             migration(&running(progress)),
             "memory      [##########----------]  52 %  \
-             will not converge: the guest dirties 300 Mbit/s, the link takes 142 Mbit/s  1.02 GiB of 1.96 GiB  \
+             will not converge: the guest dirties 37.5 MB/s  1.02 GiB of 1.96 GiB  \
              35.2 MiB sent at 142 Mbit/s  zero 210 MiB, teleported 790 MiB, literal 20.0 MiB, fallback 4.00 KiB"
         );
     }

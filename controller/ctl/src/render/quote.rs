@@ -41,7 +41,7 @@ fn verdict(quote: &Quote) -> &'static str {
             "The move may not end: the guest dirties memory nearly as fast as the link takes it. Move it at a quieter time, or watch and be ready to cancel."
         }
         Ok(Convergence::No) => {
-            "The move would not end: the guest dirties memory faster than the link takes it. Move it at a quieter time, or over a wider link."
+            "The move would not end: the guest dirties memory faster than the link takes it. Move it at a quieter time, over a wider link, or with --convergence throttle or longer-pause."
         }
         Ok(Convergence::Unspecified) | Err(_) => "Whether the move will end is not known.",
     }

@@ -1,6 +1,6 @@
 //! What a finished migration was, as a page of text. Pure.
 
-use pageport_proto::v1::{Migration, MigrationRecord, PageCounts, PhaseTiming};
+use pageport_proto::v1::{ConvergenceRecord, Migration, MigrationRecord, PageCounts, PhaseTiming};
 
 use super::preflight;
 use super::progress::PAGE_BYTES;
@@ -30,6 +30,7 @@ pub fn summary(migration: &Migration) -> String {
     if let Some(record) = &migration.record {
         text.push('\n');
         text.push_str(&figures(record));
+        text.push_str(&record.convergence.as_ref().map(measures).unwrap_or_default());
         text.push('\n');
         text.push_str(&pages(record.pages.as_ref()));
         text.push('\n');
@@ -57,7 +58,7 @@ fn figures(record: &MigrationRecord) -> String {
         format!("  (1/{:.1} of the memory)", record.memory_bytes as f64 / record.wan_bytes as f64)
     };
     let digest = if record.stream_digest_match { "equal on both sides" } else { "DIFFERENT" };
-    [
+    lines(&[
         ("total time", units::duration(record.total_time_ms)),
         ("memory time", units::duration(record.memory_time_ms)),
         ("downtime", units::duration(record.downtime_ms)),
@@ -65,10 +66,27 @@ fn figures(record: &MigrationRecord) -> String {
         ("memory on the wire", format!("{}{ratio}", units::bytes(record.wan_bytes))),
         ("disk on the wire", units::bytes(record.disk_wan_bytes)),
         ("stream digest", digest.to_owned()),
-    ]
-    .iter()
-    .map(|(label, value)| format!("  {label:<LABEL_CELLS$}  {value}\n"))
-    .collect()
+    ])
+}
+
+/// What was done for it to converge; nothing when nothing was.
+fn measures(convergence: &ConvergenceRecord) -> String {
+    if convergence.acted.is_empty() {
+        return String::new();
+    }
+    let slowed = match convergence.greatest_throttle_percent {
+        0 => "not at all".to_owned(),
+        percent => format!("by {percent} % at most"),
+    };
+    lines(&[
+        ("rounds of memory", units::count(convergence.rounds.into())),
+        ("guest slowed down", slowed),
+        ("permitted pause", units::duration(convergence.permitted_pause_ms)),
+    ])
+}
+
+fn lines(lines: &[(&str, String)]) -> String {
+    lines.iter().map(|(label, value)| format!("  {label:<LABEL_CELLS$}  {value}\n")).collect()
 }
 
 fn pages(pages: Option<&PageCounts>) -> String {
@@ -94,7 +112,7 @@ fn timings(heading: &'static str, timings: &[PhaseTiming]) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use pageport_proto::v1::{Check, Finding, MigrationState};
+    use pageport_proto::v1::{self, Check, Finding, MigrationState};
 
     use super::*;
 
@@ -129,6 +147,7 @@ pub(crate) mod tests {
                 downtime_parts: vec![timing("last pages", 200)],
                 quote: None,
                 warnings: vec![],
+                convergence: None,
             }),
             ..Default::default()
         }
@@ -185,6 +204,21 @@ web moved from a to b in 6.21 s; it stood still for 312 ms.
         let warning = Finding::warns(Check::Clocks, "3.0 s apart", "run NTP");
         migration.record.as_mut().unwrap().warnings = vec![warning];
         assert!(summary(&migration).ends_with("\n  WARNED OF\n  clocks     3.0 s apart; run NTP\n"));
+    }
+
+    #[test]
+    fn what_was_done_for_it_to_converge_is_told() {
+        let mut migration = finished();
+        let convergence =
+            ConvergenceRecord { rounds: 9, greatest_throttle_percent: 75, permitted_pause_ms: 300, acted: vec![] };
+        migration.record.as_mut().unwrap().convergence = Some(convergence.clone());
+        assert!(!summary(&migration).contains("rounds of memory"), "nothing had to be done");
+        let acted = vec![v1::ConvergencePolicy::Throttle.into()];
+        migration.record.as_mut().unwrap().convergence = Some(ConvergenceRecord { acted, ..convergence });
+        let text = summary(&migration);
+        assert!(text.contains(
+            "  rounds of memory    9\n  guest slowed down   by 75 % at most\n  permitted pause     300 ms\n"
+        ));
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 use pageport_proto::v1::takeover::Ground;
 use pageport_proto::v1::{
-    Check, IsolationPolicy, MigrationState, PointExportState, ReplicaState, ReplicationPhase, Severity, StartPolicy,
-    VmState,
+    Check, ConvergencePolicy, IsolationPolicy, MigrationState, MigrationTerms, PointExportState, ReplicaState,
+    ReplicationPhase, Severity, StartPolicy, VmState,
 };
+
+use super::units;
 
 /// Of a newer API than ours.
 const UNKNOWN_TO_US: &str = "?";
@@ -69,6 +71,19 @@ pub fn severity(severity: i32) -> &'static str {
         Ok(Severity::Ok) => "ok",
         Ok(Severity::Warning) => "warning",
         Ok(Severity::Blocks) => "BLOCKS",
+    }
+}
+
+/// What becomes of a migration that does not converge, when it is not the usual.
+pub fn if_it_does_not_converge(terms: &MigrationTerms) -> Option<String> {
+    match terms.convergence() {
+        ConvergencePolicy::Unspecified | ConvergencePolicy::Wait => None,
+        ConvergencePolicy::Throttle => Some("slows its guest down if it does not converge".to_owned()),
+        ConvergencePolicy::LongerPause => Some(format!(
+            "stands still for {} at most if it does not converge",
+            units::duration(terms.longest_pause_ms)
+        )),
+        ConvergencePolicy::GiveUp => Some("gives up if it does not converge".to_owned()),
     }
 }
 

@@ -472,6 +472,8 @@ impl MigrationService for Fake {
             priority: request.priority.unwrap_or(50),
             rate_bps: request.rate_bps.unwrap_or_default(),
             paused: request.paused.unwrap_or_default(),
+            convergence: request.convergence,
+            longest_pause_ms: request.longest_pause_ms,
             ..Default::default()
         };
         let state = v1::MigrationState::Requested.into();

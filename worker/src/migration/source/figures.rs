@@ -41,6 +41,7 @@ impl Move {
             downtime_parts: steps.chain([hand_over]).collect(),
             quote: self.quote.clone(),
             warnings: self.warnings.clone(),
+            convergence: Some(self.converging.record()),
         }
     }
 

@@ -8,7 +8,7 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Finding } from "./preflight_pb.ts";
 import { file_pageport_v1_preflight } from "./preflight_pb.ts";
-import type { Quote } from "./quote_pb.ts";
+import type { Convergence, Quote } from "./quote_pb.ts";
 import { file_pageport_v1_quote } from "./quote_pb.ts";
 import type { Message } from "@bufbuild/protobuf";
 
@@ -16,7 +16,91 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/migration.proto.
  */
 export const file_pageport_v1_migration: GenFile = /*@__PURE__*/
-  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCKHAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJQgkKB19ldGFfbXMiqAMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBARImCgh3YXJuaW5ncxh4IAMoCzIULnBhZ2Vwb3J0LnYxLkZpbmRpbmdCCAoGX3F1b3RlIq8DCglNaWdyYXRpb24SCgoCaWQYASABKAkSDQoFdm1faWQYAiABKAkSDwoHdm1fbmFtZRgDIAEoCRIRCglmcm9tX3NpdGUYBCABKAkSDwoHdG9fc2l0ZRgFIAEoCRIqCgVzdGF0ZRgGIAEoDjIbLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblN0YXRlEg0KBWVwb2NoGAcgASgEEhcKD2NyZWF0ZWRfdW5peF9tcxgIIAEoAxIVCg1lbmRlZF91bml4X21zGAkgASgDEg4KBnJlYXNvbhgKIAEoCRI1Cghwcm9ncmVzcxgLIAEoCzIeLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblByb2dyZXNzSACIAQESMQoGcmVjb3JkGAwgASgLMhwucGFnZXBvcnQudjEuTWlncmF0aW9uUmVjb3JkSAGIAQESKgoFdGVybXMYZCABKAsyGy5wYWdlcG9ydC52MS5NaWdyYXRpb25UZXJtcxIXCg9zdGFydGVkX3VuaXhfbXMYZSABKAMSEAoIcmF0ZV9icHMYZiABKARCCwoJX3Byb2dyZXNzQgkKB19yZWNvcmQikQEKDk1pZ3JhdGlvblRlcm1zEhAKCHByaW9yaXR5GAEgASgNEhAKCHJhdGVfYnBzGAIgASgEEhgKEGRlYWRsaW5lX3VuaXhfbXMYAyABKAMSDgoGd2luZG93GAQgASgJEhEKCWFmdGVyX2lkcxgFIAMoCRIOCgZwYXVzZWQYBiABKAgSDgoGZHJhaW5zGAcgASgIIrwBChZDcmVhdGVNaWdyYXRpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIVCghwcmlvcml0eRhkIAEoDUgAiAEBEhAKCHJhdGVfYnBzGGUgASgEEhgKEGRlYWRsaW5lX3VuaXhfbXMYZiABKAMSDgoGd2luZG93GGcgASgJEhEKCWFmdGVyX2lkcxhoIAMoCUILCglfcHJpb3JpdHkiRAoXQ3JlYXRlTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIiEKE0dldE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQQoUR2V0TWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIiMKFUxpc3RNaWdyYXRpb25zUmVxdWVzdBIKCgJ2bRgBIAEoCSJEChZMaXN0TWlncmF0aW9uc1Jlc3BvbnNlEioKCm1pZ3JhdGlvbnMYASADKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVV2F0Y2hNaWdyYXRpb25SZXF1ZXN0EgoKAmlkGAEgASgJIkMKFldhdGNoTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIhgKFldhdGNoTWlncmF0aW9uc1JlcXVlc3QiXAoXV2F0Y2hNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbhIVCg1mb3Jnb3R0ZW5faWRzGAIgAygJIjgKFkNhbmNlbE1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJpZBgCIAEoCSJEChdDYW5jZWxNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24ioAEKFkNoYW5nZU1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJpZBgCIAEoCRIVCghwcmlvcml0eRgDIAEoDUgAiAEBEhUKCHJhdGVfYnBzGAQgASgESAGIAQESEwoGcGF1c2VkGAUgASgISAKIAQFCCwoJX3ByaW9yaXR5QgsKCV9yYXRlX2Jwc0IJCgdfcGF1c2VkIkQKF0NoYW5nZU1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiqGAgoOTWlncmF0aW9uU3RhdGUSHwobTUlHUkFUSU9OX1NUQVRFX1VOU1BFQ0lGSUVEEAASHQoZTUlHUkFUSU9OX1NUQVRFX1JFUVVFU1RFRBABEhsKF01JR1JBVElPTl9TVEFURV9SVU5OSU5HEAISHgoaTUlHUkFUSU9OX1NUQVRFX0NBTkNFTExJTkcQAxIdChlNSUdSQVRJT05fU1RBVEVfQ09NTUlUVEVEEAQSHQoZTUlHUkFUSU9OX1NUQVRFX0NPTVBMRVRFRBAFEhoKFk1JR1JBVElPTl9TVEFURV9GQUlMRUQQBhIdChlNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTEVEEAcymQUKEE1pZ3JhdGlvblNlcnZpY2USXAoPQ3JlYXRlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNyZWF0ZU1pZ3JhdGlvblJlc3BvbnNlElMKDEdldE1pZ3JhdGlvbhIgLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlcXVlc3QaIS5wYWdlcG9ydC52MS5HZXRNaWdyYXRpb25SZXNwb25zZRJZCg5MaXN0TWlncmF0aW9ucxIiLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVzcG9uc2USWwoOV2F0Y2hNaWdyYXRpb24SIi5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlcXVlc3QaIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlc3BvbnNlMAESXgoPV2F0Y2hNaWdyYXRpb25zEiMucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uc1Jlc3BvbnNlMAESXAoPQ2FuY2VsTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNhbmNlbE1pZ3JhdGlvblJlc3BvbnNlElwKD0NoYW5nZU1pZ3JhdGlvbhIjLnBhZ2Vwb3J0LnYxLkNoYW5nZU1pZ3JhdGlvblJlcXVlc3QaJC5wYWdlcG9ydC52MS5DaGFuZ2VNaWdyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_pageport_v1_preflight, file_pageport_v1_quote]);
+  fileDesc("ChtwYWdlcG9ydC92MS9taWdyYXRpb24ucHJvdG8SC3BhZ2Vwb3J0LnYxIoYBChFDb252ZXJnZW5jZVN0YXR1cxIpCgdvdXRsb29rGAEgASgOMhgucGFnZXBvcnQudjEuQ29udmVyZ2VuY2USEAoIc2VudGVuY2UYAiABKAkSGAoQdGhyb3R0bGVfcGVyY2VudBgDIAEoDRIaChJwZXJtaXR0ZWRfcGF1c2VfbXMYBCABKAQikQEKEUNvbnZlcmdlbmNlUmVjb3JkEi0KBWFjdGVkGAEgAygOMh4ucGFnZXBvcnQudjEuQ29udmVyZ2VuY2VQb2xpY3kSDgoGcm91bmRzGAIgASgNEiEKGWdyZWF0ZXN0X3Rocm90dGxlX3BlcmNlbnQYAyABKA0SGgoScGVybWl0dGVkX3BhdXNlX21zGAQgASgEIlEKClBhZ2VDb3VudHMSDAoEemVybxgBIAEoBBISCgp0ZWxlcG9ydGVkGAIgASgEEg8KB2xpdGVyYWwYAyABKAQSEAoIZmFsbGJhY2sYBCABKAQiMAoLUGhhc2VUaW1pbmcSDAoEbmFtZRgBIAEoCRITCgtkdXJhdGlvbl9tcxgCIAEoBCLSAwoRTWlncmF0aW9uUHJvZ3Jlc3MSDQoFcGhhc2UYASABKAkSJgoFcGFnZXMYAiABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhQKDG1lbW9yeV9ieXRlcxgDIAEoBBIRCgl3YW5fYnl0ZXMYBCABKAQSFgoOZGlza193YW5fYnl0ZXMYBSABKAQSFwoPZGlza19kb25lX2J5dGVzGAYgASgEEhgKEGRpc2tfdG90YWxfYnl0ZXMYByABKAQSEAoIcmF0ZV9icHMYCCABKAQSFwoPcmVtYWluaW5nX2J5dGVzGAkgASgEEhYKDmRpcnR5X3JhdGVfYnBzGAogASgEEhIKCmVsYXBzZWRfbXMYCyABKAQSEwoGZXRhX21zGAwgASgESACIAQESFgoObm90X2NvbnZlcmdpbmcYDSABKAgSDQoFcm91bmQYDiABKA0SFgoOZGlza19sYWdfYnl0ZXMYDyABKAQSEQoJd2FpdHNfZm9yGBAgASgJEjkKC2NvbnZlcmdlbmNlGIwBIAEoCzIeLnBhZ2Vwb3J0LnYxLkNvbnZlcmdlbmNlU3RhdHVzSAGIAQFCCQoHX2V0YV9tc0IOCgxfY29udmVyZ2VuY2Ui8wMKD01pZ3JhdGlvblJlY29yZBIVCg10b3RhbF90aW1lX21zGAEgASgEEhYKDm1lbW9yeV90aW1lX21zGAIgASgEEhMKC2Rvd250aW1lX21zGAMgASgEEhEKCXdhbl9ieXRlcxgEIAEoBBIWCg5kaXNrX3dhbl9ieXRlcxgFIAEoBBIUCgxtZW1vcnlfYnl0ZXMYBiABKAQSJgoFcGFnZXMYByABKAsyFy5wYWdlcG9ydC52MS5QYWdlQ291bnRzEhsKE3N0cmVhbV9kaWdlc3RfbWF0Y2gYCCABKAgSKAoGcGhhc2VzGAkgAygLMhgucGFnZXBvcnQudjEuUGhhc2VUaW1pbmcSFQoNc3RyZWFtX2RpZ2VzdBgKIAEoCRIwCg5kb3dudGltZV9wYXJ0cxgLIAMoCzIYLnBhZ2Vwb3J0LnYxLlBoYXNlVGltaW5nEiYKBXF1b3RlGGQgASgLMhIucGFnZXBvcnQudjEuUXVvdGVIAIgBARImCgh3YXJuaW5ncxh4IAMoCzIULnBhZ2Vwb3J0LnYxLkZpbmRpbmcSOQoLY29udmVyZ2VuY2UYjAEgASgLMh4ucGFnZXBvcnQudjEuQ29udmVyZ2VuY2VSZWNvcmRIAYgBAUIICgZfcXVvdGVCDgoMX2NvbnZlcmdlbmNlIq8DCglNaWdyYXRpb24SCgoCaWQYASABKAkSDQoFdm1faWQYAiABKAkSDwoHdm1fbmFtZRgDIAEoCRIRCglmcm9tX3NpdGUYBCABKAkSDwoHdG9fc2l0ZRgFIAEoCRIqCgVzdGF0ZRgGIAEoDjIbLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblN0YXRlEg0KBWVwb2NoGAcgASgEEhcKD2NyZWF0ZWRfdW5peF9tcxgIIAEoAxIVCg1lbmRlZF91bml4X21zGAkgASgDEg4KBnJlYXNvbhgKIAEoCRI1Cghwcm9ncmVzcxgLIAEoCzIeLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvblByb2dyZXNzSACIAQESMQoGcmVjb3JkGAwgASgLMhwucGFnZXBvcnQudjEuTWlncmF0aW9uUmVjb3JkSAGIAQESKgoFdGVybXMYZCABKAsyGy5wYWdlcG9ydC52MS5NaWdyYXRpb25UZXJtcxIXCg9zdGFydGVkX3VuaXhfbXMYZSABKAMSEAoIcmF0ZV9icHMYZiABKARCCwoJX3Byb2dyZXNzQgkKB19yZWNvcmQi4gEKDk1pZ3JhdGlvblRlcm1zEhAKCHByaW9yaXR5GAEgASgNEhAKCHJhdGVfYnBzGAIgASgEEhgKEGRlYWRsaW5lX3VuaXhfbXMYAyABKAMSDgoGd2luZG93GAQgASgJEhEKCWFmdGVyX2lkcxgFIAMoCRIOCgZwYXVzZWQYBiABKAgSDgoGZHJhaW5zGAcgASgIEjQKC2NvbnZlcmdlbmNlGIwBIAEoDjIeLnBhZ2Vwb3J0LnYxLkNvbnZlcmdlbmNlUG9saWN5EhkKEGxvbmdlc3RfcGF1c2VfbXMYjQEgASgEIo0CChZDcmVhdGVNaWdyYXRpb25SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDwoHdG9fc2l0ZRgDIAEoCRIVCghwcmlvcml0eRhkIAEoDUgAiAEBEhAKCHJhdGVfYnBzGGUgASgEEhgKEGRlYWRsaW5lX3VuaXhfbXMYZiABKAMSDgoGd2luZG93GGcgASgJEhEKCWFmdGVyX2lkcxhoIAMoCRI0Cgtjb252ZXJnZW5jZRiMASABKA4yHi5wYWdlcG9ydC52MS5Db252ZXJnZW5jZVBvbGljeRIZChBsb25nZXN0X3BhdXNlX21zGI0BIAEoBEILCglfcHJpb3JpdHkiRAoXQ3JlYXRlTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIiEKE0dldE1pZ3JhdGlvblJlcXVlc3QSCgoCaWQYASABKAkiQQoUR2V0TWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIiMKFUxpc3RNaWdyYXRpb25zUmVxdWVzdBIKCgJ2bRgBIAEoCSJEChZMaXN0TWlncmF0aW9uc1Jlc3BvbnNlEioKCm1pZ3JhdGlvbnMYASADKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24iIwoVV2F0Y2hNaWdyYXRpb25SZXF1ZXN0EgoKAmlkGAEgASgJIkMKFldhdGNoTWlncmF0aW9uUmVzcG9uc2USKQoJbWlncmF0aW9uGAEgASgLMhYucGFnZXBvcnQudjEuTWlncmF0aW9uIhgKFldhdGNoTWlncmF0aW9uc1JlcXVlc3QiXAoXV2F0Y2hNaWdyYXRpb25zUmVzcG9uc2USKgoKbWlncmF0aW9ucxgBIAMoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbhIVCg1mb3Jnb3R0ZW5faWRzGAIgAygJIjgKFkNhbmNlbE1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJpZBgCIAEoCSJEChdDYW5jZWxNaWdyYXRpb25SZXNwb25zZRIpCgltaWdyYXRpb24YASABKAsyFi5wYWdlcG9ydC52MS5NaWdyYXRpb24i8QEKFkNoYW5nZU1pZ3JhdGlvblJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJpZBgCIAEoCRIVCghwcmlvcml0eRgDIAEoDUgAiAEBEhUKCHJhdGVfYnBzGAQgASgESAGIAQESEwoGcGF1c2VkGAUgASgISAKIAQESNAoLY29udmVyZ2VuY2UYjAEgASgOMh4ucGFnZXBvcnQudjEuQ29udmVyZ2VuY2VQb2xpY3kSGQoQbG9uZ2VzdF9wYXVzZV9tcxiNASABKARCCwoJX3ByaW9yaXR5QgsKCV9yYXRlX2Jwc0IJCgdfcGF1c2VkIkQKF0NoYW5nZU1pZ3JhdGlvblJlc3BvbnNlEikKCW1pZ3JhdGlvbhgBIAEoCzIWLnBhZ2Vwb3J0LnYxLk1pZ3JhdGlvbiqGAgoOTWlncmF0aW9uU3RhdGUSHwobTUlHUkFUSU9OX1NUQVRFX1VOU1BFQ0lGSUVEEAASHQoZTUlHUkFUSU9OX1NUQVRFX1JFUVVFU1RFRBABEhsKF01JR1JBVElPTl9TVEFURV9SVU5OSU5HEAISHgoaTUlHUkFUSU9OX1NUQVRFX0NBTkNFTExJTkcQAxIdChlNSUdSQVRJT05fU1RBVEVfQ09NTUlUVEVEEAQSHQoZTUlHUkFUSU9OX1NUQVRFX0NPTVBMRVRFRBAFEhoKFk1JR1JBVElPTl9TVEFURV9GQUlMRUQQBhIdChlNSUdSQVRJT05fU1RBVEVfQ0FOQ0VMTEVEEAcqugEKEUNvbnZlcmdlbmNlUG9saWN5EiIKHkNPTlZFUkdFTkNFX1BPTElDWV9VTlNQRUNJRklFRBAAEhsKF0NPTlZFUkdFTkNFX1BPTElDWV9XQUlUEAESHwobQ09OVkVSR0VOQ0VfUE9MSUNZX1RIUk9UVExFEAISIwofQ09OVkVSR0VOQ0VfUE9MSUNZX0xPTkdFUl9QQVVTRRADEh4KGkNPTlZFUkdFTkNFX1BPTElDWV9HSVZFX1VQEAQymQUKEE1pZ3JhdGlvblNlcnZpY2USXAoPQ3JlYXRlTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ3JlYXRlTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNyZWF0ZU1pZ3JhdGlvblJlc3BvbnNlElMKDEdldE1pZ3JhdGlvbhIgLnBhZ2Vwb3J0LnYxLkdldE1pZ3JhdGlvblJlcXVlc3QaIS5wYWdlcG9ydC52MS5HZXRNaWdyYXRpb25SZXNwb25zZRJZCg5MaXN0TWlncmF0aW9ucxIiLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVxdWVzdBojLnBhZ2Vwb3J0LnYxLkxpc3RNaWdyYXRpb25zUmVzcG9uc2USWwoOV2F0Y2hNaWdyYXRpb24SIi5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlcXVlc3QaIy5wYWdlcG9ydC52MS5XYXRjaE1pZ3JhdGlvblJlc3BvbnNlMAESXgoPV2F0Y2hNaWdyYXRpb25zEiMucGFnZXBvcnQudjEuV2F0Y2hNaWdyYXRpb25zUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLldhdGNoTWlncmF0aW9uc1Jlc3BvbnNlMAESXAoPQ2FuY2VsTWlncmF0aW9uEiMucGFnZXBvcnQudjEuQ2FuY2VsTWlncmF0aW9uUmVxdWVzdBokLnBhZ2Vwb3J0LnYxLkNhbmNlbE1pZ3JhdGlvblJlc3BvbnNlElwKD0NoYW5nZU1pZ3JhdGlvbhIjLnBhZ2Vwb3J0LnYxLkNoYW5nZU1pZ3JhdGlvblJlcXVlc3QaJC5wYWdlcG9ydC52MS5DaGFuZ2VNaWdyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_pageport_v1_preflight, file_pageport_v1_quote]);
+
+/**
+ * Whether the memory of a migration converges, and what is done about it.
+ *
+ * @generated from message pageport.v1.ConvergenceStatus
+ */
+export type ConvergenceStatus = Message<"pageport.v1.ConvergenceStatus"> & {
+  /**
+   * As the rounds so far show it; unspecified while they show nothing.
+   *
+   * @generated from field: pageport.v1.Convergence outlook = 1;
+   */
+  outlook: Convergence;
+
+  /**
+   * The same in one sentence, with its figures and a way out; empty while there is nothing to say.
+   *
+   * @generated from field: string sentence = 2;
+   */
+  sentence: string;
+
+  /**
+   * Of its CPUs, what the guest does not get now, in per cent.
+   *
+   * @generated from field: uint32 throttle_percent = 3;
+   */
+  throttlePercent: number;
+
+  /**
+   * How long the guest may stand still now for the last of its memory.
+   *
+   * @generated from field: uint64 permitted_pause_ms = 4;
+   */
+  permittedPauseMs: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.ConvergenceStatus.
+ * Use `create(ConvergenceStatusSchema)` to create a new message.
+ */
+export const ConvergenceStatusSchema: GenMessage<ConvergenceStatus> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 0);
+
+/**
+ * What it took for the memory of a migration to converge.
+ *
+ * @generated from message pageport.v1.ConvergenceRecord
+ */
+export type ConvergenceRecord = Message<"pageport.v1.ConvergenceRecord"> & {
+  /**
+   * The policies that had to act, in the order in which they first did.
+   *
+   * @generated from field: repeated pageport.v1.ConvergencePolicy acted = 1;
+   */
+  acted: ConvergencePolicy[];
+
+  /**
+   * Passes over the memory.
+   *
+   * @generated from field: uint32 rounds = 2;
+   */
+  rounds: number;
+
+  /**
+   * Of its CPUs, the most that the guest did not get, in per cent.
+   *
+   * @generated from field: uint32 greatest_throttle_percent = 3;
+   */
+  greatestThrottlePercent: number;
+
+  /**
+   * How long the guest might stand still in the end for the last of its memory.
+   *
+   * @generated from field: uint64 permitted_pause_ms = 4;
+   */
+  permittedPauseMs: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.ConvergenceRecord.
+ * Use `create(ConvergenceRecordSchema)` to create a new message.
+ */
+export const ConvergenceRecordSchema: GenMessage<ConvergenceRecord> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_migration, 1);
 
 /**
  * @generated from message pageport.v1.PageCounts
@@ -50,7 +134,7 @@ export type PageCounts = Message<"pageport.v1.PageCounts"> & {
  * Use `create(PageCountsSchema)` to create a new message.
  */
 export const PageCountsSchema: GenMessage<PageCounts> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 0);
+  messageDesc(file_pageport_v1_migration, 2);
 
 /**
  * @generated from message pageport.v1.PhaseTiming
@@ -72,7 +156,7 @@ export type PhaseTiming = Message<"pageport.v1.PhaseTiming"> & {
  * Use `create(PhaseTimingSchema)` to create a new message.
  */
 export const PhaseTimingSchema: GenMessage<PhaseTiming> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 1);
+  messageDesc(file_pageport_v1_migration, 3);
 
 /**
  * Live figures; they do not go through the replicated log.
@@ -173,6 +257,13 @@ export type MigrationProgress = Message<"pageport.v1.MigrationProgress"> & {
    * @generated from field: string waits_for = 16;
    */
   waitsFor: string;
+
+  /**
+   * Absent: memory does not move yet.
+   *
+   * @generated from field: optional pageport.v1.ConvergenceStatus convergence = 140;
+   */
+  convergence?: ConvergenceStatus | undefined;
 };
 
 /**
@@ -180,7 +271,7 @@ export type MigrationProgress = Message<"pageport.v1.MigrationProgress"> & {
  * Use `create(MigrationProgressSchema)` to create a new message.
  */
 export const MigrationProgressSchema: GenMessage<MigrationProgress> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 2);
+  messageDesc(file_pageport_v1_migration, 4);
 
 /**
  * What a finished migration was.
@@ -264,6 +355,11 @@ export type MigrationRecord = Message<"pageport.v1.MigrationRecord"> & {
    * @generated from field: repeated pageport.v1.Finding warnings = 120;
    */
   warnings: Finding[];
+
+  /**
+   * @generated from field: optional pageport.v1.ConvergenceRecord convergence = 140;
+   */
+  convergence?: ConvergenceRecord | undefined;
 };
 
 /**
@@ -271,7 +367,7 @@ export type MigrationRecord = Message<"pageport.v1.MigrationRecord"> & {
  * Use `create(MigrationRecordSchema)` to create a new message.
  */
 export const MigrationRecordSchema: GenMessage<MigrationRecord> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 3);
+  messageDesc(file_pageport_v1_migration, 5);
 
 /**
  * @generated from message pageport.v1.Migration
@@ -364,7 +460,7 @@ export type Migration = Message<"pageport.v1.Migration"> & {
  * Use `create(MigrationSchema)` to create a new message.
  */
 export const MigrationSchema: GenMessage<Migration> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 4);
+  messageDesc(file_pageport_v1_migration, 6);
 
 /**
  * On which terms a migration is made.
@@ -420,6 +516,18 @@ export type MigrationTerms = Message<"pageport.v1.MigrationTerms"> & {
    * @generated from field: bool drains = 7;
    */
   drains: boolean;
+
+  /**
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * With longer-pause: how long the guest may stand still in all, 500 to 20000.
+   *
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -427,7 +535,7 @@ export type MigrationTerms = Message<"pageport.v1.MigrationTerms"> & {
  * Use `create(MigrationTermsSchema)` to create a new message.
  */
 export const MigrationTermsSchema: GenMessage<MigrationTerms> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 5);
+  messageDesc(file_pageport_v1_migration, 7);
 
 /**
  * @generated from message pageport.v1.CreateMigrationRequest
@@ -476,6 +584,16 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
    * @generated from field: repeated string after_ids = 104;
    */
   afterIds: string[];
+
+  /**
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -483,7 +601,7 @@ export type CreateMigrationRequest = Message<"pageport.v1.CreateMigrationRequest
  * Use `create(CreateMigrationRequestSchema)` to create a new message.
  */
 export const CreateMigrationRequestSchema: GenMessage<CreateMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 6);
+  messageDesc(file_pageport_v1_migration, 8);
 
 /**
  * @generated from message pageport.v1.CreateMigrationResponse
@@ -500,7 +618,7 @@ export type CreateMigrationResponse = Message<"pageport.v1.CreateMigrationRespon
  * Use `create(CreateMigrationResponseSchema)` to create a new message.
  */
 export const CreateMigrationResponseSchema: GenMessage<CreateMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 7);
+  messageDesc(file_pageport_v1_migration, 9);
 
 /**
  * @generated from message pageport.v1.GetMigrationRequest
@@ -517,7 +635,7 @@ export type GetMigrationRequest = Message<"pageport.v1.GetMigrationRequest"> & {
  * Use `create(GetMigrationRequestSchema)` to create a new message.
  */
 export const GetMigrationRequestSchema: GenMessage<GetMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 8);
+  messageDesc(file_pageport_v1_migration, 10);
 
 /**
  * @generated from message pageport.v1.GetMigrationResponse
@@ -534,7 +652,7 @@ export type GetMigrationResponse = Message<"pageport.v1.GetMigrationResponse"> &
  * Use `create(GetMigrationResponseSchema)` to create a new message.
  */
 export const GetMigrationResponseSchema: GenMessage<GetMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 9);
+  messageDesc(file_pageport_v1_migration, 11);
 
 /**
  * @generated from message pageport.v1.ListMigrationsRequest
@@ -553,7 +671,7 @@ export type ListMigrationsRequest = Message<"pageport.v1.ListMigrationsRequest">
  * Use `create(ListMigrationsRequestSchema)` to create a new message.
  */
 export const ListMigrationsRequestSchema: GenMessage<ListMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 10);
+  messageDesc(file_pageport_v1_migration, 12);
 
 /**
  * @generated from message pageport.v1.ListMigrationsResponse
@@ -570,7 +688,7 @@ export type ListMigrationsResponse = Message<"pageport.v1.ListMigrationsResponse
  * Use `create(ListMigrationsResponseSchema)` to create a new message.
  */
 export const ListMigrationsResponseSchema: GenMessage<ListMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 11);
+  messageDesc(file_pageport_v1_migration, 13);
 
 /**
  * @generated from message pageport.v1.WatchMigrationRequest
@@ -587,7 +705,7 @@ export type WatchMigrationRequest = Message<"pageport.v1.WatchMigrationRequest">
  * Use `create(WatchMigrationRequestSchema)` to create a new message.
  */
 export const WatchMigrationRequestSchema: GenMessage<WatchMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 12);
+  messageDesc(file_pageport_v1_migration, 14);
 
 /**
  * @generated from message pageport.v1.WatchMigrationResponse
@@ -604,7 +722,7 @@ export type WatchMigrationResponse = Message<"pageport.v1.WatchMigrationResponse
  * Use `create(WatchMigrationResponseSchema)` to create a new message.
  */
 export const WatchMigrationResponseSchema: GenMessage<WatchMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 13);
+  messageDesc(file_pageport_v1_migration, 15);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsRequest
@@ -617,7 +735,7 @@ export type WatchMigrationsRequest = Message<"pageport.v1.WatchMigrationsRequest
  * Use `create(WatchMigrationsRequestSchema)` to create a new message.
  */
 export const WatchMigrationsRequestSchema: GenMessage<WatchMigrationsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 14);
+  messageDesc(file_pageport_v1_migration, 16);
 
 /**
  * @generated from message pageport.v1.WatchMigrationsResponse
@@ -643,7 +761,7 @@ export type WatchMigrationsResponse = Message<"pageport.v1.WatchMigrationsRespon
  * Use `create(WatchMigrationsResponseSchema)` to create a new message.
  */
 export const WatchMigrationsResponseSchema: GenMessage<WatchMigrationsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 15);
+  messageDesc(file_pageport_v1_migration, 17);
 
 /**
  * @generated from message pageport.v1.CancelMigrationRequest
@@ -665,7 +783,7 @@ export type CancelMigrationRequest = Message<"pageport.v1.CancelMigrationRequest
  * Use `create(CancelMigrationRequestSchema)` to create a new message.
  */
 export const CancelMigrationRequestSchema: GenMessage<CancelMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 16);
+  messageDesc(file_pageport_v1_migration, 18);
 
 /**
  * @generated from message pageport.v1.CancelMigrationResponse
@@ -682,7 +800,7 @@ export type CancelMigrationResponse = Message<"pageport.v1.CancelMigrationRespon
  * Use `create(CancelMigrationResponseSchema)` to create a new message.
  */
 export const CancelMigrationResponseSchema: GenMessage<CancelMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 17);
+  messageDesc(file_pageport_v1_migration, 19);
 
 /**
  * @generated from message pageport.v1.ChangeMigrationRequest
@@ -716,6 +834,18 @@ export type ChangeMigrationRequest = Message<"pageport.v1.ChangeMigrationRequest
    * @generated from field: optional bool paused = 5;
    */
   paused?: boolean | undefined;
+
+  /**
+   * Unspecified: as it is. The longest pause goes with it. Throttle is refused in a migration that runs and did not begin with it.
+   *
+   * @generated from field: pageport.v1.ConvergencePolicy convergence = 140;
+   */
+  convergence: ConvergencePolicy;
+
+  /**
+   * @generated from field: uint64 longest_pause_ms = 141;
+   */
+  longestPauseMs: bigint;
 };
 
 /**
@@ -723,7 +853,7 @@ export type ChangeMigrationRequest = Message<"pageport.v1.ChangeMigrationRequest
  * Use `create(ChangeMigrationRequestSchema)` to create a new message.
  */
 export const ChangeMigrationRequestSchema: GenMessage<ChangeMigrationRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 18);
+  messageDesc(file_pageport_v1_migration, 20);
 
 /**
  * @generated from message pageport.v1.ChangeMigrationResponse
@@ -740,7 +870,7 @@ export type ChangeMigrationResponse = Message<"pageport.v1.ChangeMigrationRespon
  * Use `create(ChangeMigrationResponseSchema)` to create a new message.
  */
 export const ChangeMigrationResponseSchema: GenMessage<ChangeMigrationResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_migration, 19);
+  messageDesc(file_pageport_v1_migration, 21);
 
 /**
  * @generated from enum pageport.v1.MigrationState
@@ -798,6 +928,55 @@ export enum MigrationState {
  */
 export const MigrationStateSchema: GenEnum<MigrationState> = /*@__PURE__*/
   enumDesc(file_pageport_v1_migration, 0);
+
+/**
+ * What becomes of a migration whose guest dirties memory faster than the link carries it.
+ *
+ * @generated from enum pageport.v1.ConvergencePolicy
+ */
+export enum ConvergencePolicy {
+  /**
+   * As wait; in a change: as it was.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It goes on, and says so. Nothing is done to the guest.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_WAIT = 1;
+   */
+  WAIT = 1,
+
+  /**
+   * The guest gets less and less of its CPUs until memory converges, and all of them when the migration ends. Only in migrations that
+   * begin with it.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_THROTTLE = 2;
+   */
+  THROTTLE = 2,
+
+  /**
+   * The guest may stand still for longer than usual, up to a stated maximum.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_LONGER_PAUSE = 3;
+   */
+  LONGER_PAUSE = 3,
+
+  /**
+   * The migration is given up, and the guest goes on at its source, untouched.
+   *
+   * @generated from enum value: CONVERGENCE_POLICY_GIVE_UP = 4;
+   */
+  GIVE_UP = 4,
+}
+
+/**
+ * Describes the enum pageport.v1.ConvergencePolicy.
+ */
+export const ConvergencePolicySchema: GenEnum<ConvergencePolicy> = /*@__PURE__*/
+  enumDesc(file_pageport_v1_migration, 1);
 
 /**
  * @generated from service pageport.v1.MigrationService
