@@ -22,7 +22,7 @@ use crate::dial::Directory;
 use crate::peer::{self, CALLER_KEY};
 
 const FORWARDED: &str = "pageport-forwarded";
-/// An election takes about two seconds.
+/// An election takes one to two seconds.
 const LEADER_WITHIN: Duration = Duration::from_secs(4);
 
 /// Knows the way to each member.

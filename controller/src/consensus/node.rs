@@ -37,8 +37,8 @@ use crate::model::{Command, Outcome, State, apply};
 /// Raft's unit of time.
 pub const TICK: Duration = Duration::from_millis(100);
 /// A follower that hears nothing for this many ticks (to twice as many) stands for election.
-pub const ELECTION_TICKS: usize = 15;
-const HEARTBEAT_TICKS: usize = 3;
+pub const ELECTION_TICKS: usize = 10;
+const HEARTBEAT_TICKS: usize = 2;
 /// A read round without an answer for this many ticks is asked again.
 const READ_PATIENCE_TICKS: u64 = 5;
 const MAX_MESSAGE_BYTES: u64 = 1 << 20;

@@ -56,5 +56,5 @@ fn a_controller_whose_log_is_not_durable_is_noticed() {
 
 #[test]
 fn a_release_before_its_record_is_noticed() {
-    noticed(Flaw::EarlyRelease, &["one-runs", "epochs-grow", "memory-goes-on"]);
+    noticed(Flaw::EarlyRelease, &["one-runs", "epochs-grow", "memory-goes-on", "settles"]);
 }
