@@ -190,14 +190,15 @@ fn tell(core: &mpsc::Sender<Input>, input: Input) {
     }
 }
 
-/// Carries messages to one peer for as long as there are any.
+/// Carries messages to one peer until there can be no more. The stream is open also while there are none: between followers there are
+/// none until they elect a leader, and the handshakes of both ways would cost a vote four more round trips.
 async fn carry(peer: u64, channel: Channel, mut outgoing: mpsc::Receiver<RaftEnvelope>, core: mpsc::Sender<Input>) {
     let mut client = RaftTransportServiceClient::new(channel).max_encoding_message_size(MAX_ENVELOPE_BYTES);
-    while let Some(first) = outgoing.recv().await {
+    loop {
         let (stream, messages) = mpsc::channel(QUEUE);
         let call = client.send(ReceiverStream::new(messages));
         tokio::pin!(call);
-        let mut next = Some(first);
+        let mut next = None;
         loop {
             if let Some(envelope) = next.take()
                 && stream.try_send(envelope).is_err()
