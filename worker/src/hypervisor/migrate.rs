@@ -29,6 +29,9 @@ use super::vm::Vm;
 const UNLIMITED_BYTES_PER_S: u64 = 1 << 40;
 /// A bandwidth at which memory stands still. (Less than 10 would mean: without a limit.)
 const HELD_BYTES_PER_S: u64 = 4096;
+/// The least that the link is said to carry at the switchover, in bytes per second: a page within the usual pause. At less QEMU takes the rest for nothing once
+/// all that it knows of is sent, and pauses the guest without a look at what was dirtied since. (Zero would mean: go by what you see.)
+const LEAST_BYTES_PER_S: u64 = 16 << 10;
 const SOURCE_CAPABILITIES: [&str; 2] = ["events", "pause-before-switchover"];
 /// Of its CPUs, the least that a guest can be denied, in per cent.
 pub const LEAST_THROTTLE_PERCENT: u8 = 1;
@@ -200,10 +203,9 @@ impl Vm {
     }
 
     /// Source, at any time: the rate at which the rest will really go over the WAN, in bytes per second. QEMU pauses the
-    /// guest when the rest fits into the downtime limit at this rate.
+    /// guest when the rest fits into the downtime limit at this rate; at 0 only when there is no rest.
     pub async fn set_switchover_bandwidth(&self, bytes_per_s: u64) -> Result<(), HypervisorError> {
-        // Zero would mean: go by what you see.
-        let avail_switchover_bandwidth = Some(bytes_per_s.max(1));
+        let avail_switchover_bandwidth = Some(bytes_per_s.max(LEAST_BYTES_PER_S));
         self.execute(&SetParameters { avail_switchover_bandwidth, ..SetParameters::default() }).await.map(drop)
     }
 

@@ -71,7 +71,7 @@ pub enum ClusterCommand {
     },
     /// Make another controller lead, and wait until it does.
     ///
-    /// For a planned stop of the leader's host: without it the others elect a leader only after 1.5 to 3 s of silence. Commands
+    /// For a planned stop of the leader's host: without it the others elect a leader only after 1 to 2 s of silence. Commands
     /// that come meanwhile wait for the new leader; migrations, replication and guests go on. Refused when the member does not
     /// vote, does not answer or lacks much of the log; then nothing has changed.
     #[command(after_help = TRANSFER_EXAMPLE)]
