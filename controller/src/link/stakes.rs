@@ -10,6 +10,8 @@
 //! | a VM | workers that had or have to do with it |
 //! | a move, a worker, the links, what the scheduler is told, the generation | everyone: it may change addresses and rates |
 //!
+//! Guarantees: an assignment is of the newest state that is published, and never of an older one than another before it.
+//!
 //! A VM's change can also change what is left of a link for the replication of others: they hear of it with their next sign of life.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +30,10 @@ type Caps = BTreeMap<(SiteName, SiteName), u64>;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Stakes(Mutex<Book>);
+pub struct Stakes {
+    states: watch::Receiver<Arc<State>>,
+    book: Mutex<Book>,
+}
 
 #[derive(Debug, Default)]
 struct Book {
@@ -43,25 +48,29 @@ struct Book {
 impl Stakes {
     /// Follows the published states until there are no more.
     pub fn follow(mut states: watch::Receiver<Arc<State>>) -> Arc<Self> {
-        let stakes = Arc::new(Self(Mutex::default()));
-        stakes.take(states.borrow_and_update().clone());
+        let stakes = Arc::new(Self::of(states.clone()));
         let follower = stakes.clone();
         tokio::spawn(async move {
             while states.changed().await.is_ok() {
-                let state = states.borrow_and_update().clone();
-                follower.take(state);
+                drop(follower.book());
             }
         });
         stakes
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn of(states: watch::Receiver<Arc<State>>) -> Self {
+        Self { states, book: Mutex::default() }
     }
 
-    /// This is the state now.
-    fn take(&self, state: Arc<State>) {
-        self.book().take(state);
+    /// What is known, brought up to date.
+    fn book(&self) -> MutexGuard<'_, Book> {
+        let mut book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only now: nobody else has put a newer one in since.
+        let state = self.states.borrow().clone();
+        if !Arc::ptr_eq(&state, &book.state) {
+            book.take(state);
+        }
+        book
     }
 
     /// Rings when there may be news for a worker, as long as it is held.
@@ -169,13 +178,16 @@ mod tests {
 
     struct Story {
         state: State,
+        published: watch::Sender<Arc<State>>,
         stakes: Stakes,
     }
 
     impl Story {
         /// A worker at each of three sites.
         fn new() -> Self {
-            let mut story = Self { state: State::default(), stakes: Stakes(Mutex::default()) };
+            let published = watch::Sender::default();
+            let stakes = Stakes::of(published.subscribe());
+            let mut story = Self { state: State::default(), published, stakes };
             for name in WORKERS {
                 let site = name.replace('w', "s").parse().unwrap();
                 story.order(Order::RegisterWorker { name: worker(name), worker: Worker::at(site) });
@@ -186,7 +198,7 @@ mod tests {
         /// Whatever is ordered, each worker is told what a look at the whole fleet would find.
         fn order(&mut self, order: Order) {
             apply(&mut self.state, Command { now_unix_ms: 1, order }).unwrap();
-            self.stakes.take(Arc::new(self.state.clone()));
+            self.published.send_replace(Arc::new(self.state.clone()));
             for name in WORKERS.map(worker) {
                 assert_eq!(self.stakes.assignment(&name), assignment(&self.state, &name));
             }
