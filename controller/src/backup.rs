@@ -128,27 +128,42 @@ impl Backup {
     /// [`RestoreError`].
     pub fn read(path: &Path) -> Result<Self, RestoreError> {
         let bytes = fs::read(path).map_err(|source| RestoreError::Read { path: path.to_owned(), source })?;
-        let content =
-            backup::open(&bytes).map_err(|source| RestoreError::Unusable { path: path.to_owned(), source })?;
+        Self::parse(&bytes, path)
+    }
+
+    /// Of a file's content; `path` is for errors.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self, RestoreError> {
+        let content = backup::open(bytes).map_err(|source| RestoreError::Unusable { path: path.to_owned(), source })?;
         serde_json::from_slice(content).map_err(|source| RestoreError::Decode { path: path.to_owned(), source })
     }
+}
+
+/// Is there nothing yet where this controller keeps its data?
+///
+/// # Errors
+/// [`RestoreError::Folder`].
+pub fn is_blank(config: &Config) -> Result<bool, RestoreError> {
+    let folder = &config.data_dir;
+    let fail = |source| RestoreError::Folder { path: folder.clone(), source };
+    fs::create_dir_all(folder).map_err(fail)?;
+    Ok(fs::read_dir(folder).map_err(fail)?.next().is_none())
 }
 
 /// Makes the data of the first controller of a new cluster from a backup; it is not started.
 ///
 /// # Errors
 /// [`RestoreError`]: nothing is there, or (after an error of the file system) what is there is to be removed.
-pub fn restore(config: &Config, path: &Path) -> Result<Restored, RestoreError> {
-    let backup = Backup::read(path)?;
+pub fn restore(config: &Config, backup: Backup) -> Result<Restored, RestoreError> {
     let taken: Vec<u64> = backup.membership.numbers();
     if taken.contains(&config.id) {
         let taken = taken.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         return Err(RestoreError::NumberTaken { id: config.id, taken });
     }
     let folder = &config.data_dir;
-    let fail = |source| RestoreError::Folder { path: folder.clone(), source };
-    fs::create_dir_all(folder).map_err(fail)?;
-    if fs::read_dir(folder).map_err(fail)?.next().is_some() {
+    if !is_blank(config)? {
         return Err(RestoreError::NotEmpty { path: folder.clone() });
     }
     let state = backup.state.restored(RestorationId::generate());

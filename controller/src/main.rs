@@ -8,9 +8,9 @@ use anyhow::Context;
 use clap::Parser;
 use pageport_common::telemetry;
 use pageport_common::tls::Identity;
-use pageport_controller::backup::{Restored, restore};
+use pageport_controller::backup::{Backup, Restored, is_blank, restore};
 use pageport_controller::config::Config;
-use pageport_controller::server::{Listeners, run};
+use pageport_controller::server::{Listeners, await_restore, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,10 @@ struct Args {
     /// the backup has reported, or was declared dead with "pageportctl worker declare-dead".
     #[arg(long, value_name = "FILE", conflicts_with = "check_config")]
     restore: Option<PathBuf>,
+    /// With an empty data_dir: wait until an operator sends a backup ("pageportctl cluster restore FILE --at HOST:PORT"), and go on as the first
+    /// controller of a new cluster. As for --restore otherwise. With data: run as ever.
+    #[arg(long, conflicts_with_all = ["check_config", "restore"])]
+    await_restore: bool,
 }
 
 #[tokio::main]
@@ -46,7 +50,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(file) = &args.restore {
-        let restored = restore(&config, file)?;
+        let restored = restore(&config, Backup::read(file)?)?;
         say_restored(&restored)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -63,6 +67,14 @@ async fn main() -> anyhow::Result<ExitCode> {
         tracing::info!("stopping");
         stopping.cancel();
     });
+    if args.await_restore && is_blank(&config)? {
+        let Listeners { api, web } = Listeners::bind(&config).await?;
+        // The page has nothing to show yet.
+        drop(web);
+        if !await_restore(&config, &identity, api, stop.clone()).await? {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
     let listeners = Listeners::bind(&config).await?;
     match run(config, &identity, listeners, stop).await {
         Err(error) if error.is_final() => {

@@ -19,6 +19,7 @@ use pageport_proto::v1::migration_service_server::MigrationServiceServer;
 use pageport_proto::v1::quote_service_server::QuoteServiceServer;
 use pageport_proto::v1::raft_transport_service_server::RaftTransportServiceServer;
 use pageport_proto::v1::replication_service_server::ReplicationServiceServer;
+use pageport_proto::v1::restore_service_server::RestoreServiceServer;
 use pageport_proto::v1::schedule_service_server::ScheduleServiceServer;
 use pageport_proto::v1::worker_link_service_server::WorkerLinkServiceServer;
 use tokio::net::TcpListener;
@@ -31,6 +32,7 @@ use crate::api::Api;
 use crate::api::cluster::Cluster;
 use crate::api::forward::{Forwarder, forward};
 use crate::api::membership::Members;
+use crate::api::restore::Restores;
 use crate::config::{Config, FirstStart};
 use crate::consensus::Consensus;
 use crate::consensus::core::{CoreConfig, CoreError, inbox, start};
@@ -115,6 +117,23 @@ impl Listeners {
     }
 }
 
+/// Waits on the api port until an operator has sent a backup and this controller's data is made of it. `false`: it was told to stop before.
+///
+/// # Errors
+/// [`ServerError::Api`].
+pub async fn await_restore(
+    config: &Config,
+    identity: &Identity,
+    api: TcpListener,
+    stop: CancellationToken,
+) -> Result<bool, ServerError> {
+    let done = stop.child_token();
+    let service = RestoreServiceServer::new(Restores::awaited(config.clone(), done.clone()));
+    tracing::info!(id = config.id, "waiting for a backup: \"pageportctl cluster restore FILE --at HOST:PORT\"");
+    serve_api(identity, api, Routes::new(service).prepare().into_axum_router(), done.clone()).await?;
+    Ok(!stop.is_cancelled())
+}
+
 /// Runs a controller until it is told to stop.
 ///
 /// # Errors
@@ -196,7 +215,11 @@ fn routes(
         .into_axum_router();
     let forwarded = forwarded.reset_fallback().layer(axum::middleware::from_fn_with_state(forwarder, forward));
     let cluster = ClusterServiceServer::new(Cluster::new(consensus.clone()));
-    let cluster = Routes::new(cluster).prepare().into_axum_router().reset_fallback();
+    let cluster = Routes::new(cluster)
+        .add_service(RestoreServiceServer::new(Restores::refused()))
+        .prepare()
+        .into_axum_router()
+        .reset_fallback();
     let raft = RaftTransportServiceServer::new(transport);
     let link = WorkerLink::new(consensus.clone(), hub.clone(), leases.clone());
     let internal = Routes::new(raft.max_decoding_message_size(MAX_ENVELOPE_BYTES))

@@ -7,12 +7,17 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use pageport_controller::backup::{RestoreError, restore};
-use pageport_controller::config::LogLimits;
+use pageport_common::tls::Identity;
+use pageport_controller::backup::{Backup, RestoreError, restore};
+use pageport_controller::config::{Config, LogLimits};
+use pageport_controller::server::{Listeners, await_restore};
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use pageport_proto::v1::membership_service_client::MembershipServiceClient;
+use pageport_proto::v1::restore_service_client::RestoreServiceClient;
 use pageport_proto::v1::{self, VmState};
 use support::{Cluster, define, eventually, request_id, within, worker};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 async fn vm(cluster: &Cluster, node: u64, name: &str) -> Option<v1::Vm> {
@@ -250,21 +255,70 @@ async fn a_restore_is_refused_where_it_would_do_harm() {
     let cluster = Cluster::start(LogLimits::default()).await;
     let node = cluster.leader().await;
     let file = backup(&cluster, node).await;
-    let with = |id: u64, data_dir: &Path| {
+    let restored = |id: u64, data_dir: &Path| {
         let config = cluster.config(1).clone();
-        pageport_controller::config::Config { id, data_dir: data_dir.to_owned(), ..config }
+        restore(&Config { id, data_dir: data_dir.to_owned(), ..config }, Backup::read(&file)?)
     };
     let fresh = cluster.folder().join("fresh");
-    let taken = restore(&with(2, &fresh), &file).unwrap_err();
+    let taken = restored(2, &fresh).unwrap_err();
     assert!(taken.to_string().contains("that none of them had (1, 2, 3)"), "{taken}");
-    assert!(matches!(restore(&with(9, cluster.folder()), &file), Err(RestoreError::NotEmpty { .. })));
+    assert!(matches!(restored(9, cluster.folder()), Err(RestoreError::NotEmpty { .. })));
     let good = std::fs::read(&file).unwrap();
     std::fs::write(&file, &good[..good.len() - 1]).unwrap();
-    assert!(support::chain(&restore(&with(9, &fresh), &file).unwrap_err()).contains("its end is missing"));
+    assert!(support::chain(&restored(9, &fresh).unwrap_err()).contains("its end is missing"));
     assert!(!fresh.join("snapshot").exists());
     std::fs::write(&file, &good).unwrap();
-    assert_eq!(restore(&with(9, &fresh), &file).unwrap().generation.0, 1);
+    assert_eq!(restored(9, &fresh).unwrap().generation.0, 1);
     let channel = support::dial(&cluster.worker_identity("worker-x"), &cluster.addresses()[node as usize - 1]);
     let refused = MembershipServiceClient::new(channel).backup(v1::BackupRequest {}).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+/// Sends a file in parts of so many bytes.
+async fn send(
+    cluster: &Cluster,
+    address: &str,
+    file: &[u8],
+    part: usize,
+) -> Result<v1::RestoreResponse, tonic::Status> {
+    let parts = file.chunks(part).enumerate().map(|(number, chunk)| v1::RestoreRequest {
+        chunk: chunk.to_vec().into(),
+        total_bytes: file.len() as u64,
+        offset: (number * part) as u64,
+    });
+    let mut client = RestoreServiceClient::new(support::dial(&cluster.operator(), address));
+    Ok(client.restore(tokio_stream::iter(parts.collect::<Vec<_>>())).await?.into_inner())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_controller_without_data_is_sent_a_backup_and_goes_on_with_it() {
+    let mut cluster = Cluster::start(LogLimits::default()).await;
+    let board = worker::Shared::default();
+    let (path, node) = story(&cluster, &board).await;
+    let file = std::fs::read(&path).unwrap();
+    let leader = cluster.addresses()[node as usize - 1].clone();
+    let refused = send(&cluster, &leader, &file, 1 << 16).await.unwrap_err();
+    assert!(refused.message().contains("--await-restore"), "{refused}");
+    lose_all(&mut cluster).await;
+
+    let (config, Listeners { api, web }) = cluster.blank().await;
+    let address = config.listen_api.to_string();
+    let waits = tokio::spawn({
+        let (config, identity) = (config.clone(), Identity::load(&config.tls).unwrap());
+        async move { await_restore(&config, &identity, api, CancellationToken::new()).await }
+    });
+    let cut = send(&cluster, &address, &file[..file.len() - 1], 1 << 16).await.unwrap_err();
+    assert!(cut.message().contains("its end is missing"), "{cut}");
+    assert!(!config.data_dir.join("snapshot").exists());
+    let answer = send(&cluster, &address, &file, 1000).await.unwrap();
+    assert_eq!((answer.generation, answer.vms_unknown), (1, 2));
+    assert_eq!(answer.awaited_workers, ["worker-a", "worker-b"]);
+    assert!(within("the wait to end", waits).await.unwrap().unwrap(), "it goes on");
+
+    let api = TcpListener::bind(config.listen_api).await.unwrap();
+    let new = cluster.begin(config, Listeners { api, web });
+    board.lock().unwrap().controllers.push(address.clone());
+    at(&cluster, new, "moves", "worker-b", VmState::Running).await;
+    let again = send(&cluster, &address, &file, 1 << 16).await.unwrap_err();
+    assert!(again.message().contains("has data"), "{again}");
 }

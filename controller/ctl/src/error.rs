@@ -63,6 +63,24 @@ pub enum CtlError {
     /// What came is not what was sent.
     #[error("the backup did not arrive as it was sent; nothing was written, try again")]
     BackupDamaged(#[source] pageport_common::backup::BackupError),
+    /// The file of a backup cannot be read.
+    #[error("read the backup {}", path.display())]
+    NoBackup {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file of a backup is none.
+    #[error("{}", path.display())]
+    BackupUnusable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: pageport_common::backup::BackupError,
+    },
     /// There is no program that could restore.
     #[error("run {}: a restore is made on the host of the new cluster's first controller, where it is installed", program.display())]
     NoController {

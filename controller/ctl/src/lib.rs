@@ -64,11 +64,17 @@ pub fn main() -> ExitCode {
     exit(result)
 }
 
-async fn run(cli: Cli) -> Result<(), CtlError> {
+async fn run(mut cli: Cli) -> Result<(), CtlError> {
     let output = Output::new(cli.json);
-    if let Command::Cluster(ClusterCommand::Restore { file, controller_config }) = &cli.command {
+    match &cli.command {
         // There are no controllers to ask.
-        return commands::restore::run(output, file, controller_config).await;
+        Command::Cluster(ClusterCommand::Restore { file, at: None, controller_config }) => {
+            return commands::restore::here(output, file, controller_config).await;
+        }
+        Command::Cluster(ClusterCommand::Restore { at: Some(address), .. }) => {
+            cli.connection.controllers = vec![address.clone()];
+        }
+        _ => {}
     }
     let settings = config::Settings::resolve(&cli.connection)?;
     let controllers = client::Controllers::new(&settings)?;

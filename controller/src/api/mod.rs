@@ -8,6 +8,7 @@
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`], [`membership`] | the services |
 //! | [`disks`] | orders about disks |
 //! | [`quote`] | forecasts, which workers make while their caller waits |
+//! | [`restore`] | a new cluster from a backup, of a controller that has no data |
 //! | [`preflight`] | what would hinder a move, as the controllers and both workers see it |
 //! | [`schedule`] | what the scheduler is told, and how drains stand |
 //! | [`fence`] | the order to turn a worker's host off, as a stream |
@@ -32,6 +33,7 @@ pub mod migration;
 pub mod preflight;
 pub mod quote;
 pub mod replication;
+pub mod restore;
 pub mod schedule;
 pub mod view;
 pub mod watch;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::{CONTROLLER_NAME, Identity, TlsPaths, worker_name};
-use pageport_controller::backup::{RestoreError, restore};
+use pageport_controller::backup::{Backup, RestoreError, restore};
 use pageport_controller::config::{Config, FirstStart, LogLimits};
 use pageport_controller::consensus::membership::Member;
 use pageport_controller::fence::FenceConfig;
@@ -174,6 +174,13 @@ impl Cluster {
 
     /// Begins a new cluster from a backup, with one node.
     pub async fn restore(&mut self, file: &Path) -> Result<u64, RestoreError> {
+        let (config, listeners) = self.blank().await;
+        restore(&config, Backup::read(file)?)?;
+        Ok(self.begin(config, listeners))
+    }
+
+    /// A node that has no data, and is its only member.
+    pub async fn blank(&self) -> (Config, Listeners) {
         let bind = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
         let listeners = Listeners { api: bind().await, web: bind().await };
         let (id, web) = (self.nodes.len() as u64 + 1, listeners.web.local_addr().unwrap());
@@ -187,10 +194,15 @@ impl Cluster {
             listen_web: web,
             ..self.nodes[0].config.clone()
         };
-        restore(&config, file)?;
+        (config, listeners)
+    }
+
+    /// Starts such a node.
+    pub fn begin(&mut self, config: Config, listeners: Listeners) -> u64 {
+        let (id, web) = (config.id, config.listen_web);
         self.nodes.push(Node { config, web, running: None });
         self.launch(id, listeners);
-        Ok(id)
+        id
     }
 
     /// Of a node, as it was given it.
@@ -213,8 +225,11 @@ impl Cluster {
     }
 
     pub fn channel(&self, id: u64) -> Channel {
-        let identity = Identity::load(&self.certificate("operator", "operator.pageport")).unwrap();
-        dial(&identity, &self.addresses()[id as usize - 1])
+        dial(&self.operator(), &self.addresses()[id as usize - 1])
+    }
+
+    pub fn operator(&self) -> Identity {
+        Identity::load(&self.certificate("operator", "operator.pageport")).unwrap()
     }
 
     pub fn fleet(&self, id: u64) -> FleetServiceClient<Channel> {

@@ -20,15 +20,19 @@ pub enum ClusterCommand {
         #[arg(long)]
         replace: bool,
     },
-    /// Begin a new cluster from a backup, on the host of its first controller: when a majority of the controllers is lost for good.
+    /// Begin a new cluster from a backup: when a majority of the controllers is lost for good.
     ///
-    /// Asks no controller: runs "pageport-controller --restore FILE", as the user that the service has. The configuration there has a number (id) that
-    /// none of the lost controllers had, itself as its only member, and an empty data_dir. None of the lost ones may ever run again. Start the
-    /// service then, and add others to it with `cluster add`.
+    /// On the host of its first controller this asks nobody, and runs "pageport-controller --restore FILE", as the user that the service has; start the
+    /// service then. From elsewhere, with --at, it sends the backup to a controller that was started with "pageport-controller --await-restore", which
+    /// goes on with it. Its configuration has a number (id) that none of the lost controllers had, itself as its only member, and an empty
+    /// data_dir. None of the lost ones may ever run again. Add others to it with `cluster add`.
     #[command(after_help = RESTORE_EXAMPLE)]
     Restore {
         /// What `cluster backup` has written.
         file: PathBuf,
+        /// A controller that waits for it; left out: the one of this host, which does not run.
+        #[arg(long, value_name = "HOST:PORT", conflicts_with = "controller_config")]
+        at: Option<String>,
         /// The configuration of this host's controller.
         #[arg(long, value_name = "FILE", default_value = "/etc/pageport/controller.toml")]
         controller_config: PathBuf,
@@ -90,7 +94,9 @@ const RESTORE_EXAMPLE: &str = "\
 Example, on the host that is to begin, whose controller.toml has id = 4 and only itself in [[members]]:
   sudo -u pageport pageportctl cluster restore /var/backups/pageport-controllers
   systemctl start pageport-controller
-  pageportctl cluster status                 which workers have yet to report";
+  pageportctl cluster status                 which workers have yet to report
+From an operator's machine, while \"pageport-controller --await-restore\" runs there:
+  pageportctl cluster restore /var/backups/pageport-controllers --at 192.0.2.4:7400";
 
 const ADD_MEMBER_EXAMPLE: &str = "\
 Example, a fourth controller that takes the place of controller 2, whose host is lost:

@@ -1,16 +1,44 @@
-//! `cluster restore`: what the controller's own program does, on its host.
+//! `cluster restore`: what the controller's own program does on its host, or a controller that waits for it elsewhere.
 
 use std::path::{Path, PathBuf};
 
+use pageport_common::backup;
+use pageport_proto::v1;
+use pageport_proto::v1::restore_service_client::RestoreServiceClient;
 use tokio::process::Command;
 
+use super::Context;
 use crate::error::CtlError;
-use crate::render::Output;
+use crate::render::{Output, cluster};
 
 const CONTROLLER: &str = "pageport-controller";
+/// Bytes of a backup in one message.
+const PART_BYTES: usize = 1 << 20;
+
+/// Sends a backup to the controller that waits for it.
+pub(super) async fn there(context: &mut Context, file: &Path) -> Result<(), CtlError> {
+    let bytes = std::fs::read(file).map_err(|source| CtlError::NoBackup { path: file.to_owned(), source })?;
+    let damaged = |source| CtlError::BackupUnusable { path: file.to_owned(), source };
+    backup::open(&bytes).map_err(damaged)?;
+    let response = context.controllers.call(|channel| {
+        let parts = parts(&bytes);
+        async move { RestoreServiceClient::new(channel).restore(tokio_stream::iter(parts)).await }
+    });
+    let response = response.await?;
+    context.output.message(&response, cluster::restored_elsewhere)
+}
+
+fn parts(file: &[u8]) -> Vec<v1::RestoreRequest> {
+    let part = |(number, chunk): (usize, &[u8])| v1::RestoreRequest {
+        chunk: chunk.to_vec().into(),
+        total_bytes: file.len() as u64,
+        offset: (number * PART_BYTES) as u64,
+    };
+    file.chunks(PART_BYTES).enumerate().map(part).collect()
+}
 
 /// Has the controller of this host make its data from a backup.
-pub async fn run(output: Output, file: &Path, config: &Path) -> Result<(), CtlError> {
+pub async fn here(output: Output, file: &Path, config: &Path) -> Result<(), CtlError> {
     let program = controller();
     let mut command = Command::new(&program);
     command.arg("--config").arg(config).arg("--restore").arg(file).env_remove("RUST_BACKTRACE");

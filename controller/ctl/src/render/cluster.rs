@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use pageport_proto::v1::{AddMemberResponse, ClusterMember, GetClusterStatusResponse, TransferLeadershipResponse};
+use pageport_proto::v1::{
+    AddMemberResponse, ClusterMember, GetClusterStatusResponse, RestoreResponse, TransferLeadershipResponse,
+};
 
 use super::table::Align::{Left, Right};
 use super::table::Table;
@@ -54,6 +56,18 @@ fn members(members: &[ClusterMember]) -> String {
 /// `cluster backup`
 pub fn backed_up(file: &Path, size_bytes: u64) -> String {
     format!("{} holds all that the controllers have agreed on ({})\n", file.display(), units::bytes(size_bytes))
+}
+
+/// `cluster restore --at`
+pub fn restored_elsewhere(response: &RestoreResponse) -> String {
+    let RestoreResponse { generation, vms_unknown, awaited_workers } = response;
+    let rest = match awaited_workers.join(", ") {
+        workers if workers.is_empty() => String::new(),
+        workers => format!("VMs are known again once these workers have reported: {workers}\n"),
+    };
+    format!(
+        "restored as generation {generation}: {vms_unknown} VMs, all unknown\nthe controller runs; add others to it with \"pageportctl cluster add\"\n{rest}"
+    )
 }
 
 /// What a restore has left to be done.

@@ -54,6 +54,7 @@ wire!(
     Quote,
     RemoveMemberResponse,
     Replica,
+    RestoreResponse,
     TransferLeadershipResponse,
     UndrainResponse,
     UnprotectVmResponse,

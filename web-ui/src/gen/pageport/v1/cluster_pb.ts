@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/cluster.proto.
  */
 export const file_pageport_v1_cluster: GenFile = /*@__PURE__*/
-  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayJ+CgxTbmFwc2hvdFBhcnQSKwoIZW52ZWxvcGUYASABKAsyGS5wYWdlcG9ydC52MS5SYWZ0RW52ZWxvcGUSEwoLdG90YWxfYnl0ZXMYAiABKAQSDQoFY3JjMzIYAyABKA0SDgoGb2Zmc2V0GAQgASgEEg0KBWNodW5rGAUgASgMIjQKEFNuYXBzaG90UHJvZ3Jlc3MSEgoKaGF2ZV9ieXRlcxgBIAEoBBIMCgRkb25lGAIgASgIIq8BCg1DbHVzdGVyTWVtYmVyEgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCRIOCgZsZWFkZXIYBCABKAgSDwoHbGVhcm5lchhaIAEoCBIaCg1sYWNrc19lbnRyaWVzGFsgASgESACIAQESFgoJc2lsZW50X21zGFwgASgESAGIAQFCEAoOX2xhY2tzX2VudHJpZXNCDAoKX3NpbGVudF9tcyIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCLcAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQSEgoKZ2VuZXJhdGlvbhhdIAEoDRITCgt2bXNfdW5rbm93bhheIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYXyADKAkiJwoZVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBIKCgJ0bxgBIAEoBCI6ChpUcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRIOCgZsZWFkZXIYASABKAQSDAoEdGVybRgCIAEoBCI9ChBBZGRNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCSL2AQoRQWRkTWVtYmVyUmVzcG9uc2USMwoFcGhhc2UYASABKA4yJC5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZS5QaGFzZRITCgtoYXNfZW50cmllcxgCIAEoBBISCgpvZl9lbnRyaWVzGAMgASgEEg8KB2Fuc3dlcnMYBCABKAgSKwoHbWVtYmVycxgFIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIiRQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIVChFQSEFTRV9DQVRDSElOR19VUBABEg4KClBIQVNFX0RPTkUQAiIwChNSZW1vdmVNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEg0KBWZvcmNlGAIgASgIIkMKFFJlbW92ZU1lbWJlclJlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIg8KDUJhY2t1cFJlcXVlc3QiRAoOQmFja3VwUmVzcG9uc2USDQoFY2h1bmsYASABKAwSEwoLdG90YWxfYnl0ZXMYAiABKAQSDgoGb2Zmc2V0GAMgASgEMp8BChRSYWZ0VHJhbnNwb3J0U2VydmljZRI5CgRTZW5kEhkucGFnZXBvcnQudjEuUmFmdEVudmVsb3BlGhQucGFnZXBvcnQudjEuUmFmdEFjaygBEkwKDFNlbmRTbmFwc2hvdBIZLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UGFydBodLnBhZ2Vwb3J0LnYxLlNuYXBzaG90UHJvZ3Jlc3MoATABMnEKDkNsdXN0ZXJTZXJ2aWNlEl8KEEdldENsdXN0ZXJTdGF0dXMSJC5wYWdlcG9ydC52MS5HZXRDbHVzdGVyU3RhdHVzUmVxdWVzdBolLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXNwb25zZTLiAgoRTWVtYmVyc2hpcFNlcnZpY2USZQoSVHJhbnNmZXJMZWFkZXJzaGlwEiYucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBonLnBhZ2Vwb3J0LnYxLlRyYW5zZmVyTGVhZGVyc2hpcFJlc3BvbnNlEkwKCUFkZE1lbWJlchIdLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlcXVlc3QaHi5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZTABElMKDFJlbW92ZU1lbWJlchIgLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlcXVlc3QaIS5wYWdlcG9ydC52MS5SZW1vdmVNZW1iZXJSZXNwb25zZRJDCgZCYWNrdXASGi5wYWdlcG9ydC52MS5CYWNrdXBSZXF1ZXN0GhsucGFnZXBvcnQudjEuQmFja3VwUmVzcG9uc2UwAWIGcHJvdG8z");
+  fileDesc("ChlwYWdlcG9ydC92MS9jbHVzdGVyLnByb3RvEgtwYWdlcG9ydC52MSJiCgxSYWZ0RW52ZWxvcGUSDwoHbWVzc2FnZRgBIAEoDBIMCgRmcm9tGFogASgEEg0KBXN0b3JlGFsgASgJEhAKCHRvX3N0b3JlGFwgASgJEhIKCmdlbmVyYXRpb24YXSABKA0iCQoHUmFmdEFjayJ+CgxTbmFwc2hvdFBhcnQSKwoIZW52ZWxvcGUYASABKAsyGS5wYWdlcG9ydC52MS5SYWZ0RW52ZWxvcGUSEwoLdG90YWxfYnl0ZXMYAiABKAQSDQoFY3JjMzIYAyABKA0SDgoGb2Zmc2V0GAQgASgEEg0KBWNodW5rGAUgASgMIjQKEFNuYXBzaG90UHJvZ3Jlc3MSEgoKaGF2ZV9ieXRlcxgBIAEoBBIMCgRkb25lGAIgASgIIq8BCg1DbHVzdGVyTWVtYmVyEgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCRIOCgZsZWFkZXIYBCABKAgSDwoHbGVhcm5lchhaIAEoCBIaCg1sYWNrc19lbnRyaWVzGFsgASgESACIAQESFgoJc2lsZW50X21zGFwgASgESAGIAQFCEAoOX2xhY2tzX2VudHJpZXNCDAoKX3NpbGVudF9tcyIZChdHZXRDbHVzdGVyU3RhdHVzUmVxdWVzdCLcAQoYR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyEgwKBHRlcm0YAiABKAQSFwoPY29tbWl0dGVkX2luZGV4GAMgASgEEhUKDWFwcGxpZWRfaW5kZXgYBCABKAQSEwoLYW5zd2VyZWRfYnkYBSABKAQSEgoKZ2VuZXJhdGlvbhhdIAEoDRITCgt2bXNfdW5rbm93bhheIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYXyADKAkiJwoZVHJhbnNmZXJMZWFkZXJzaGlwUmVxdWVzdBIKCgJ0bxgBIAEoBCI6ChpUcmFuc2ZlckxlYWRlcnNoaXBSZXNwb25zZRIOCgZsZWFkZXIYASABKAQSDAoEdGVybRgCIAEoBCI9ChBBZGRNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEgwKBHNpdGUYAiABKAkSDwoHYWRkcmVzcxgDIAEoCSL2AQoRQWRkTWVtYmVyUmVzcG9uc2USMwoFcGhhc2UYASABKA4yJC5wYWdlcG9ydC52MS5BZGRNZW1iZXJSZXNwb25zZS5QaGFzZRITCgtoYXNfZW50cmllcxgCIAEoBBISCgpvZl9lbnRyaWVzGAMgASgEEg8KB2Fuc3dlcnMYBCABKAgSKwoHbWVtYmVycxgFIAMoCzIaLnBhZ2Vwb3J0LnYxLkNsdXN0ZXJNZW1iZXIiRQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIVChFQSEFTRV9DQVRDSElOR19VUBABEg4KClBIQVNFX0RPTkUQAiIwChNSZW1vdmVNZW1iZXJSZXF1ZXN0EgoKAmlkGAEgASgEEg0KBWZvcmNlGAIgASgIIkMKFFJlbW92ZU1lbWJlclJlc3BvbnNlEisKB21lbWJlcnMYASADKAsyGi5wYWdlcG9ydC52MS5DbHVzdGVyTWVtYmVyIg8KDUJhY2t1cFJlcXVlc3QiRAoOQmFja3VwUmVzcG9uc2USDQoFY2h1bmsYASABKAwSEwoLdG90YWxfYnl0ZXMYAiABKAQSDgoGb2Zmc2V0GAMgASgEIkQKDlJlc3RvcmVSZXF1ZXN0Eg0KBWNodW5rGAEgASgMEhMKC3RvdGFsX2J5dGVzGAIgASgEEg4KBm9mZnNldBgDIAEoBCJTCg9SZXN0b3JlUmVzcG9uc2USEgoKZ2VuZXJhdGlvbhgBIAEoDRITCgt2bXNfdW5rbm93bhgCIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYAyADKAkynwEKFFJhZnRUcmFuc3BvcnRTZXJ2aWNlEjkKBFNlbmQSGS5wYWdlcG9ydC52MS5SYWZ0RW52ZWxvcGUaFC5wYWdlcG9ydC52MS5SYWZ0QWNrKAESTAoMU2VuZFNuYXBzaG90EhkucGFnZXBvcnQudjEuU25hcHNob3RQYXJ0Gh0ucGFnZXBvcnQudjEuU25hcHNob3RQcm9ncmVzcygBMAEycQoOQ2x1c3RlclNlcnZpY2USXwoQR2V0Q2x1c3RlclN0YXR1cxIkLnBhZ2Vwb3J0LnYxLkdldENsdXN0ZXJTdGF0dXNSZXF1ZXN0GiUucGFnZXBvcnQudjEuR2V0Q2x1c3RlclN0YXR1c1Jlc3BvbnNlMuICChFNZW1iZXJzaGlwU2VydmljZRJlChJUcmFuc2ZlckxlYWRlcnNoaXASJi5wYWdlcG9ydC52MS5UcmFuc2ZlckxlYWRlcnNoaXBSZXF1ZXN0GicucGFnZXBvcnQudjEuVHJhbnNmZXJMZWFkZXJzaGlwUmVzcG9uc2USTAoJQWRkTWVtYmVyEh0ucGFnZXBvcnQudjEuQWRkTWVtYmVyUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLkFkZE1lbWJlclJlc3BvbnNlMAESUwoMUmVtb3ZlTWVtYmVyEiAucGFnZXBvcnQudjEuUmVtb3ZlTWVtYmVyUmVxdWVzdBohLnBhZ2Vwb3J0LnYxLlJlbW92ZU1lbWJlclJlc3BvbnNlEkMKBkJhY2t1cBIaLnBhZ2Vwb3J0LnYxLkJhY2t1cFJlcXVlc3QaGy5wYWdlcG9ydC52MS5CYWNrdXBSZXNwb25zZTABMlgKDlJlc3RvcmVTZXJ2aWNlEkYKB1Jlc3RvcmUSGy5wYWdlcG9ydC52MS5SZXN0b3JlUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlJlc3RvcmVSZXNwb25zZSgBYgZwcm90bzM");
 
 /**
  * @generated from message pageport.v1.RaftEnvelope
@@ -495,6 +495,68 @@ export const BackupResponseSchema: GenMessage<BackupResponse> = /*@__PURE__*/
   messageDesc(file_pageport_v1_cluster, 14);
 
 /**
+ * @generated from message pageport.v1.RestoreRequest
+ */
+export type RestoreRequest = Message<"pageport.v1.RestoreRequest"> & {
+  /**
+   * A part of what Backup has sent, in order.
+   *
+   * @generated from field: bytes chunk = 1;
+   */
+  chunk: Uint8Array;
+
+  /**
+   * As in BackupResponse.
+   *
+   * @generated from field: uint64 total_bytes = 2;
+   */
+  totalBytes: bigint;
+
+  /**
+   * @generated from field: uint64 offset = 3;
+   */
+  offset: bigint;
+};
+
+/**
+ * Describes the message pageport.v1.RestoreRequest.
+ * Use `create(RestoreRequestSchema)` to create a new message.
+ */
+export const RestoreRequestSchema: GenMessage<RestoreRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 15);
+
+/**
+ * @generated from message pageport.v1.RestoreResponse
+ */
+export type RestoreResponse = Message<"pageport.v1.RestoreResponse"> & {
+  /**
+   * How often the controllers were restored, this time included.
+   *
+   * @generated from field: uint32 generation = 1;
+   */
+  generation: number;
+
+  /**
+   * All VMs, and the workers that must report before who owns them is known.
+   *
+   * @generated from field: uint32 vms_unknown = 2;
+   */
+  vmsUnknown: number;
+
+  /**
+   * @generated from field: repeated string awaited_workers = 3;
+   */
+  awaitedWorkers: string[];
+};
+
+/**
+ * Describes the message pageport.v1.RestoreResponse.
+ * Use `create(RestoreResponseSchema)` to create a new message.
+ */
+export const RestoreResponseSchema: GenMessage<RestoreResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_cluster, 16);
+
+/**
  * Raft's own traffic: opaque to everyone but the consensus core.
  *
  * @generated from service pageport.v1.RaftTransportService
@@ -584,4 +646,24 @@ export const MembershipService: GenService<{
   },
 }> = /*@__PURE__*/
   serviceDesc(file_pageport_v1_cluster, 2);
+
+/**
+ * Begins a new cluster from a backup. Served by a controller that has no data and was started with --await-restore, or refused; for operators'
+ * certificates alone.
+ *
+ * @generated from service pageport.v1.RestoreService
+ */
+export const RestoreService: GenService<{
+  /**
+   * Answered when the data is made. The controller goes on then, as the only one of a new generation.
+   *
+   * @generated from rpc pageport.v1.RestoreService.Restore
+   */
+  restore: {
+    methodKind: "client_streaming";
+    input: typeof RestoreRequestSchema;
+    output: typeof RestoreResponseSchema;
+  },
+}> = /*@__PURE__*/
+  serviceDesc(file_pageport_v1_cluster, 3);
 
