@@ -198,6 +198,9 @@ impl Controllers {
     }
 }
 
+const UNKNOWN_COMMAND: &str = "it does not know this command: it is of another version, or a controller that waits for a backup \
+                               (\"pageportctl cluster restore FILE --at HOST:PORT\")";
+
 /// What a status means for us.
 pub enum Verdict {
     /// The peer understood and said no.
@@ -218,6 +221,7 @@ pub fn judge(status: &Status) -> Verdict {
         return Verdict::Failed(reason);
     }
     let message = match status.message() {
+        "" if status.code() == Code::Unimplemented => UNKNOWN_COMMAND.to_owned(),
         "" => status.code().description().to_owned(),
         message => message.to_owned(),
     };

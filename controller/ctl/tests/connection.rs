@@ -47,6 +47,15 @@ async fn a_cluster_without_a_leader_is_asked_again_and_then_reported() {
 }
 
 #[tokio::test]
+async fn a_server_that_does_not_know_a_command_is_told_apart() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    fake.script().failures = [Status::unimplemented("")].into();
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let ended = run(&authority, &server.address.to_string(), &["site", "list"]).await;
+    assert!(ended.error().contains("waits for a backup"), "{}", ended.stderr);
+}
+
+#[tokio::test]
 async fn a_server_of_another_authority_is_not_trusted() {
     let (ours, theirs, fake) = (Authority::new(), Authority::new(), Fake::default());
     let server = fake.serve(&theirs, "controller.pageport").await;
