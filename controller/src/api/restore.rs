@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::backup::{Backup, RestoreError, restore};
+use crate::backup::{Backup, restore};
 use crate::config::Config;
 use crate::peer;
 
@@ -62,7 +62,7 @@ impl RestoreService for Restores {
         let made =
             tokio::task::spawn_blocking(move || restore(&config, Backup::parse(&file, Path::new("as it was sent"))?));
         let made = made.await.map_err(|error| Status::internal(error.to_string()))?;
-        let restored = made.map_err(|error| refusal(&error))?;
+        let restored = made.map_err(|error| Status::failed_precondition(format!("{:#}", anyhow::Error::new(error))))?;
         tracing::warn!(operator, generation = restored.generation.0, vms = restored.vms, "restored from a backup");
         awaiting.done.cancel();
         Ok(Response::new(v1::RestoreResponse {
@@ -77,16 +77,6 @@ fn has_data() -> Status {
     Status::failed_precondition(
         "this controller has data: a restore begins with one that has none and was started with \"pageport-controller --await-restore\"",
     )
-}
-
-fn refusal(error: &RestoreError) -> Status {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    Status::failed_precondition(text)
 }
 
 async fn collect(mut parts: Streaming<v1::RestoreRequest>) -> Result<Vec<u8>, Status> {

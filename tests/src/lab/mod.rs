@@ -297,7 +297,8 @@ impl Lab {
             let name = settings::controller_name(site);
             let identity = lab.authority.issue(&name, "controller.pageport")?;
             let text = settings::controller(site, &lab.data_folder(&name)?, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, controller, &text, &[])?;
+            let config = lab.write_config(&name, &text)?;
+            let daemon = lab.start_daemon(&name, site, controller, &config, &[])?;
             lab.controllers.insert(site.to_owned(), daemon);
         }
         let with_workers: &[&'static str] = if daemons == Daemons::All { &SITES } else { &[] };
@@ -316,7 +317,8 @@ impl Lab {
                 lab.volumes.push(volume.map_err(error)?);
             }
             let text = settings::worker(site, &data, &runtime, &identity, &shared)?;
-            let daemon = lab.start_daemon(&name, site, worker, &text, &environment)?;
+            let config = lab.write_config(&name, &text)?;
+            let daemon = lab.start_daemon(&name, site, worker, &config, &environment)?;
             lab.workers.insert(site.to_owned(), daemon);
         }
         lab.wait_until_ready().await?;
@@ -340,12 +342,11 @@ impl Lab {
         name: &str,
         site: &str,
         program: &Path,
-        config: &str,
+        config: &Path,
         environment: &[(&'static str, OsString)],
     ) -> Result<Daemon, LabError> {
-        let path = self.write_config(name, config)?;
         let log = self.logs().join(format!("{name}.log"));
-        Ok(Daemon::start(name, self.network.place(site), program, &path, &log, environment)?)
+        Ok(Daemon::start(name, self.network.place(site), program, config, &log, environment)?)
     }
 
     /// Waits until every worker is connected and guarded.

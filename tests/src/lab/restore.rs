@@ -25,7 +25,7 @@ impl Lab {
         let restore = ["cluster", "restore", "--controller-config"].map(OsStr::new);
         let restored = self.ctl(restore.into_iter().chain([config.as_os_str(), backup.as_os_str()])).await;
         restored.map_err(|source| LabError::Restore { backup: backup.to_owned(), source: Box::new(source) })?;
-        let daemon = self.start_daemon(&name, site, &paths::program("pageport-controller"), &text, &[])?;
+        let daemon = self.start_daemon(&name, site, &paths::program("pageport-controller"), &config, &[])?;
         self.controllers.insert(site.to_owned(), daemon);
         Ok(())
     }

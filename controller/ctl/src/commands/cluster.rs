@@ -24,10 +24,8 @@ pub async fn run(context: &mut Context, command: ClusterCommand) -> Result<(), C
     match command {
         ClusterCommand::Status => status(context).await,
         ClusterCommand::Backup { file, replace } => backup(context, &file, replace).await,
-        ClusterCommand::Restore { file, at: Some(_), .. } => restore::there(context, &file).await,
-        ClusterCommand::Restore { file, at: None, controller_config } => {
-            restore::here(context.output, &file, &controller_config).await
-        }
+        // Without an address it asks nobody, and never comes here.
+        ClusterCommand::Restore { file, .. } => restore::there(context, &file).await,
         ClusterCommand::Add { id, site, address } => add(context, v1::AddMemberRequest { id, site, address }).await,
         ClusterCommand::Remove { id, force } => remove(context, v1::RemoveMemberRequest { id, force }).await,
         ClusterCommand::TransferLeader { member } => transfer_leader(context, member).await,
