@@ -146,6 +146,49 @@ async fn after_a_restore_every_vm_is_unknown_until_all_workers_have_reported() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_was_defined_since_the_backup_is_found_and_adopted() {
+    let mut cluster = Cluster::start(LogLimits::default()).await;
+    let board = worker::Shared::default();
+    let (file, node) = story(&cluster, &board).await;
+    define_and_start(&cluster, node, "late").await;
+    seed(&cluster, node, "late", "b").await;
+    move_to(&cluster, node, "late", "b").await;
+    lose_all(&mut cluster).await;
+    let before = runs(&board);
+    let new = cluster.restore(&file).await.unwrap();
+    board.lock().unwrap().controllers.push(cluster.addresses()[new as usize - 1].clone());
+    at(&cluster, new, "moves", "worker-b", VmState::Running).await;
+
+    assert!(vm(&cluster, new, "late").await.is_none());
+    let found = eventually("it to be found", async || {
+        let found = cluster.fleet(new).list_vms(v1::ListVmsRequest {}).await.ok()?.into_inner().found;
+        found.first().cloned()
+    })
+    .await;
+    assert_eq!((found.name.as_str(), found.runs), ("late", true));
+    assert_eq!(found.workers, ["worker-b"]);
+    let adopt = async |vm: &str| {
+        let request = v1::AdoptVmRequest { request_id: request_id(), vm: vm.to_owned() };
+        cluster.fleet(new).adopt_vm(request).await
+    };
+    assert_eq!(adopt("never").await.unwrap_err().code(), Code::NotFound);
+    cluster.fleet(new).define_vm(define("late", "a")).await.unwrap();
+    assert_eq!(adopt(&found.id).await.unwrap_err().code(), Code::AlreadyExists);
+    let delete = v1::DeleteVmRequest { request_id: request_id(), vm: "late".into() };
+    eventually("the other to be deleted", async || cluster.fleet(new).delete_vm(delete.clone()).await.ok()).await;
+    let adopted = adopt(&found.id).await.unwrap().into_inner().vm.unwrap();
+    assert_eq!(adopted.spec.map(|spec| spec.name).as_deref(), Some("late"));
+    let late = at(&cluster, new, "late", "worker-b", VmState::Running).await;
+    assert_eq!((&late.id, late.owner_epoch), (&found.id, 2), "what it runs under still counts");
+    assert_eq!(adopt("late").await.unwrap().into_inner().vm.unwrap().id, late.id, "once more changes nothing");
+    assert_eq!(runs(&board), before, "nothing was started");
+    let listed = cluster.fleet(new).list_vms(v1::ListVmsRequest {}).await.unwrap().into_inner();
+    assert_eq!((listed.vms.len(), listed.found.len()), (3, 0));
+    seed(&cluster, new, "late", "a").await;
+    move_to(&cluster, new, "late", "a").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_restores_from_one_backup_only_one_ever_learns_who_owns_the_vms() {
     let mut cluster = Cluster::start(LogLimits::default()).await;
     let board = worker::Shared::default();

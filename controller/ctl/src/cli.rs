@@ -210,6 +210,7 @@ impl Command {
             Self::Vm(VmCommand::Get { .. }) => "vm get",
             Self::Vm(VmCommand::Start { .. }) => "vm start",
             Self::Vm(VmCommand::Stop { .. }) => "vm stop",
+            Self::Vm(VmCommand::Adopt { .. }) => "vm adopt",
             Self::Vm(VmCommand::Delete { .. }) => "vm delete",
             Self::Vm(VmCommand::Resolve { .. }) => "vm resolve",
             Self::Vm(VmCommand::Console { .. }) => "vm console",

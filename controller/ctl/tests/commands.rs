@@ -126,6 +126,32 @@ async fn a_disk_is_added_where_it_is_said() {
 }
 
 #[tokio::test]
+async fn vms_that_a_restore_has_left_out_are_adopted_one_by_one_or_all() {
+    let (authority, fake) = (Authority::new(), Fake::default());
+    let server = fake.serve(&authority, "controller.pageport").await;
+    let at = server.address.to_string();
+    let ended = run(&authority, &at, &["vm", "adopt", "--all"]).await.succeeded();
+    assert!(ended.stderr.contains("no worker speaks of a VM that the controllers do not know"), "{}", ended.stderr);
+    let found = |name: &str| v1::FoundVm { id: format!("id-{name}"), name: name.into(), ..Default::default() };
+    fake.script().found = vec![found("late"), found("later")];
+    let ended = run(&authority, &at, &["vm", "adopt", "late"]).await.succeeded();
+    assert_eq!(ended.stdout, "late (id-late) is known again: running\n");
+    let ended = run(&authority, &at, &["--json", "vm", "adopt", "--all"]).await.succeeded();
+    let ids: Vec<_> = ended.lines().iter().map(|vm| vm["id"].clone()).collect();
+    assert_eq!(ids, ["id-late", "id-later"]);
+    // One that fails does not keep the other from it, and the failure is told.
+    fake.script().failures.push_back(Status::already_exists("vm \"late\" exists already"));
+    let ended = run(&authority, &at, &["vm", "adopt", "--all"]).await;
+    assert_eq!(
+        (ended.error(), ended.stdout.as_str()),
+        ("error: vm \"late\" exists already", "later (id-later) is known again: running\n")
+    );
+    assert!(
+        run(&authority, &at, &["vm", "adopt", "never"]).await.error().contains("no worker speaks of a vm \"never\"")
+    );
+}
+
+#[tokio::test]
 async fn a_repeated_command_keeps_its_request_id() {
     let (authority, fake) = (Authority::new(), Fake::default());
     fake.script().vms = vec![vm("web")];

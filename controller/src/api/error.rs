@@ -1,7 +1,7 @@
 //! [`ApiError`]: every failure of a client's request, its gRPC code and what the client may do, in one place.
 
 use pageport_proto::ids::ParseIdError;
-use pageport_proto::{SiteName, WorkerName};
+use pageport_proto::{SiteName, VmId, WorkerName};
 use tonic::{Code, Status};
 
 use crate::consensus::ConsensusError;
@@ -100,6 +100,35 @@ pub enum ApiError {
     /// It would meet its own address.
     #[error(transparent)]
     SameAddress(#[from] SameAddress),
+    /// Nobody can tell what the VM is.
+    #[error(
+        "worker \"{worker}\" has not kept the definition of vm {vm}, which an earlier version started: shut its guest down, and define the vm again with its image"
+    )]
+    NoDefinition {
+        /// Its id.
+        vm: VmId,
+        /// Who owns it.
+        worker: WorkerName,
+    },
+    /// The definition that a worker has kept.
+    #[error("the definition of vm {vm} that worker \"{worker}\" has kept cannot be used: {source}")]
+    KeptDefinition {
+        /// Its id.
+        vm: VmId,
+        /// Who has kept it.
+        worker: WorkerName,
+        /// Why.
+        #[source]
+        source: SpecError,
+    },
+    /// Several VMs of one name.
+    #[error("{count} vms that workers speak of are called \"{name}\": give the id of one")]
+    SeveralFound {
+        /// Their name.
+        name: String,
+        /// How many there are.
+        count: usize,
+    },
     /// Nobody has seen the disk yet.
     #[error("the size of disk \"{disk}\" of vm \"{name}\" is not known yet: start the vm first")]
     DiskNotSeen {
@@ -182,6 +211,7 @@ impl ApiError {
         match self {
             Self::Rejected(rejection) => match rejection {
                 Rejection::VmUnknown { .. }
+                | Rejection::NotFound { .. }
                 | Rejection::MigrationUnknown { .. }
                 | Rejection::DiskUnknown { .. }
                 | Rejection::WorkerUnknown { .. } => Code::NotFound,
@@ -226,6 +256,7 @@ impl ApiError {
             | Self::Schedule(_)
             | Self::BadId { .. }
             | Self::Missing { .. }
+            | Self::SeveralFound { .. }
             | Self::NotConfirmed { .. }
             | Self::WorkerNotConfirmed { .. } => Code::InvalidArgument,
             Self::SiteUnknown { .. } => Code::NotFound,
@@ -234,6 +265,8 @@ impl ApiError {
             | Self::HolderAnswers { .. }
             | Self::WorkerAnswers { .. }
             | Self::DiskNotSeen { .. }
+            | Self::NoDefinition { .. }
+            | Self::KeptDefinition { .. }
             | Self::NoQuote { .. }
             | Self::SameAddress(_)
             | Self::NotGuarded { .. } => Code::FailedPrecondition,

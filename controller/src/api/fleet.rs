@@ -194,7 +194,14 @@ impl FleetService for Api {
     }
 
     async fn list_vms(&self, _: Request<v1::ListVmsRequest>) -> Reply<v1::ListVmsResponse> {
-        Ok(Response::new(v1::ListVmsResponse { vms: self.read().await?.view().vms() }))
+        let moment = self.read().await?;
+        let found = moment.found().into_iter().map(v1::FoundVm::from).collect();
+        Ok(Response::new(v1::ListVmsResponse { vms: moment.view().vms(), found }))
+    }
+
+    async fn adopt_vm(&self, request: Request<v1::AdoptVmRequest>) -> Reply<v1::AdoptVmResponse> {
+        let vm = self.adopt(request.into_inner()).await?;
+        Ok(Response::new(v1::AdoptVmResponse { vm }))
     }
 
     async fn start_vm(&self, request: Request<v1::StartVmRequest>) -> Reply<v1::StartVmResponse> {
@@ -253,7 +260,12 @@ impl FleetService for Api {
         self.read().await?;
         let fleet = |moment: &Moment| {
             let view = moment.view();
-            v1::WatchFleetResponse { sites: view.sites(), workers: view.workers(), vms: view.vms() }
+            v1::WatchFleetResponse {
+                sites: view.sites(),
+                workers: view.workers(),
+                vms: view.vms(),
+                found: moment.found().into_iter().map(v1::FoundVm::from).collect(),
+            }
         };
         Ok(Response::new(views(self.clone(), unless_same(fleet))))
     }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`fleet`], [`replication`], [`migration`], [`cluster`], [`membership`] | the services |
 //! | [`disks`] | orders about disks |
+//! | [`adopt`] | VMs that a restore has left out |
 //! | [`quote`] | forecasts, which workers make while their caller waits |
 //! | [`restore`] | a new cluster from a backup, of a controller that has no data |
 //! | [`preflight`] | what would hinder a move, as the controllers and both workers see it |
@@ -20,6 +21,7 @@
 //! Guarantees: a read sees every answered command; a client's request id takes effect once; whatever goes wrong names
 //! its subject and what to do.
 
+pub mod adopt;
 pub mod changes;
 pub mod cluster;
 pub mod disks;

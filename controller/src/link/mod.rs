@@ -10,6 +10,7 @@
 //! | [`assignment`] | what each worker should do: a pure function of the state |
 //! | [`stakes`] | the same for a large fleet: what each worker has to do with, and whom a change concerns |
 //! | [`reconcile`] | which commands the reports call for: a pure function of state, observations and time |
+//! | [`found`] | VMs that a restore of the controllers has left out |
 //! | [`questions`] | what workers are asked for somebody who waits for the answer |
 //! | [`fleet`], [`drain`], [`scheduling`] | the scheduler's view, and which commands its decisions call for: pure |
 //! | [`budget`] | what may be sent over a link, by moves and by replication: pure |
@@ -28,6 +29,7 @@ pub mod drain;
 pub mod driver;
 pub mod failover;
 pub mod fleet;
+pub mod found;
 pub mod leases;
 pub mod observation;
 pub mod questions;

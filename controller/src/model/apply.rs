@@ -93,6 +93,7 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::DeclareDead { worker, by, reason } => {
             recovery::declare_dead(state, worker, DeclaredDead { at_unix_ms: now, by, reason })
         }
+        ClientOrder::AdoptVm { vm, spec, worker } => recovery::adopt(state, vm, *spec, worker),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
         ClientOrder::Protect { vm, site, worker, terms, places } => {
@@ -150,6 +151,7 @@ fn answers(order: &ClientOrder, answer: &Answer) -> bool {
             ClientOrder::SetPower { vm, .. }
             | ClientOrder::ResizeDisk { vm, .. }
             | ClientOrder::AddDisk { vm, .. }
+            | ClientOrder::AdoptVm { vm, .. }
             | ClientOrder::Resolve(takeover::Order { vm, .. }),
             Answer::Vm(answered),
         ) => vm == answered,
@@ -183,10 +185,13 @@ pub(crate) fn not_migrating(vm: &Vm) -> Result<(), Rejection> {
     }
 }
 
+pub(super) fn must_be_free(state: &State, name: &str) -> Result<(), Rejection> {
+    let taken = state.find_vm(name).is_some() || state.find_recovering(name).is_some();
+    if taken { Err(Rejection::NameTaken { name: name.to_owned() }) } else { Ok(()) }
+}
+
 fn define(state: &mut State, id: VmId, spec: Spec, worker: WorkerName) -> Outcome {
-    if state.find_vm(&spec.name).is_some() || state.find_recovering(&spec.name).is_some() {
-        return Err(Rejection::NameTaken { name: spec.name });
-    }
+    must_be_free(state, &spec.name)?;
     if !state.workers.contains_key(&worker) {
         return Err(Rejection::WorkerUnknown { worker });
     }

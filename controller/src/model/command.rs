@@ -209,6 +209,15 @@ pub enum ClientOrder {
         /// In their words.
         reason: String,
     },
+    /// After a restore: take a VM that was defined since the backup into the fleet again.
+    AdoptVm {
+        /// The VM.
+        vm: VmId,
+        /// What it is, as its worker has kept it.
+        spec: Box<Spec>,
+        /// The worker that speaks of it as its own.
+        worker: WorkerName,
+    },
     /// Remove a VM from the fleet.
     DeleteVm {
         /// The VM.

@@ -7,11 +7,14 @@
 //! A VM whose owner is not known is kept apart from the others ([`State::recovering`]): whoever looks for VMs to grant, lease, move,
 //! fail over or assign does not find it. What decides is [`pageport_ownership::Recover`].
 //!
+//! VMs that were defined since are in no backup. Workers that have joined speak of them ([`crate::link::found`]), and an operator has them adopted
+//! with the definition that their worker has kept: then they are unknown like the others, until everyone has joined.
+//!
 //! What an operator had ordered since about power is not known either: what runs goes on running, and what does not stays down.
 //!
 //! Guarantees: a new generation, so that epochs given from now on are newer than all that the lost controllers gave; no VM is given
 //! to anybody before every worker of the backup has joined or was declared dead. What was done since the backup is lost, but who
-//! owns what: VMs that were defined since are not known, and moves that were under way have no record.
+//! owns what and how it is defined: moves that were under way have no record.
 
 use std::collections::BTreeSet;
 
@@ -19,9 +22,11 @@ use pageport_ownership::{Generation, Ownership, Recover, Recovered, Report};
 use pageport_proto::{RestorationId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
+use super::apply::must_be_free;
 use super::command::{Answer, Outcome};
 use super::protection::turn_round;
 use super::rejection::Rejection;
+use super::spec::Spec;
 use super::state::{Life, Power, Replica, ReplicaPhase, State, Vm};
 
 /// A VM of the backup, and what is known of who owns it.
@@ -140,6 +145,26 @@ pub(super) fn joined(state: &mut State, id: VmId, worker: WorkerName, report: Re
     };
     recovering.recover.joined(worker, report);
     settle(state, id);
+}
+
+/// Takes in a VM that was defined since the backup. Who owns it is found out as of those of the backup.
+pub(super) fn adopt(state: &mut State, id: VmId, spec: Spec, worker: WorkerName) -> Outcome {
+    if state.recovering.contains_key(&id) {
+        return Ok(Answer::Vm(id));
+    }
+    // One that is known is not lost, and one that is being deleted is not to come back.
+    if state.vms.contains_key(&id) || state.generation == Generation::default() {
+        return Err(Rejection::NotFound { vm: id.to_string() });
+    }
+    must_be_free(state, &spec.name)?;
+    if !state.workers.contains_key(&worker) {
+        return Err(Rejection::WorkerUnknown { worker });
+    }
+    let mut recover = Recover::new(state.generation, state.workers.keys().cloned());
+    state.declared_dead.keys().for_each(|dead| recover.declared_dead(dead.clone()));
+    let vm = Vm { power_seq: SKIPPED_NUMBERS, ..Vm::new(spec, Ownership::first(worker), Power::Stop) };
+    state.recovering.insert(id, Recovering { vm, recover, runs: BTreeSet::new() });
+    Ok(Answer::Vm(id))
 }
 
 /// An operator's word: this worker is not coming back with any VM.
@@ -323,6 +348,43 @@ mod tests {
             ),
             Err(Rejection::NotRecovering { .. })
         ));
+    }
+
+    #[test]
+    fn a_vm_that_was_defined_since_is_adopted_once_and_is_unknown_until_everyone_has_joined() {
+        let (mut state, known) = restored();
+        let (id, e) = (VmId::generate(), Epoch::from_raw);
+        let adopt = |name: &str, vm: VmId| {
+            let spec = Box::new(Spec::try_from(sample(name)).unwrap());
+            client(ClientOrder::AdoptVm { vm, spec, worker: worker('b') })
+        };
+        assert!(matches!(carry_out(&mut state, adopt("web", id)), Err(Rejection::NameTaken { .. })));
+        for _ in 0..2 {
+            assert_eq!(carry_out(&mut state, adopt("late", id)), Ok(Answer::Vm(id)));
+        }
+        assert_eq!(state.recovering.len(), 2);
+        let order = client(ClientOrder::SetPower { vm: id, power: Power::Stop });
+        assert!(matches!(carry_out(&mut state, order), Err(Rejection::OwnerUnknown { .. })));
+        says(&mut state, id, 'b', Record::Own { own: e(2), seen: e(2) }, None);
+        assert!(!state.vms.contains_key(&id), "a may own it as well");
+        says(&mut state, id, 'a', Record::Replica { seen: e(2), refused: None }, Some('b'));
+        let vm = &state.vms[&id];
+        assert_eq!((vm.ownership.owner(), vm.power), ((&worker('b'), e(2)), Power::Run));
+        assert!(vm.power_seq > 1 << 31, "its worker may know orders from before");
+        assert!(matches!(carry_out(&mut state, adopt("late", id)), Err(Rejection::NotFound { .. })));
+        says(&mut state, known, 'a', Record::Own { own: e(1), seen: e(1) }, None);
+        says(&mut state, known, 'b', Record::UNKNOWN, None);
+        assert!(matches!(carry_out(&mut state, adopt("web", known)), Err(Rejection::NotFound { .. })), "it is known");
+    }
+
+    #[test]
+    fn nothing_is_adopted_where_nothing_was_restored() {
+        let mut state = State::default();
+        state.workers.insert(worker('a'), Worker::at("a".parse().unwrap()));
+        let spec = Box::new(Spec::try_from(sample("late")).unwrap());
+        let adopt = client(ClientOrder::AdoptVm { vm: VmId::generate(), spec, worker: worker('a') });
+        assert!(matches!(carry_out(&mut state, adopt), Err(Rejection::NotFound { .. })));
+        assert_eq!(state.recovering.len(), 0);
     }
 
     #[test]

@@ -14,6 +14,14 @@ pub enum Rejection {
         /// Id or name.
         vm: String,
     },
+    /// No VM that a restore has left out.
+    #[error(
+        "no worker speaks of a vm \"{vm}\" that the controllers do not know: \"pageportctl vm list\" shows those that can be adopted"
+    )]
+    NotFound {
+        /// Id or name.
+        vm: String,
+    },
     /// No such move.
     #[error("migration {id} is unknown; \"pageportctl migration list\" shows all")]
     MigrationUnknown {

@@ -173,6 +173,26 @@ impl TryFrom<v1::VmSpec> for Spec {
 }
 
 impl Spec {
+    /// As these controllers' predecessors gave it to a worker, with what orders have changed in it since it was defined.
+    ///
+    /// # Errors
+    /// It is none that they can have given.
+    pub fn kept(mut spec: v1::VmSpec) -> Result<Self, SpecError> {
+        let (added, defined): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut spec.disks).into_iter().partition(|disk| disk.port != 0);
+        let mut kept = Self::try_from(v1::VmSpec { disks: defined.clone(), ..spec })?;
+        for disk in &defined {
+            kept.order_bytes(&disk.name, disk.size_bytes);
+        }
+        for v1::DiskSpec { name, path, size_bytes, port, create, .. } in added {
+            kept.add_disk(name, path, size_bytes)?;
+            if let Some(disk) = kept.disks.last_mut() {
+                (disk.port, disk.create) = (u8::try_from(port).ok(), create);
+            }
+        }
+        Ok(kept)
+    }
+
     /// What it has of its host's memory, in bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
@@ -418,6 +438,20 @@ pub(crate) mod tests {
         let spec = v1::VmSpec::from(&Spec::try_from(sample("web")).unwrap());
         assert_eq!(spec.machine, DEFAULT_MACHINE);
         assert_eq!(Spec::try_from(spec.clone()).map(|again| v1::VmSpec::from(&again)), Ok(spec));
+    }
+
+    #[test]
+    fn what_a_worker_was_given_is_read_back_with_its_orders() {
+        let mut spec = Spec::try_from(sample("web")).unwrap();
+        spec.order_bytes("root", 64 * MIB);
+        spec.add_disk("data".into(), String::new(), 32 * MIB).unwrap();
+        spec.add_disk("logs".into(), "/images/logs.raw".into(), 16 * MIB).unwrap();
+        spec.disk_made("logs");
+        let given = v1::VmSpec::from(&spec);
+        assert_eq!(Spec::kept(given.clone()), Ok(spec));
+        let mut bad = given;
+        bad.disks[1].name = "root".into();
+        assert!(Spec::kept(bad).is_err());
     }
 
     #[test]

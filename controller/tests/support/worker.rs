@@ -73,6 +73,8 @@ struct Vm {
     crashed_under: Option<u64>,
     /// Whose the newest epochs are, as they were told.
     said: BTreeMap<Epoch, String>,
+    /// As it was last assigned.
+    spec: Option<v1::VmSpec>,
 }
 
 struct Worker {
@@ -93,6 +95,8 @@ struct Worker {
     met: usize,
     generation: u32,
     restoration_id: String,
+    /// VMs of the newest assignment.
+    spoken_of: BTreeSet<String>,
 }
 
 pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinHandle<()> {
@@ -115,6 +119,7 @@ pub fn start(cluster: &Cluster, name: &str, site: &str, board: &Shared) -> JoinH
         met: 0,
         generation: 0,
         restoration_id: String::new(),
+        spoken_of: BTreeSet::new(),
     };
     tokio::spawn(worker.run())
 }
@@ -188,6 +193,7 @@ impl Worker {
     }
 
     async fn work(&mut self, assignment: &v1::WorkerAssignment) {
+        self.spoken_of.clear();
         for vm in &assignment.vms {
             self.work_on_vm(vm).await;
         }
@@ -257,6 +263,7 @@ impl Worker {
 
     async fn work_on_vm(&mut self, assigned: &v1::VmAssignment) {
         let id = &assigned.vm_id;
+        self.spoken_of.insert(id.clone());
         if assigned.deleted {
             self.vms.remove(id);
             return;
@@ -268,7 +275,9 @@ impl Worker {
             problem: String::new(),
             crashed_under: None,
             said: BTreeMap::new(),
+            spec: None,
         });
+        self.vms.get_mut(id).unwrap().spec.clone_from(&assigned.spec);
         let mine = assigned.owner_worker == self.name;
         let epoch = Epoch::from_raw(assigned.owner_epoch);
         let owner = if mine { Owner::Me } else { Owner::Other };
@@ -455,6 +464,7 @@ impl Worker {
             has_replica: vm.has_replica,
             recovery_points: self.points_of(id),
             halted_power_seq: vm.crashed_under.unwrap_or_default(),
+            spec: vm.spec.clone().filter(|_| !self.spoken_of.contains(id)),
             ..v1::VmReport::default()
         });
         v1::WorkerReport {

@@ -8,7 +8,7 @@ import { createClient, type Transport } from "@connectrpc/connect";
 
 import { SvelteMap } from "svelte/reactivity";
 
-import { FleetService, type Site, type Vm, type Worker } from "../gen/pageport/v1/fleet_pb.ts";
+import { FleetService, type FoundVm, type Site, type Vm, type Worker } from "../gen/pageport/v1/fleet_pb.ts";
 import { type Migration, MigrationService, type WatchMigrationsResponse } from "../gen/pageport/v1/migration_pb.ts";
 import { unlisted } from "../model/migration.ts";
 import { type Connection, watch } from "./watch.ts";
@@ -19,6 +19,7 @@ export class Live {
   sites = $state.raw<Site[]>([]);
   workers = $state.raw<Worker[]>([]);
   vms = $state.raw<Vm[]>([]);
+  found = $state.raw<FoundVm[]>([]);
   readonly migrations = new SvelteMap<string, Migration>();
   connection = $state.raw<Connection>({ kind: "connecting" });
   /** The fleet has been seen at least once. */
@@ -47,6 +48,7 @@ export class Live {
         this.sites = message.sites;
         this.workers = message.workers;
         this.vms = message.vms;
+        this.found = message.found;
         this.loaded = true;
         this.now = Date.now();
       },

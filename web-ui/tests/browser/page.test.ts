@@ -5,9 +5,11 @@
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { create } from "@bufbuild/protobuf";
 import { type BrowserContext, chromium, type Page } from "playwright-core";
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from "vitest";
 
+import { FoundVmSchema } from "../../src/gen/pageport/v1/fleet_pb.ts";
 import { FakeController } from "./fakeController.ts";
 import { completed, failedBefore, fleet, inMemoryPhase, notConverging } from "./fleet.ts";
 
@@ -105,6 +107,22 @@ test("a migration that will not converge says so", async () => {
   await page.goto(controller.url);
   await sees("Will not converge: the guest dirties 37.5 MB/s, which is 19.0 MB/s on the wire, and the link carries 17.7 MB/s.");
   await shoot("not-converging");
+});
+
+test("VMs that a restore has left out are shown with the way back, and go when they are adopted", async () => {
+  const { vms, ...rest } = fleet("");
+  const found = [
+    create(FoundVmSchema, { id: "id-late", name: "late", workers: ["worker-b"], runs: true }),
+    create(FoundVmSchema, { id: "id-nameless", workers: ["worker-a"] }),
+  ];
+  controller.fleet.set({ ...rest, vms, found });
+  await page.goto(controller.url);
+  const section = page.getByRole("region", { name: "Found at workers (2)" });
+  await section.getByText("late runs at worker-b. Take it back: pageportctl vm adopt late").waitFor();
+  await section.getByText("id-nameless is at worker-a. Its definition was not kept").waitFor();
+  await shoot("found");
+  controller.fleet.set(fleet(""));
+  await section.waitFor({ state: "detached" });
 });
 
 test("a migration that ends becomes a record", async () => {

@@ -1,5 +1,6 @@
 //! The stream of reports to the leader and of assignments from it; opened again whenever it ends.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,7 +41,7 @@ async fn session(
         .controllers
         .link(|| {
             let (sender, receiver) = mpsc::channel(1);
-            tokio::spawn(report(node.clone(), seq.subscribe(), sender));
+            tokio::spawn(report(node.clone(), seq.subscribe(), assignments.subscribe(), sender));
             ReceiverStream::new(receiver)
         })
         .await?;
@@ -72,9 +73,14 @@ async fn session(
 }
 
 /// Sends reports until the link ends.
-async fn report(node: Arc<Node>, seq: watch::Receiver<u64>, reports: mpsc::Sender<WorkerReport>) {
+async fn report(
+    node: Arc<Node>,
+    seq: watch::Receiver<u64>,
+    assigned: watch::Receiver<Option<WorkerAssignment>>,
+    reports: mpsc::Sender<WorkerReport>,
+) {
     loop {
-        let report = build(&node, *seq.borrow());
+        let report = build(&node, *seq.borrow(), assigned.borrow().as_ref());
         if reports.send(report).await.is_err() {
             return;
         }
@@ -84,8 +90,14 @@ async fn report(node: Arc<Node>, seq: watch::Receiver<u64>, reports: mpsc::Sende
     }
 }
 
-fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
+fn build(node: &Node, assignment_seq: u64, assigned: Option<&WorkerAssignment>) -> WorkerReport {
     let (config, joined) = (&node.config, node.joined.reported());
+    let spoken_of: Option<HashSet<&str>> = assigned.map(|it| it.vms.iter().map(|vm| vm.vm_id.as_str()).collect());
+    let vm_report = |vm: &Arc<ManagedVm>| {
+        let report = vm_report(node, vm);
+        let unknown = spoken_of.as_ref().is_some_and(|known| !known.contains(report.vm_id.as_str()));
+        VmReport { spec: if unknown { vm.kept_spec() } else { None }, ..report }
+    };
     WorkerReport {
         worker: config.name.to_string(),
         site: config.site.to_string(),
@@ -95,7 +107,7 @@ fn build(node: &Node, assignment_seq: u64) -> WorkerReport {
         qemu_version: node.qemu_version.to_string(),
         accelerator: node.hypervisor.accelerator.to_string(),
         memory_total_bytes: nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or_default(),
-        vms: node.vms.list().iter().map(|vm| vm_report(node, vm)).collect(),
+        vms: node.vms.list().iter().map(vm_report).collect(),
         migrations: node.registry.migration_reports(),
         seeds: node.registry.seed_reports(),
         replications: node.replications.reports(),
@@ -133,5 +145,6 @@ fn vm_report(node: &Node, vm: &ManagedVm) -> VmReport {
         halted_power_seq: status.halted_under.unwrap_or_default(),
         flattening: node.flattenings.report(vm.id()),
         disks,
+        spec: None,
     }
 }

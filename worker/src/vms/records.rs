@@ -5,16 +5,20 @@
 //! | `own/<vm>` | its ownership record |
 //! | `whose/<vm>` | whose the newest epoch in that record is, where it is another worker and known |
 //! | `policy/<vm>` | what happens to it when this worker is cut off: must be known before the controllers are heard again |
+//! | `spec/<vm>` | its definition (protobuf): for controllers that were restored from a backup which is older than the VM |
 
 use pageport_common::store::{Batch, Store, StoreError};
 use pageport_ownership::{Policy, Record};
 use pageport_proto::VmId;
+use pageport_proto::v1::VmSpec;
+use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 const PREFIX: &str = "own/";
 const WHOSE_PREFIX: &str = "whose/";
 const POLICY_PREFIX: &str = "policy/";
+const SPEC_PREFIX: &str = "spec/";
 
 /// Why a record could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -82,12 +86,29 @@ pub(super) fn write_policy(store: &Store, vm: VmId, policy: Policy) -> Result<()
     put(store, vm, &policy_key(vm), &policy)
 }
 
+/// The definition that was kept; [`None`] also for one that cannot be read: nothing of this host depends on it.
+pub(super) fn read_spec(store: &Store, vm: VmId) -> Result<Option<VmSpec>, RecordError> {
+    let found = store.get(spec_key(vm)).map_err(|source| RecordError::Store { vm, source })?;
+    Ok(found.and_then(|bytes| VmSpec::decode(&bytes[..]).ok()))
+}
+
+/// Returns when this definition is on stable storage.
+pub(super) fn keep_spec(store: &Store, vm: VmId, spec: &VmSpec) -> Result<(), RecordError> {
+    if read_spec(store, vm)?.as_ref() == Some(spec) {
+        return Ok(());
+    }
+    let mut batch = Batch::default();
+    batch.put(spec_key(vm), spec.encode_to_vec());
+    store.commit(batch).map_err(|source| RecordError::Store { vm, source })
+}
+
 /// Removes what is kept of a VM that is gone from the fleet.
 pub(super) fn remove(store: &Store, vm: VmId) -> Result<(), RecordError> {
     let mut batch = Batch::default();
     batch.remove(key(vm));
     batch.remove(whose_key(vm));
     batch.remove(policy_key(vm));
+    batch.remove(spec_key(vm));
     store.commit(batch).map_err(|source| RecordError::Store { vm, source })
 }
 
@@ -114,4 +135,8 @@ fn whose_key(vm: VmId) -> String {
 
 fn policy_key(vm: VmId) -> String {
     format!("{POLICY_PREFIX}{vm}")
+}
+
+fn spec_key(vm: VmId) -> String {
+    format!("{SPEC_PREFIX}{vm}")
 }

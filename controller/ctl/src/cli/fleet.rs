@@ -133,6 +133,19 @@ pub enum VmCommand {
         #[arg(long, value_name = "TEXT")]
         reason: String,
     },
+    /// After a restore of the controllers: take a VM that was defined since the backup into the fleet again.
+    ///
+    /// `vm list` shows such VMs: their workers go on running them, and nothing manages them. A VM comes back with the definition that its worker has
+    /// kept. It is unknown until every worker has reported, and what runs goes on running. Protections and limits are to be ordered again.
+    #[command(after_help = ADOPT_EXAMPLE)]
+    Adopt {
+        /// Name or id of the VM.
+        #[arg(required_unless_present = "all")]
+        vm: Option<String>,
+        /// Every VM that `vm list` shows as found.
+        #[arg(long, conflicts_with = "vm")]
+        all: bool,
+    },
     /// Delete a stopped VM and its replicas; its original disk image stays.
     Delete {
         /// Name or id of the VM.
@@ -192,6 +205,12 @@ Example:
   pageportctl site drain a --dry-run             what would go where, and what cannot leave
   pageportctl site drain a --to b --watch
   pageportctl site undrain a";
+
+const ADOPT_EXAMPLE: &str = "\
+Example:
+  pageportctl vm list                            which VMs were found at workers
+  pageportctl vm adopt web
+  pageportctl vm adopt --all";
 
 const RESIZE_EXAMPLE: &str = "\
 Example:

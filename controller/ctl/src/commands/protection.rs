@@ -88,7 +88,7 @@ pub async fn status(context: &mut Context, vm: Option<String>) -> Result<(), Ctl
         }
         None => ask!(context, Fleet, list_vms, v1::ListVmsRequest {}).await?.vms,
     };
-    let vms = protection::protected(v1::ListVmsResponse { vms });
+    let vms = protection::protected(v1::ListVmsResponse { vms, ..Default::default() });
     context.output.message(&vms, |vms| protection::statuses(vms, now_unix_ms()))
 }
 
@@ -106,7 +106,7 @@ pub async fn watch_status(context: &mut Context, vm: Option<String>) -> Result<(
                 return Err(CtlError::Gone { subject: format!("vm {vm}") });
             }
         }
-        let vms = protection::protected(v1::ListVmsResponse { vms: fleet.vms });
+        let vms = protection::protected(v1::ListVmsResponse { vms: fleet.vms, ..Default::default() });
         if !output.is_json() {
             sheet.show(protection::statuses(&vms, now_unix_ms()))?;
         } else if told.as_ref() != Some(&vms) {

@@ -1,4 +1,4 @@
-//! `vm define | list | get | start | stop | delete | console`.
+//! `vm define | list | get | start | stop | adopt | resolve | delete | console`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::confirm::ask_for_name;
 use super::{Context, ask, now_unix_ms, request_id, required};
 use crate::cli::VmCommand;
 use crate::console::{self, ConsoleError};
-use crate::error::CtlError;
+use crate::error::{CtlError, one_line};
 use crate::render::{lists, note, words};
 use crate::trace::Traced;
 use crate::vmfile;
@@ -38,6 +38,8 @@ pub async fn run(context: &mut Context, command: VmCommand) -> Result<(), CtlErr
             let response = ask!(context, Fleet, stop_vm, request).await?;
             changed(context, required(response.vm, "StopVm", "vm")?)
         }
+        VmCommand::Adopt { vm: Some(vm), .. } => adopt(context, vm).await,
+        VmCommand::Adopt { vm: None, .. } => adopt_all(context).await,
         VmCommand::Delete { vm } => {
             let request = v1::DeleteVmRequest { request_id: request_id(), vm: vm.clone() };
             let response = ask!(context, Fleet, delete_vm, request).await?;
@@ -55,6 +57,29 @@ async fn define(context: &mut Context, file: &Path, site: String) -> Result<(), 
     let request = v1::DefineVmRequest { request_id: request_id(), spec: Some(spec), site };
     let response = ask!(context, Fleet, define_vm, request).await?;
     changed(context, required(response.vm, "DefineVm", "vm")?)
+}
+
+async fn adopt(context: &mut Context, vm: String) -> Result<(), CtlError> {
+    let request = v1::AdoptVmRequest { request_id: request_id(), vm };
+    let response = ask!(context, Fleet, adopt_vm, request).await?;
+    context.output.message(&required(response.vm, "AdoptVm", "vm")?, lists::adopted)
+}
+
+/// One that cannot be adopted does not keep the others from it.
+async fn adopt_all(context: &mut Context) -> Result<(), CtlError> {
+    let found = ask!(context, Fleet, list_vms, v1::ListVmsRequest {}).await?.found;
+    if found.is_empty() {
+        note("no worker speaks of a VM that the controllers do not know");
+    }
+    let mut failed = Ok(());
+    for vm in found {
+        if let Err(error) = adopt(context, vm.id).await
+            && let Err(earlier) = std::mem::replace(&mut failed, Err(error))
+        {
+            note(&format!("error: {}", one_line(&earlier)));
+        }
+    }
+    failed
 }
 
 async fn resolve(

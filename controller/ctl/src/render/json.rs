@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(line(&v1::DeleteReplicaResponse {}).unwrap(), "{}");
         assert_eq!(line(&v1::ListSitesResponse::default()).unwrap(), r#"{"sites":[]}"#);
         assert_eq!(line(&v1::ListWorkersResponse::default()).unwrap(), r#"{"workers":[]}"#);
-        assert_eq!(line(&v1::ListVmsResponse::default()).unwrap(), r#"{"vms":[]}"#);
+        assert_eq!(line(&v1::ListVmsResponse::default()).unwrap(), r#"{"vms":[],"found":[]}"#);
         assert_eq!(line(&v1::ListMigrationsResponse::default()).unwrap(), r#"{"migrations":[]}"#);
         assert_eq!(line(&v1::ListReplicasResponse::default()).unwrap(), r#"{"replicas":[]}"#);
         assert_eq!(line(&v1::UnprotectVmResponse {}).unwrap(), "{}");

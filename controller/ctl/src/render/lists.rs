@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use pageport_proto::v1::{
-    DeclareWorkerDeadResponse, DiskPlace, DiskSpec, DiskStatus, ListMigrationsResponse, ListReplicasResponse,
+    DeclareWorkerDeadResponse, DiskPlace, DiskSpec, DiskStatus, FoundVm, ListMigrationsResponse, ListReplicasResponse,
     ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, MigrationState, Replica, Takeover, Vm, VmSpec,
 };
 
@@ -99,7 +99,31 @@ pub fn vms(response: &ListVmsResponse) -> String {
             vm.problem.clone(),
         ]);
     }
-    table.render("no VMs: define one with `pageportctl vm define -f vm.yaml --site SITE`")
+    let known = table.render("no VMs: define one with `pageportctl vm define -f vm.yaml --site SITE`");
+    response.found.iter().map(found).fold(known, |text, line| format!("{text}\n{line}"))
+}
+
+/// A VM that a restore of the controllers has left out.
+fn found(vm: &FoundVm) -> String {
+    let does = if vm.runs { "runs" } else { "is" };
+    let (at, id) = (vm.workers.join(", "), &vm.id);
+    match vm.name.as_str() {
+        "" => format!(
+            "found: {id} {does} at {at}, which has not kept its definition: shut its guest down, and define it again"
+        ),
+        name => format!(
+            "found: {name} ({id}) {does} at {at}, defined after the backup that the controllers were restored from: `pageportctl vm adopt {name}`"
+        ),
+    }
+}
+
+/// `vm adopt`
+pub fn adopted(vm: &Vm) -> String {
+    let name = vm.spec.as_ref().map_or("", |spec| &spec.name);
+    match vm.problem.as_str() {
+        "" => format!("{name} ({}) is known again: {}", vm.id, words::vm_state(vm.state)),
+        problem => format!("{name} ({}) is adopted: {problem}", vm.id),
+    }
 }
 
 /// One line after a command that changes a VM.
@@ -353,7 +377,7 @@ mod tests {
             "SITE  REACHABLE  VMS RUNNING  WORKERS\na     yes                  1  worker-a\n"
         );
         assert_eq!(
-            vms(&ListVmsResponse { vms: vec![web()] }),
+            vms(&ListVmsResponse { vms: vec![web()], found: vec![] }),
             "VM   STATE    SITE  WORKER      MEMORY  VCPUS  REPLICAS  PROBLEM\n\
              web  running  a     worker-a  2.00 GiB      2  b seeded\n"
         );
@@ -391,6 +415,22 @@ mod tests {
              b           seeded  4.00 GiB  4.00 GiB  1.00 GiB  0 bit/s\n"
         );
         assert_eq!(vm_line(&web()), "web (v1): running at a, should run");
+    }
+
+    #[test]
+    fn vms_that_a_restore_has_left_out_are_listed_with_what_to_do() {
+        let found =
+            |name: &str| FoundVm { id: "v7".into(), name: name.into(), workers: vec!["worker-a".into()], runs: true };
+        let shown = vms(&ListVmsResponse { vms: vec![web()], found: vec![found("mail"), found("")] });
+        let lines: Vec<_> = shown.lines().filter(|line| line.starts_with("found: ")).collect();
+        assert!(
+            lines[0].contains("mail (v7) runs at worker-a") && lines[0].contains("`pageportctl vm adopt mail`"),
+            "{shown}"
+        );
+        assert!(lines[1].contains("v7 runs at worker-a, which has not kept its definition"), "{shown}");
+        let unknown = Vm { problem: "until these workers have reported: \"worker-b\"".into(), ..web() };
+        assert_eq!(adopted(&unknown), "web (v1) is adopted: until these workers have reported: \"worker-b\"");
+        assert_eq!(adopted(&web()), "web (v1) is known again: running");
     }
 
     #[test]

@@ -188,7 +188,7 @@ mod tests {
         let seeded = Replica { site: "c".into(), ..Default::default() };
         let spec = VmSpec { name: "web".into(), ..Default::default() };
         let vm = Vm { spec: Some(spec), replicas: vec![replica, seeded], ..Default::default() };
-        ListVmsResponse { vms: vec![vm, Vm::default()] }
+        ListVmsResponse { vms: vec![vm, Vm::default()], found: vec![] }
     }
 
     fn idle() -> ReplicationStatus {

@@ -89,6 +89,7 @@ impl Step {
 #[derive(Default)]
 pub struct Script {
     pub vms: Vec<v1::Vm>,
+    pub found: Vec<v1::FoundVm>,
     pub workers: Vec<v1::Worker>,
     /// The next commands fail with these first.
     pub failures: VecDeque<Status>,
@@ -323,7 +324,17 @@ impl FleetService for Fake {
     }
 
     async fn list_vms(&self, _: Request<v1::ListVmsRequest>) -> Reply<v1::ListVmsResponse> {
-        Ok(Response::new(v1::ListVmsResponse { vms: self.script().vms.clone() }))
+        let script = self.script();
+        Ok(Response::new(v1::ListVmsResponse { vms: script.vms.clone(), found: script.found.clone() }))
+    }
+
+    async fn adopt_vm(&self, request: Request<v1::AdoptVmRequest>) -> Reply<v1::AdoptVmResponse> {
+        let v1::AdoptVmRequest { request_id, vm: id } = request.into_inner();
+        self.command(&request_id)?;
+        let named = |found: &v1::FoundVm| found.id == id || found.name == id;
+        let found = self.script().found.iter().find(|found| named(found)).cloned();
+        let found = found.ok_or_else(|| Status::not_found(format!("no worker speaks of a vm \"{id}\"")))?;
+        Ok(Response::new(v1::AdoptVmResponse { vm: Some(vm(&found.name)) }))
     }
 
     async fn start_vm(&self, request: Request<v1::StartVmRequest>) -> Reply<v1::StartVmResponse> {

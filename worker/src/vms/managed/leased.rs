@@ -13,12 +13,10 @@ impl ManagedVm {
     /// The definition, once it has arrived.
     ///
     /// # Errors
-    /// Its policy could not be noted, or not be put into effect.
+    /// It or its policy could not be noted, or not be put into effect.
     pub async fn set_spec(self: &Arc<Self>, spec: &VmSpec) -> Result<(), VmError> {
         let mut state = self.state.lock().await;
-        if state.spec.as_ref() != Some(spec) {
-            state.spec = Some(spec.clone());
-        }
+        self.take_spec(&mut state, spec)?;
         let policy = Policy::from(spec.on_isolation());
         if state.fence.policy() == Some(policy) {
             return Ok(());
@@ -26,6 +24,19 @@ impl ManagedVm {
         tokio::task::block_in_place(|| records::write_policy(&self.shared.store, self.id, policy))?;
         state.fence.set_policy(policy);
         self.stand(&mut state).await
+    }
+
+    pub(super) fn take_spec(&self, state: &mut State, spec: &VmSpec) -> Result<(), VmError> {
+        if state.spec.as_ref() != Some(spec) {
+            tokio::task::block_in_place(|| records::keep_spec(&self.shared.store, self.id, spec))?;
+            state.spec = Some(spec.clone());
+        }
+        Ok(())
+    }
+
+    /// The definition as it was last kept, for controllers that do not know the VM.
+    pub fn kept_spec(&self) -> Option<VmSpec> {
+        records::read_spec(&self.shared.store, self.id).ok().flatten()
     }
 
     /// Does it run under a lease only?

@@ -301,10 +301,10 @@ impl ManagedVm {
     /// Starts a hypervisor that waits for the image of a move, as [`Effect::LoadImage`] asks.
     ///
     /// # Errors
-    /// The disks are not here, or the hypervisor did not start.
+    /// The disks are not here, the definition could not be noted, or the hypervisor did not start.
     pub async fn load_image(self: &Arc<Self>, spec: &VmSpec) -> Result<Vm, VmError> {
         let mut state = self.state.lock().await;
-        state.spec = Some(spec.clone());
+        self.take_spec(&mut state, spec)?;
         let qemu = self.launch(&mut state, StartMode::Incoming, None).await;
         self.publish(&state);
         qemu

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIvgBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIEg8KB2RyYWluZWQYZCABKAgiaAoIRGlza1NwZWMSDAoEbmFtZRgBIAEoCRIMCgRwYXRoGAIgASgJEg4KBmZvcm1hdBgDIAEoCRISCgpzaXplX2J5dGVzGCggASgEEgwKBHBvcnQYKSABKA0SDgoGY3JlYXRlGCogASgIIi4KCkRpc2tTdGF0dXMSDAoEbmFtZRgBIAEoCRISCgpzaXplX2J5dGVzGAIgASgEIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLaAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3kSFQoNYW50aV9hZmZpbml0eRhkIAMoCUIOCgxfZGlyZWN0X2Jvb3Qi4AIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXISJgoFZGlza3MYKCADKAsyFy5wYWdlcG9ydC52MS5EaXNrU3RhdHVzIpgCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJEg0KBWFnZW50GAggASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCIvCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iZAoYRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEhQKDGNvbmZpcm1fbmFtZRgDIAEoCRIOCgZyZWFzb24YBCABKAkiSQoZRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRITCgt2bXNfdW5rbm93bhgBIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYAiADKAki2gEKEkZlbmNlV29ya2VyUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBndvcmtlchgCIAEoCRI2CgZhY3Rpb24YAyABKA4yJi5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QuQWN0aW9uEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiQgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEg4KCkFDVElPTl9PRkYQARIQCgxBQ1RJT05fQ0hFQ0sQAiKdAgoTRmVuY2VXb3JrZXJSZXNwb25zZRI1CgVwaGFzZRgBIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UuUGhhc2USDgoGd29ya2VyGAIgASgJEg0KBWFnZW50GAMgASgJEhQKDGFnZW50X291dHB1dBgEIAEoCRIPCgdwcm9ibGVtGAUgASgJEiIKA3ZtcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkZlbmNlZFZtImUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASDwoLUEhBU0VfQUdFTlQQARISCg5QSEFTRV9UQUtFT1ZFUhACEg4KClBIQVNFX0RPTkUQAxIQCgxQSEFTRV9GQUlMRUQQBCJwCghGZW5jZWRWbRINCgV2bV9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSEQoJdG9fd29ya2VyGAQgASgJEg8KB3Byb2JsZW0YBSABKAkSEgoKdGFrZW5fb3ZlchgGIAEoCCIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIlUKEVJlc2l6ZURpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEIjEKElJlc2l6ZURpc2tSZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtImAKDkFkZERpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEEgwKBHBhdGgYBSABKAkiLgoPQWRkRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iEwoRV2F0Y2hGbGVldFJlcXVlc3QiegoSV2F0Y2hGbGVldFJlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZRIkCgd3b3JrZXJzGAIgAygLMhMucGFnZXBvcnQudjEuV29ya2VyEhwKA3ZtcxgDIAMoCzIPLnBhZ2Vwb3J0LnYxLlZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgytwgKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEmIKEURlY2xhcmVXb3JrZXJEZWFkEiUucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0GiYucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRJHCghEZWxldGVWbRIcLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVxdWVzdBodLnBhZ2Vwb3J0LnYxLkRlbGV0ZVZtUmVzcG9uc2USTwoKV2F0Y2hGbGVldBIeLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuV2F0Y2hGbGVldFJlc3BvbnNlMAESTQoKUmVzaXplRGlzaxIeLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXF1ZXN0Gh8ucGFnZXBvcnQudjEuUmVzaXplRGlza1Jlc3BvbnNlEkQKB0FkZERpc2sSGy5wYWdlcG9ydC52MS5BZGREaXNrUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLkFkZERpc2tSZXNwb25zZWIGcHJvdG8z", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIvgBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIEg8KB2RyYWluZWQYZCABKAgiaAoIRGlza1NwZWMSDAoEbmFtZRgBIAEoCRIMCgRwYXRoGAIgASgJEg4KBmZvcm1hdBgDIAEoCRISCgpzaXplX2J5dGVzGCggASgEEgwKBHBvcnQYKSABKA0SDgoGY3JlYXRlGCogASgIIi4KCkRpc2tTdGF0dXMSDAoEbmFtZRgBIAEoCRISCgpzaXplX2J5dGVzGAIgASgEIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLaAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3kSFQoNYW50aV9hZmZpbml0eRhkIAMoCUIOCgxfZGlyZWN0X2Jvb3Qi4AIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXISJgoFZGlza3MYKCADKAsyFy5wYWdlcG9ydC52MS5EaXNrU3RhdHVzIpgCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJEg0KBWFnZW50GAggASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCJVCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0SJAoFZm91bmQYoAEgAygLMhQucGFnZXBvcnQudjEuRm91bmRWbSJCCgdGb3VuZFZtEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHd29ya2VycxgDIAMoCRIMCgRydW5zGAQgASgIIjAKDkFkb3B0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkiLgoPQWRvcHRWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iZAoYRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEhQKDGNvbmZpcm1fbmFtZRgDIAEoCRIOCgZyZWFzb24YBCABKAkiSQoZRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRITCgt2bXNfdW5rbm93bhgBIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYAiADKAki2gEKEkZlbmNlV29ya2VyUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBndvcmtlchgCIAEoCRI2CgZhY3Rpb24YAyABKA4yJi5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QuQWN0aW9uEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiQgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEg4KCkFDVElPTl9PRkYQARIQCgxBQ1RJT05fQ0hFQ0sQAiKdAgoTRmVuY2VXb3JrZXJSZXNwb25zZRI1CgVwaGFzZRgBIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UuUGhhc2USDgoGd29ya2VyGAIgASgJEg0KBWFnZW50GAMgASgJEhQKDGFnZW50X291dHB1dBgEIAEoCRIPCgdwcm9ibGVtGAUgASgJEiIKA3ZtcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkZlbmNlZFZtImUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASDwoLUEhBU0VfQUdFTlQQARISCg5QSEFTRV9UQUtFT1ZFUhACEg4KClBIQVNFX0RPTkUQAxIQCgxQSEFTRV9GQUlMRUQQBCJwCghGZW5jZWRWbRINCgV2bV9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSEQoJdG9fd29ya2VyGAQgASgJEg8KB3Byb2JsZW0YBSABKAkSEgoKdGFrZW5fb3ZlchgGIAEoCCIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIlUKEVJlc2l6ZURpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEIjEKElJlc2l6ZURpc2tSZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtImAKDkFkZERpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEEgwKBHBhdGgYBSABKAkiLgoPQWRkRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iEwoRV2F0Y2hGbGVldFJlcXVlc3QioAEKEldhdGNoRmxlZXRSZXNwb25zZRIgCgVzaXRlcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLlNpdGUSJAoHd29ya2VycxgCIAMoCzITLnBhZ2Vwb3J0LnYxLldvcmtlchIcCgN2bXMYAyADKAsyDy5wYWdlcG9ydC52MS5WbRIkCgVmb3VuZBigASADKAsyFC5wYWdlcG9ydC52MS5Gb3VuZFZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgy/QgKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEmIKEURlY2xhcmVXb3JrZXJEZWFkEiUucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0GiYucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRJECgdBZG9wdFZtEhsucGFnZXBvcnQudjEuQWRvcHRWbVJlcXVlc3QaHC5wYWdlcG9ydC52MS5BZG9wdFZtUmVzcG9uc2USRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABEk0KClJlc2l6ZURpc2sSHi5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXNwb25zZRJECgdBZGREaXNrEhsucGFnZXBvcnQudjEuQWRkRGlza1JlcXVlc3QaHC5wYWdlcG9ydC52MS5BZGREaXNrUmVzcG9uc2ViBnByb3RvMw", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -692,6 +692,13 @@ export type ListVmsResponse = Message<"pageport.v1.ListVmsResponse"> & {
    * @generated from field: repeated pageport.v1.Vm vms = 1;
    */
   vms: Vm[];
+
+  /**
+   * After a restore: VMs that workers own and the controllers do not know.
+   *
+   * @generated from field: repeated pageport.v1.FoundVm found = 160;
+   */
+  found: FoundVm[];
 };
 
 /**
@@ -700,6 +707,87 @@ export type ListVmsResponse = Message<"pageport.v1.ListVmsResponse"> & {
  */
 export const ListVmsResponseSchema: GenMessage<ListVmsResponse> = /*@__PURE__*/
   messageDesc(file_pageport_v1_fleet, 18);
+
+/**
+ * A VM that was defined after the backup from which the controllers were restored. A worker goes on running it, and nothing manages it.
+ *
+ * @generated from message pageport.v1.FoundVm
+ */
+export type FoundVm = Message<"pageport.v1.FoundVm"> & {
+  /**
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * Empty where no worker has kept its definition: then it cannot be adopted.
+   *
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * Whose records speak of it as theirs, or as given away in a move.
+   *
+   * @generated from field: repeated string workers = 3;
+   */
+  workers: string[];
+
+  /**
+   * A guest runs at one of them.
+   *
+   * @generated from field: bool runs = 4;
+   */
+  runs: boolean;
+};
+
+/**
+ * Describes the message pageport.v1.FoundVm.
+ * Use `create(FoundVmSchema)` to create a new message.
+ */
+export const FoundVmSchema: GenMessage<FoundVm> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 19);
+
+/**
+ * @generated from message pageport.v1.AdoptVmRequest
+ */
+export type AdoptVmRequest = Message<"pageport.v1.AdoptVmRequest"> & {
+  /**
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * Name or id.
+   *
+   * @generated from field: string vm = 2;
+   */
+  vm: string;
+};
+
+/**
+ * Describes the message pageport.v1.AdoptVmRequest.
+ * Use `create(AdoptVmRequestSchema)` to create a new message.
+ */
+export const AdoptVmRequestSchema: GenMessage<AdoptVmRequest> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 20);
+
+/**
+ * @generated from message pageport.v1.AdoptVmResponse
+ */
+export type AdoptVmResponse = Message<"pageport.v1.AdoptVmResponse"> & {
+  /**
+   * @generated from field: pageport.v1.Vm vm = 1;
+   */
+  vm?: Vm | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.AdoptVmResponse.
+ * Use `create(AdoptVmResponseSchema)` to create a new message.
+ */
+export const AdoptVmResponseSchema: GenMessage<AdoptVmResponse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 21);
 
 /**
  * @generated from message pageport.v1.StartVmRequest
@@ -721,7 +809,7 @@ export type StartVmRequest = Message<"pageport.v1.StartVmRequest"> & {
  * Use `create(StartVmRequestSchema)` to create a new message.
  */
 export const StartVmRequestSchema: GenMessage<StartVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 19);
+  messageDesc(file_pageport_v1_fleet, 22);
 
 /**
  * @generated from message pageport.v1.StartVmResponse
@@ -738,7 +826,7 @@ export type StartVmResponse = Message<"pageport.v1.StartVmResponse"> & {
  * Use `create(StartVmResponseSchema)` to create a new message.
  */
 export const StartVmResponseSchema: GenMessage<StartVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 20);
+  messageDesc(file_pageport_v1_fleet, 23);
 
 /**
  * @generated from message pageport.v1.StopVmRequest
@@ -767,7 +855,7 @@ export type StopVmRequest = Message<"pageport.v1.StopVmRequest"> & {
  * Use `create(StopVmRequestSchema)` to create a new message.
  */
 export const StopVmRequestSchema: GenMessage<StopVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 21);
+  messageDesc(file_pageport_v1_fleet, 24);
 
 /**
  * @generated from message pageport.v1.StopVmResponse
@@ -784,7 +872,7 @@ export type StopVmResponse = Message<"pageport.v1.StopVmResponse"> & {
  * Use `create(StopVmResponseSchema)` to create a new message.
  */
 export const StopVmResponseSchema: GenMessage<StopVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 22);
+  messageDesc(file_pageport_v1_fleet, 25);
 
 /**
  * @generated from message pageport.v1.ResolveVmRequest
@@ -825,7 +913,7 @@ export type ResolveVmRequest = Message<"pageport.v1.ResolveVmRequest"> & {
  * Use `create(ResolveVmRequestSchema)` to create a new message.
  */
 export const ResolveVmRequestSchema: GenMessage<ResolveVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 23);
+  messageDesc(file_pageport_v1_fleet, 26);
 
 /**
  * @generated from message pageport.v1.ResolveVmResponse
@@ -842,7 +930,7 @@ export type ResolveVmResponse = Message<"pageport.v1.ResolveVmResponse"> & {
  * Use `create(ResolveVmResponseSchema)` to create a new message.
  */
 export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from message pageport.v1.DeclareWorkerDeadRequest
@@ -878,7 +966,7 @@ export type DeclareWorkerDeadRequest = Message<"pageport.v1.DeclareWorkerDeadReq
  * Use `create(DeclareWorkerDeadRequestSchema)` to create a new message.
  */
 export const DeclareWorkerDeadRequestSchema: GenMessage<DeclareWorkerDeadRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from message pageport.v1.DeclareWorkerDeadResponse
@@ -904,7 +992,7 @@ export type DeclareWorkerDeadResponse = Message<"pageport.v1.DeclareWorkerDeadRe
  * Use `create(DeclareWorkerDeadResponseSchema)` to create a new message.
  */
 export const DeclareWorkerDeadResponseSchema: GenMessage<DeclareWorkerDeadResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 29);
 
 /**
  * @generated from message pageport.v1.FenceWorkerRequest
@@ -945,7 +1033,7 @@ export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
  * Use `create(FenceWorkerRequestSchema)` to create a new message.
  */
 export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 30);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerRequest.Action
@@ -975,7 +1063,7 @@ export enum FenceWorkerRequest_Action {
  * Describes the enum pageport.v1.FenceWorkerRequest.Action.
  */
 export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 27, 0);
+  enumDesc(file_pageport_v1_fleet, 30, 0);
 
 /**
  * How far a fence is: all of it, every time.
@@ -1027,7 +1115,7 @@ export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
  * Use `create(FenceWorkerResponseSchema)` to create a new message.
  */
 export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 28);
+  messageDesc(file_pageport_v1_fleet, 31);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerResponse.Phase
@@ -1069,7 +1157,7 @@ export enum FenceWorkerResponse_Phase {
  * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
  */
 export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 28, 0);
+  enumDesc(file_pageport_v1_fleet, 31, 0);
 
 /**
  * @generated from message pageport.v1.FencedVm
@@ -1117,7 +1205,7 @@ export type FencedVm = Message<"pageport.v1.FencedVm"> & {
  * Use `create(FencedVmSchema)` to create a new message.
  */
 export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 29);
+  messageDesc(file_pageport_v1_fleet, 32);
 
 /**
  * @generated from message pageport.v1.DeleteVmRequest
@@ -1139,7 +1227,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 30);
+  messageDesc(file_pageport_v1_fleet, 33);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -1152,7 +1240,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 31);
+  messageDesc(file_pageport_v1_fleet, 34);
 
 /**
  * @generated from message pageport.v1.ResizeDiskRequest
@@ -1186,7 +1274,7 @@ export type ResizeDiskRequest = Message<"pageport.v1.ResizeDiskRequest"> & {
  * Use `create(ResizeDiskRequestSchema)` to create a new message.
  */
 export const ResizeDiskRequestSchema: GenMessage<ResizeDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 32);
+  messageDesc(file_pageport_v1_fleet, 35);
 
 /**
  * @generated from message pageport.v1.ResizeDiskResponse
@@ -1203,7 +1291,7 @@ export type ResizeDiskResponse = Message<"pageport.v1.ResizeDiskResponse"> & {
  * Use `create(ResizeDiskResponseSchema)` to create a new message.
  */
 export const ResizeDiskResponseSchema: GenMessage<ResizeDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 33);
+  messageDesc(file_pageport_v1_fleet, 36);
 
 /**
  * @generated from message pageport.v1.AddDiskRequest
@@ -1246,7 +1334,7 @@ export type AddDiskRequest = Message<"pageport.v1.AddDiskRequest"> & {
  * Use `create(AddDiskRequestSchema)` to create a new message.
  */
 export const AddDiskRequestSchema: GenMessage<AddDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 34);
+  messageDesc(file_pageport_v1_fleet, 37);
 
 /**
  * @generated from message pageport.v1.AddDiskResponse
@@ -1263,7 +1351,7 @@ export type AddDiskResponse = Message<"pageport.v1.AddDiskResponse"> & {
  * Use `create(AddDiskResponseSchema)` to create a new message.
  */
 export const AddDiskResponseSchema: GenMessage<AddDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 35);
+  messageDesc(file_pageport_v1_fleet, 38);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -1276,7 +1364,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 36);
+  messageDesc(file_pageport_v1_fleet, 39);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -1296,6 +1384,13 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
    * @generated from field: repeated pageport.v1.Vm vms = 3;
    */
   vms: Vm[];
+
+  /**
+   * As in ListVms.
+   *
+   * @generated from field: repeated pageport.v1.FoundVm found = 160;
+   */
+  found: FoundVm[];
 };
 
 /**
@@ -1303,7 +1398,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 37);
+  messageDesc(file_pageport_v1_fleet, 40);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
@@ -1526,6 +1621,17 @@ export const FleetService: GenService<{
     methodKind: "unary";
     input: typeof DeclareWorkerDeadRequestSchema;
     output: typeof DeclareWorkerDeadResponseSchema;
+  },
+  /**
+   * After the controllers were restored from a backup: takes a VM that was defined since into the fleet again, with the definition that
+   * its worker has kept. It is as one of the backup then: unknown until every worker has reported.
+   *
+   * @generated from rpc pageport.v1.FleetService.AdoptVm
+   */
+  adoptVm: {
+    methodKind: "unary";
+    input: typeof AdoptVmRequestSchema;
+    output: typeof AdoptVmResponseSchema;
   },
   /**
    * Refused while the VM runs or migrates. The disk image stays where it is; its replicas are removed.
