@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
+pub mod lab;
 pub mod worker;
 
 use std::net::SocketAddr;
