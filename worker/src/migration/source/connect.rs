@@ -1,12 +1,12 @@
 //! Phase `connect`: says to the destination what is to move, and looks whether it would go well.
 
 use pageport_common::telemetry;
-use pageport_proto::v1::{DiskHello, DiskSpec, MigrationAssignment, MigrationHello, ReplicationDisk};
+use pageport_proto::v1::{MigrationAssignment, MigrationHello, ReplicationDisk};
 
 use super::{Move, Order, SourceError};
 use crate::migration::control::Control;
 use crate::preflight::{self, Way};
-use crate::replica::copy::{CopyError, hello};
+use crate::replica::copy::{CopyError, images};
 
 impl Move {
     /// While the destination looks at itself its hypervisor starts; bytes move after both.
@@ -53,10 +53,8 @@ impl Move {
 
     pub(super) fn disks_as_they_are(&self) -> Result<Vec<ReplicationDisk>, CopyError> {
         let Order { node, vm, spec, .. } = &self.order;
-        let disk = |disk: &DiskSpec| {
-            let DiskHello { disk: name, size_bytes, .. } = hello(node, vm.id(), &disk.name)?;
-            Ok(ReplicationDisk { name, size_bytes, ..ReplicationDisk::default() })
-        };
-        tokio::task::block_in_place(|| spec.disks.iter().map(disk).collect())
+        // How much is allocated changes with every write.
+        let image = |image| ReplicationDisk { allocated_bytes: 0, ..image };
+        Ok(images(node, vm.id(), spec)?.into_iter().map(image).collect())
     }
 }
