@@ -68,8 +68,7 @@ fn used() -> tempfile::TempDir {
 fn refusal(folder: &tempfile::TempDir) -> String {
     let error = LogStorage::open(folder.path(), one()).map(drop).unwrap_err();
     assert!(error.is_damage(), "{error:?}");
-    let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    pageport_common::error::with_causes(&error)
 }
 
 #[test]
