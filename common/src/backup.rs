@@ -3,11 +3,17 @@
 //! ```text
 //!   "PPBACKUP"  version (u32)  crc32 of the content (u32)  its length (u64)  content        numbers are big-endian
 //! ```
+//! It crosses connections in parts: [`parts`], [`Assembly`].
+//!
 //! Guarantees: [`open`] gives what [`seal`] was given, or says what is wrong; a file is written whole or not at all.
+
+mod parts;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+
+pub use self::parts::{Assembly, Misfit, parts};
 
 /// The one version that there is.
 pub const VERSION: u32 = 1;

@@ -8,9 +8,10 @@ use anyhow::Context;
 use clap::Parser;
 use pageport_common::telemetry;
 use pageport_common::tls::Identity;
-use pageport_controller::backup::{Backup, Restored, is_blank, restore};
+use pageport_controller::backup::{Backup, is_blank, restore};
 use pageport_controller::config::Config;
 use pageport_controller::server::{Listeners, await_restore, run};
+use pageport_proto::v1::RestoreResponse;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -50,8 +51,9 @@ async fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(file) = &args.restore {
-        let restored = restore(&config, Backup::read(file)?)?;
-        say_restored(&restored)?;
+        let restored = RestoreResponse::from(restore(&config, Backup::read(file)?)?);
+        let next = "start this controller, and add others to it with \"pageportctl cluster add\"";
+        write!(std::io::stdout(), "{}", restored.in_words(next))?;
         return Ok(ExitCode::SUCCESS);
     }
     let _telemetry = telemetry::init("pageport-controller", &config.id.to_string(), &config.telemetry)?;
@@ -83,15 +85,5 @@ async fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(EXIT_FINAL))
         }
         ended => Ok(ended.map(|()| ExitCode::SUCCESS)?),
-    }
-}
-
-fn say_restored(restored: &Restored) -> std::io::Result<()> {
-    let mut out = std::io::stdout();
-    writeln!(out, "restored as generation {}: {} VMs, all unknown", restored.generation.0, restored.vms)?;
-    writeln!(out, "start this controller, and add others to it with \"pageportctl cluster add\"")?;
-    match restored.workers.join(", ") {
-        workers if workers.is_empty() => Ok(()),
-        workers => writeln!(out, "VMs are known again once these workers have reported: {workers}"),
     }
 }

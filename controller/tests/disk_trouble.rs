@@ -7,6 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pageport_common::error::with_causes;
 use pageport_controller::config::LogLimits;
 use pageport_proto::v1;
 use pageport_proto::v1::membership_service_client::MembershipServiceClient;
@@ -102,7 +103,7 @@ async fn damaged_files_are_refused_with_a_way_out_that_works() {
         damage(&data);
         cluster.restart(damaged).await;
         let end = cluster.end_of(damaged).await;
-        let why = support::chain(&end);
+        let why = with_causes(&end);
         assert!(why.contains(expected), "{what}: {why}");
         assert!(why.contains(&format!("\"pageportctl cluster remove {damaged}\"")), "{what}: {why}");
         assert!(end.is_final(), "{what}: it is not started again and again");
@@ -147,7 +148,7 @@ async fn a_controller_that_lost_everything_does_not_vote_under_its_old_number() 
     cluster.restart(lost).await;
     // With its vote the other would lead, and know nothing of the VM.
     let end = cluster.end_of(lost).await;
-    let why = support::chain(&end);
+    let why = with_causes(&end);
     assert!(why.contains(&format!("controller {lost} has lost its data")), "{why}");
     assert!(why.contains(&format!("\"pageportctl cluster remove {lost}\"")) && end.is_final(), "{why}");
     cluster.restart(leader).await;
@@ -206,7 +207,7 @@ async fn a_full_disk_ends_a_controller_that_goes_on_once_there_is_room() {
     let filler = disk.fill();
     let other = (1..=3).find(|id| *id != full).unwrap();
     define_vms(&cluster, other, (0..24).map(|number| format!("vm-{number}"))).await;
-    let why = support::chain(&cluster.end_of(full).await);
+    let why = with_causes(&cluster.end_of(full).await);
     assert!(why.contains("the disk is full") && why.contains("nothing that it acknowledged is lost"), "{why}");
     std::fs::remove_file(filler).unwrap();
     cluster.restart(full).await;

@@ -4,6 +4,7 @@
 
 mod support;
 
+use pageport_common::error::with_causes;
 use pageport_controller::config::LogLimits;
 use pageport_proto::v1;
 use pageport_proto::v1::add_member_response::Phase;
@@ -216,13 +217,13 @@ async fn who_is_removed_stops_and_says_why_also_when_it_led() {
         let gone = if number == 0 { cluster.leader().await } else { cluster.a_follower().await };
         let asked = if number == 0 { cluster.a_follower().await } else { cluster.leader().await };
         assert!(!remove(&cluster, asked, gone, false).await.unwrap().contains(&gone));
-        let why = support::chain(&cluster.end_of(gone).await);
+        let why = with_causes(&cluster.end_of(gone).await);
         assert!(why.contains(&format!("controller {gone} was removed from the cluster")), "{why}");
         let address = cluster.addresses()[gone as usize - 1].clone();
         let again = members(&cluster, asked).add_member(request(gone, &address)).await.unwrap_err();
         assert!(again.message().contains("its number is not given again"), "{again}");
         cluster.restart(gone).await;
-        let why = support::chain(&cluster.end_of(gone).await);
+        let why = with_causes(&cluster.end_of(gone).await);
         assert!(why.contains("was removed from the cluster"), "after a restart: {why}");
     }
     let leader = cluster.leader().await;
@@ -247,7 +248,7 @@ async fn a_removal_that_would_leave_no_majority_needs_force() {
     knows(&cluster, leader, &[1, 2, 3]).await;
 
     remove(&cluster, leader, other, true).await.unwrap();
-    assert!(support::chain(&cluster.end_of(other).await).contains("was removed"));
+    assert!(with_causes(&cluster.end_of(other).await).contains("was removed"));
     cluster.restart(silent).await;
     names(&cluster, leader).await;
     let rest: Vec<u64> = (1..=3).filter(|id| *id != other).collect();

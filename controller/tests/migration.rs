@@ -4,66 +4,20 @@
 
 mod support;
 
-use pageport_controller::config::LogLimits;
-use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
-use support::{Cluster, define, eventually, request_id, within, worker};
+use pageport_proto::v1::{self, MigrationState, VmState};
+use support::lab::{Lab, order};
+use support::{define, eventually, request_id, within};
 use tonic::Code;
 
-struct Lab {
-    cluster: Cluster,
-    board: worker::Shared,
-    node: u64,
+/// A VM runs at `a` and is seeded to `b`.
+async fn seeded() -> Lab {
+    let lab = Lab::start().await;
+    lab.run(define("web", "a")).await;
+    lab.seed("web", "b").await;
+    lab
 }
 
 impl Lab {
-    /// Two workers, a VM that runs at `a` and is seeded to `b`.
-    async fn start() -> Self {
-        let cluster = Cluster::start(LogLimits::default()).await;
-        let board = worker::Shared::default();
-        worker::start(&cluster, "worker-a", "a", &board);
-        worker::start(&cluster, "worker-b", "b", &board);
-        let node = cluster.a_follower().await;
-        let lab = Self { cluster, board, node };
-        lab.cluster.both_sites(node).await;
-        lab.cluster.fleet(node).define_vm(define("web", "a")).await.unwrap();
-        let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
-        lab.cluster.fleet(node).start_vm(start).await.unwrap();
-        lab.vm_until(|vm| vm.state() == VmState::Running).await;
-        lab.seed("b").await;
-        lab
-    }
-
-    async fn seed(&self, site: &str) {
-        let order = v1::SeedReplicaRequest { request_id: request_id(), vm: "web".into(), to_site: site.into() };
-        self.cluster.replication(self.node).seed_replica(order).await.unwrap();
-        self.vm_until(|vm| vm.replicas.iter().any(|r| r.site == site && r.state() == ReplicaState::Seeded)).await;
-    }
-
-    async fn vm_until(&self, wanted: impl Fn(&v1::Vm) -> bool) -> v1::Vm {
-        eventually("the VM to get there", async || {
-            let answer = self.cluster.fleet(self.node).get_vm(v1::GetVmRequest { vm: "web".into() }).await.ok()?;
-            answer.into_inner().vm.filter(|vm| wanted(vm))
-        })
-        .await
-    }
-
-    async fn migrate(&self, site: &str) -> Result<v1::Migration, tonic::Status> {
-        let order = v1::CreateMigrationRequest {
-            request_id: request_id(),
-            vm: "web".into(),
-            to_site: site.into(),
-            ..Default::default()
-        };
-        let answer = self.cluster.migration(self.node).create_migration(order).await?;
-        Ok(answer.into_inner().migration.unwrap())
-    }
-
-    async fn cancel(&self, id: &str) -> Result<v1::Migration, tonic::Status> {
-        let order = v1::CancelMigrationRequest { request_id: request_id(), id: id.to_owned() };
-        let answer = self.cluster.migration(self.node).cancel_migration(order).await?;
-        Ok(answer.into_inner().migration.unwrap())
-    }
-
     /// Watches until the end; gives all that was seen.
     async fn watch(&self, id: &str) -> Vec<v1::Migration> {
         within("the end of the migration", async {
@@ -90,68 +44,63 @@ impl Lab {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_moves_there_and_back_and_each_owner_is_recorded_once() {
-    let lab = Lab::start().await;
-    let migration = lab.migrate("b").await.unwrap();
+    let lab = seeded().await;
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
     let seen = lab.watch(&migration.id).await;
     let last = seen.last().unwrap();
     assert_eq!(last.state(), MigrationState::Completed, "{last:?}");
     assert_eq!(last.record.as_ref().unwrap().total_time_ms, 1234);
-    let vm = lab.vm_until(|vm| vm.state() == VmState::Running).await;
+    let vm = lab.vm_until("web", |vm| vm.state() == VmState::Running).await;
     assert_eq!((vm.owner_site.as_str(), vm.owner_epoch, vm.migration_id.as_str()), ("b", 2, ""));
     assert_eq!(vm.replicas.iter().map(|replica| replica.site.as_str()).collect::<Vec<_>>(), ["a"]);
 
-    let back = lab.migrate("a").await.unwrap();
+    let back = lab.migrate(order("web", "a")).await.unwrap();
     assert_eq!(lab.watch(&back.id).await.last().unwrap().state(), MigrationState::Completed);
-    let vm = lab.vm_until(|vm| vm.state() == VmState::Running).await;
+    let vm = lab.vm_until("web", |vm| vm.state() == VmState::Running).await;
     assert_eq!((vm.owner_site.as_str(), vm.owner_epoch), ("a", 3));
     assert_eq!(lab.runs(), ["worker-a", "worker-b", "worker-a"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_move_leaves_the_vm_where_it_is() {
-    let lab = Lab::start().await;
+    let lab = seeded().await;
     lab.board.lock().unwrap().hold = true;
-    let migration = lab.migrate("b").await.unwrap();
-    let second = lab.migrate("b").await.unwrap_err();
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
+    let second = lab.migrate(order("web", "b")).await.unwrap_err();
     let expected = format!("vm \"web\" is already migrating (migration {})", migration.id);
     assert!(second.code() == Code::FailedPrecondition && second.message().starts_with(&expected), "{second}");
     let stop = v1::StopVmRequest { request_id: request_id(), vm: "web".into(), force: true };
     assert_eq!(lab.cluster.fleet(lab.node).stop_vm(stop).await.unwrap_err().code(), Code::FailedPrecondition);
     lab.cancel(&migration.id).await.unwrap();
     assert_eq!(lab.watch(&migration.id).await.last().unwrap().state(), MigrationState::Cancelled);
-    let vm = lab.vm_until(|vm| vm.state() == VmState::Running).await;
+    let vm = lab.vm_until("web", |vm| vm.state() == VmState::Running).await;
     assert_eq!((vm.owner_site.as_str(), vm.owner_epoch), ("a", 1));
     assert_eq!(lab.cancel(&migration.id).await.unwrap_err().code(), Code::FailedPrecondition);
 
     // The next move takes a new epoch: the cancelled one is spent.
     lab.board.lock().unwrap().hold = false;
-    let next = lab.migrate("b").await.unwrap();
+    let next = lab.migrate(order("web", "b")).await.unwrap();
     assert_eq!(lab.watch(&next.id).await.last().unwrap().state(), MigrationState::Completed);
-    assert_eq!(lab.vm_until(|vm| vm.owner_site == "b").await.owner_epoch, 3);
+    assert_eq!(lab.vm_until("web", |vm| vm.owner_site == "b").await.owner_epoch, 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_destination_that_gives_up_fails_the_move_with_its_reason() {
-    let lab = Lab::start().await;
+    let lab = seeded().await;
     lab.board.lock().unwrap().refuse = Some("no space left for the image".into());
-    let migration = lab.migrate("b").await.unwrap();
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
     assert_eq!(lab.watch(&migration.id).await.last().unwrap().state(), MigrationState::Failed);
     // The source may be heard first, which has no reason of its own.
-    eventually("the destination's reason", async || {
-        let request = v1::GetMigrationRequest { id: migration.id.clone() };
-        let answer = lab.cluster.migration(lab.node).get_migration(request).await.ok()?.into_inner();
-        (answer.migration?.reason == "no space left for the image").then_some(())
-    })
-    .await;
-    lab.vm_until(|vm| vm.state() == VmState::Running && vm.problem.contains("no space left")).await;
+    lab.migration_until(&migration.id, |migration| migration.reason == "no space left for the image").await;
+    lab.vm_until("web", |vm| vm.state() == VmState::Running && vm.problem.contains("no space left")).await;
     assert!(lab.runs().iter().all(|worker| worker == "worker-a"), "{:?}", lab.runs());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_move_is_not_authorised_to_a_store_that_is_younger_than_it() {
-    let lab = Lab::start().await;
+    let lab = seeded().await;
     lab.board.lock().unwrap().mute = true;
-    let migration = lab.migrate("b").await.unwrap();
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
     // The destination may have refused the move and forgotten it.
     lab.board.lock().unwrap().stores.insert("worker-b".into(), pageport_proto::StoreId::generate());
     lab.board.lock().unwrap().mute = false;
@@ -161,9 +110,9 @@ async fn a_move_is_not_authorised_to_a_store_that_is_younger_than_it() {
     .await;
     lab.cancel(&migration.id).await.unwrap();
     assert_eq!(lab.watch(&migration.id).await.last().unwrap().state(), MigrationState::Cancelled);
-    assert_eq!(lab.vm_until(|vm| vm.state() == VmState::Running).await.owner_site, "a");
+    assert_eq!(lab.vm_until("web", |vm| vm.state() == VmState::Running).await.owner_site, "a");
     // The next one is ordered for the new store.
-    let next = lab.migrate("b").await.unwrap();
+    let next = lab.migrate(order("web", "b")).await.unwrap();
     assert_eq!(lab.watch(&next.id).await.last().unwrap().state(), MigrationState::Completed);
     // At the source it was stopped for the first move, and went on.
     assert_eq!(lab.runs(), ["worker-a", "worker-a", "worker-b"]);
@@ -171,23 +120,23 @@ async fn a_move_is_not_authorised_to_a_store_that_is_younger_than_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_leader_carries_a_move_through() {
-    let mut lab = Lab::start().await;
+    let mut lab = seeded().await;
     lab.board.lock().unwrap().hold = true;
-    let migration = lab.migrate("b").await.unwrap();
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
     let leader = lab.cluster.leader().await;
     lab.cluster.stop(leader).await;
     lab.node = lab.cluster.leader().await;
     lab.board.lock().unwrap().hold = false;
     assert_eq!(lab.watch(&migration.id).await.last().unwrap().state(), MigrationState::Completed);
-    assert_eq!(lab.vm_until(|vm| vm.state() == VmState::Running).await.owner_site, "b");
+    assert_eq!(lab.vm_until("web", |vm| vm.state() == VmState::Running).await.owner_site, "b");
     assert_eq!(lab.runs(), ["worker-a", "worker-b"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_move_without_figures_completes_all_the_same() {
-    let lab = Lab::start().await;
+    let lab = seeded().await;
     lab.board.lock().unwrap().no_record = true;
-    let migration = lab.migrate("b").await.unwrap();
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
     let seen = lab.watch(&migration.id).await;
     let last = seen.last().unwrap();
     assert_eq!((last.state(), last.record.is_none()), (MigrationState::Completed, true));
@@ -195,30 +144,30 @@ async fn a_move_without_figures_completes_all_the_same() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crashed_vm_is_shown_and_stays_down_until_it_is_started_again() {
-    let lab = Lab::start().await;
+    let lab = seeded().await;
     lab.board.lock().unwrap().crash = Some("qemu ended by signal 9".into());
-    let vm = lab.vm_until(|vm| vm.state() == VmState::Crashed).await;
+    let vm = lab.vm_until("web", |vm| vm.state() == VmState::Crashed).await;
     assert_eq!(vm.problem, "qemu ended by signal 9");
-    let down = lab.vm_until(|vm| !vm.desired_running).await;
+    let down = lab.vm_until("web", |vm| !vm.desired_running).await;
     assert_eq!((down.state(), down.problem), (VmState::Crashed, vm.problem));
     let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
     lab.cluster.fleet(lab.node).start_vm(start).await.unwrap();
-    let vm = lab.vm_until(|vm| vm.state() == VmState::Running).await;
+    let vm = lab.vm_until("web", |vm| vm.state() == VmState::Running).await;
     assert_eq!(vm.problem, "");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_is_deleted_only_when_stopped_and_then_without_a_trace() {
-    let lab = Lab::start().await;
-    let refused = lab.migrate("a").await.unwrap_err();
+    let lab = seeded().await;
+    let refused = lab.migrate(order("web", "a")).await.unwrap_err();
     assert_eq!(refused.message(), "vm \"web\" already runs at site \"a\"");
     let delete = v1::DeleteVmRequest { request_id: request_id(), vm: "web".into() };
     let refused = lab.cluster.fleet(lab.node).delete_vm(delete.clone()).await.unwrap_err();
     assert_eq!(refused.message(), "vm \"web\" runs: stop it first");
     let stop = v1::StopVmRequest { request_id: request_id(), vm: "web".into(), force: false };
     lab.cluster.fleet(lab.node).stop_vm(stop).await.unwrap();
-    lab.vm_until(|vm| vm.state() == VmState::Stopped).await;
-    assert_eq!(lab.migrate("b").await.unwrap_err().message(), "vm \"web\" does not run: start it first");
+    lab.vm_until("web", |vm| vm.state() == VmState::Stopped).await;
+    assert_eq!(lab.migrate(order("web", "b")).await.unwrap_err().message(), "vm \"web\" does not run: start it first");
     lab.cluster.fleet(lab.node).delete_vm(delete.clone()).await.unwrap();
     lab.cluster.fleet(lab.node).delete_vm(delete).await.unwrap();
     let gone = lab.cluster.fleet(lab.node).get_vm(v1::GetVmRequest { vm: "web".into() }).await.unwrap_err();

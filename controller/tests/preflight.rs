@@ -4,66 +4,22 @@
 
 mod support;
 
-use pageport_controller::config::LogLimits;
-use pageport_proto::v1::{self, Check, Finding, MigrationState, ReplicaState, Severity, VmState};
-use support::{Cluster, define, eventually, request_id, worker};
+use pageport_proto::v1::{self, Check, Finding, MigrationState, Severity};
+use support::lab::{Lab, order};
+use support::{define, request_id};
 use tonic::{Code, Status};
 
-/// Two workers, at `a` and at `b`.
-struct Lab {
-    cluster: Cluster,
-    board: worker::Shared,
-    node: u64,
-}
-
 impl Lab {
-    async fn start() -> Self {
-        let cluster = Cluster::start(LogLimits::default()).await;
-        let board = worker::Shared::default();
-        worker::start(&cluster, "worker-a", "a", &board);
-        worker::start(&cluster, "worker-b", "b", &board);
-        let node = cluster.a_follower().await;
-        cluster.both_sites(node).await;
-        Self { cluster, board, node }
-    }
-
     /// A VM that runs, with a network card.
     async fn vm(&self, name: &str, site: &str) {
         let mut order = define(name, site);
         order.spec.as_mut().unwrap().nics = vec![v1::NicSpec { mac: "52:54:00:12:34:56".into(), bridge: "br0".into() }];
-        self.cluster.fleet(self.node).define_vm(order).await.unwrap();
-        let start = v1::StartVmRequest { request_id: request_id(), vm: name.into() };
-        self.cluster.fleet(self.node).start_vm(start).await.unwrap();
-        self.until(name, |vm| vm.state() == VmState::Running).await;
-    }
-
-    async fn until(&self, name: &str, wanted: impl Fn(&v1::Vm) -> bool) {
-        eventually("the VM to get there", async || {
-            let answer = self.cluster.fleet(self.node).get_vm(v1::GetVmRequest { vm: name.into() }).await.ok()?;
-            answer.into_inner().vm.filter(|vm| wanted(vm)).map(drop)
-        })
-        .await;
-    }
-
-    async fn seed(&self, name: &str, site: &str) {
-        let order = v1::SeedReplicaRequest { request_id: request_id(), vm: name.into(), to_site: site.into() };
-        self.cluster.replication(self.node).seed_replica(order).await.unwrap();
-        self.until(name, |vm| vm.replicas.iter().any(|replica| replica.state() == ReplicaState::Seeded)).await;
+        self.run(order).await;
     }
 
     async fn preflight(&self, name: &str, site: &str) -> Result<Vec<Finding>, Status> {
         let request = v1::PreflightMigrationRequest { vm: name.into(), to_site: site.into() };
         Ok(self.cluster.quote(self.node).preflight_migration(request).await?.into_inner().findings)
-    }
-
-    async fn migrate(&self, name: &str, site: &str) -> Result<v1::Migration, Status> {
-        let order = v1::CreateMigrationRequest {
-            request_id: request_id(),
-            vm: name.into(),
-            to_site: site.into(),
-            ..v1::CreateMigrationRequest::default()
-        };
-        Ok(self.cluster.migration(self.node).create_migration(order).await?.into_inner().migration.unwrap())
     }
 }
 
@@ -122,7 +78,7 @@ async fn a_vm_does_not_move_to_where_another_has_its_mac_address() {
             && finding.fix.contains("stop it"),
         "{found:?}"
     );
-    let refused = lab.migrate("web", "b").await.unwrap_err();
+    let refused = lab.migrate(order("web", "b")).await.unwrap_err();
     assert_eq!(
         (refused.code(), refused.message()),
         (Code::FailedPrecondition, format!("{}: {}", finding.seen, finding.fix).as_str())
@@ -135,11 +91,6 @@ async fn a_vm_does_not_move_to_where_another_has_its_mac_address() {
     lab.cluster.fleet(lab.node).stop_vm(stop).await.unwrap();
     let found = lab.preflight("web", "b").await.unwrap();
     assert_eq!(of(&found, Check::Addresses).severity(), Severity::Warning, "{found:?}");
-    let migration = lab.migrate("web", "b").await.unwrap();
-    eventually("the move to complete", async || {
-        let request = v1::GetMigrationRequest { id: migration.id.clone() };
-        let answer = lab.cluster.migration(lab.node).get_migration(request).await.ok()?.into_inner();
-        (answer.migration?.state() == MigrationState::Completed).then_some(())
-    })
-    .await;
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
+    lab.migration_until(&migration.id, |migration| migration.state() == MigrationState::Completed).await;
 }

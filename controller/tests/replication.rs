@@ -4,42 +4,19 @@
 
 mod support;
 
-use pageport_controller::config::LogLimits;
-use pageport_proto::v1::{self, MigrationState, ReplicaState, VmState};
-use support::{Cluster, define, eventually, request_id, worker};
+use pageport_proto::v1::{self, MigrationState, ReplicaState};
+use support::lab::{Lab, is_seeded_at, order};
+use support::{define, eventually, request_id};
 use tonic::Code;
 
-struct Lab {
-    cluster: Cluster,
-    board: worker::Shared,
-    node: u64,
+/// A VM runs at `a`.
+async fn running() -> Lab {
+    let lab = Lab::start().await;
+    lab.run(define("web", "a")).await;
+    lab
 }
 
 impl Lab {
-    /// Two workers, and a VM that runs at `a`.
-    async fn start() -> Self {
-        let cluster = Cluster::start(LogLimits::default()).await;
-        let board = worker::Shared::default();
-        worker::start(&cluster, "worker-a", "a", &board);
-        worker::start(&cluster, "worker-b", "b", &board);
-        let node = cluster.a_follower().await;
-        let lab = Self { cluster, board, node };
-        lab.cluster.both_sites(node).await;
-        lab.cluster.fleet(node).define_vm(define("web", "a")).await.unwrap();
-        let start = v1::StartVmRequest { request_id: request_id(), vm: "web".into() };
-        lab.cluster.fleet(node).start_vm(start).await.unwrap();
-        lab.vm_until(|vm| vm.state() == VmState::Running).await;
-        lab
-    }
-
-    async fn vm_until(&self, wanted: impl Fn(&v1::Vm) -> bool) -> v1::Vm {
-        eventually("the VM to get there", async || {
-            let answer = self.cluster.fleet(self.node).get_vm(v1::GetVmRequest { vm: "web".into() }).await.ok()?;
-            answer.into_inner().vm.filter(|vm| wanted(vm))
-        })
-        .await
-    }
-
     async fn protect(&self, to_site: &str, rpo_ms: u64) -> Result<v1::Replica, tonic::Status> {
         let request = v1::ProtectVmRequest {
             request_id: request_id(),
@@ -63,44 +40,29 @@ impl Lab {
     }
 }
 
-fn is_seeded_at(vm: &v1::Vm, site: &str) -> bool {
-    vm.replicas.iter().any(|replica| replica.site == site && replica.state() == ReplicaState::Seeded)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_protected_vm_has_points_at_its_site_and_at_the_one_it_left_after_a_move() {
-    let lab = Lab::start().await;
+    let lab = running().await;
     lab.board.lock().unwrap().no_points = Some("the first copy is slow".into());
     let replica = lab.protect("b", 0).await.unwrap();
     let terms = replica.protection.unwrap();
     assert_eq!((replica.state(), terms.rpo_ms, terms.keep_points), (ReplicaState::Seeding, 30_000, 10));
-    let slow = lab.vm_until(|vm| vm.replicas.iter().any(|replica| replica.problem == "the first copy is slow")).await;
+    let slow =
+        lab.vm_until("web", |vm| vm.replicas.iter().any(|replica| replica.problem == "the first copy is slow")).await;
     assert_eq!(slow.replicas[0].state(), ReplicaState::Seeding);
     assert_eq!(lab.points("b").await.unwrap(), []);
 
     lab.board.lock().unwrap().no_points = None;
-    let vm = lab.vm_until(|vm| is_seeded_at(vm, "b")).await;
+    let vm = lab.vm_until("web", |vm| is_seeded_at(vm, "b")).await;
     let status = vm.replicas[0].replication.as_ref().unwrap();
     assert!(status.newest.is_some() && !status.rpo_missed, "{status:?}");
     assert_eq!(vm.replicas[0].wan_bytes, 4096);
     eventually("the holder's points", async || (!lab.points("b").await.ok()?.is_empty()).then_some(())).await;
 
-    let order = v1::CreateMigrationRequest {
-        request_id: request_id(),
-        vm: "web".into(),
-        to_site: "b".into(),
-        ..Default::default()
-    };
-    let migration = lab.cluster.migration(lab.node).create_migration(order).await.unwrap().into_inner().migration;
-    let id = migration.unwrap().id;
-    eventually("the end of the move", async || {
-        let request = v1::GetMigrationRequest { id: id.clone() };
-        let answer = lab.cluster.migration(lab.node).get_migration(request).await.ok()?.into_inner();
-        (answer.migration?.state() == MigrationState::Completed).then_some(())
-    })
-    .await;
+    let migration = lab.migrate(order("web", "b")).await.unwrap();
+    lab.migration_until(&migration.id, |migration| migration.state() == MigrationState::Completed).await;
     let turned = lab
-        .vm_until(|vm| {
+        .vm_until("web", |vm| {
             vm.replicas.iter().any(|replica| {
                 replica.replication.as_ref().is_some_and(|status| status.newest.is_some() && replica.site == "a")
             })
@@ -113,16 +75,16 @@ async fn a_protected_vm_has_points_at_its_site_and_at_the_one_it_left_after_a_mo
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_missed_target_is_the_vms_problem_until_it_is_met_or_ended() {
-    let lab = Lab::start().await;
+    let lab = running().await;
     lab.protect("b", 60_000).await.unwrap();
-    lab.vm_until(|vm| is_seeded_at(vm, "b")).await;
+    lab.vm_until("web", |vm| is_seeded_at(vm, "b")).await;
     lab.board.lock().unwrap().lag_ms = 95_000;
-    let late = lab.vm_until(|vm| !vm.problem.is_empty()).await;
+    let late = lab.vm_until("web", |vm| !vm.problem.is_empty()).await;
     assert!(late.problem.starts_with("replication to site \"b\" is 9"), "{}", late.problem);
     assert!(late.problem.ends_with("s behind (target 60 s)"), "{}", late.problem);
     assert!(late.replicas[0].replication.as_ref().unwrap().rpo_missed);
     lab.board.lock().unwrap().lag_ms = 0;
-    lab.vm_until(|vm| vm.problem.is_empty()).await;
+    lab.vm_until("web", |vm| vm.problem.is_empty()).await;
 
     let seed = v1::SeedReplicaRequest { request_id: request_id(), vm: "web".into(), to_site: "b".into() };
     let refused = lab.cluster.replication(lab.node).seed_replica(seed).await.unwrap_err();
@@ -130,13 +92,13 @@ async fn a_missed_target_is_the_vms_problem_until_it_is_met_or_ended() {
     assert!(refused.message().contains("is kept up to date already"), "{refused}");
     let end = v1::UnprotectVmRequest { request_id: request_id(), vm: "web".into(), site: "b".into() };
     lab.cluster.replication(lab.node).unprotect_vm(end).await.unwrap();
-    let left = lab.vm_until(|vm| vm.replicas[0].protection.is_none()).await;
+    let left = lab.vm_until("web", |vm| vm.replicas[0].protection.is_none()).await;
     assert_eq!((left.replicas[0].state(), &left.replicas[0].replication), (ReplicaState::Seeded, &None));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_terms_and_sites_are_refused_with_the_fix_and_caps_reach_the_worker() {
-    let lab = Lab::start().await;
+    let lab = running().await;
     for (site, rpo_ms, code, part) in [
         ("b", 1_000, Code::InvalidArgument, "give 5 s to 24 h"),
         ("a", 0, Code::FailedPrecondition, "already runs at site \"a\""),

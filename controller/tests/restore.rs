@@ -7,6 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use pageport_common::error::with_causes;
 use pageport_common::tls::Identity;
 use pageport_controller::backup::{Backup, RestoreError, restore};
 use pageport_controller::config::{Config, LogLimits};
@@ -308,7 +309,7 @@ async fn a_restore_is_refused_where_it_would_do_harm() {
     assert!(matches!(restored(9, cluster.folder()), Err(RestoreError::NotEmpty { .. })));
     let good = std::fs::read(&file).unwrap();
     std::fs::write(&file, &good[..good.len() - 1]).unwrap();
-    assert!(support::chain(&restored(9, &fresh).unwrap_err()).contains("its end is missing"));
+    assert!(with_causes(&restored(9, &fresh).unwrap_err()).contains("its end is missing"));
     assert!(!fresh.join("snapshot").exists());
     std::fs::write(&file, &good).unwrap();
     assert_eq!(restored(9, &fresh).unwrap().generation.0, 1);

@@ -5,6 +5,7 @@
 mod finding;
 pub mod ids;
 pub mod ownership;
+mod restored;
 
 /// Generated from `proto/pageport/v1/*.proto`; the comments there are the documentation.
 #[allow(missing_docs, clippy::all)]

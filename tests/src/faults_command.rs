@@ -8,6 +8,8 @@ use pageport_lab::faults::{self, FaultsConfig, News, Passed};
 use pageport_lab::{netns, paths};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::print_line;
+
 /// Strike a move with every fault at every point, on real processes.
 ///
 /// Each case moves a guest between two sites, holds the move at a point, strikes, lets go and heals; then exactly one guest must
@@ -111,11 +113,6 @@ fn list_faults(config: &FaultsConfig, json: bool) -> anyhow::Result<()> {
         });
     }
     Ok(())
-}
-
-/// Who closed standard output does not want to know.
-fn print_line(line: &str) {
-    writeln!(std::io::stdout().lock(), "{line}").ok();
 }
 
 fn tell(news: &News<'_>, json: bool) {

@@ -5,6 +5,7 @@ pub mod baseline;
 pub mod controller_bench;
 pub mod demo;
 pub mod faults;
+pub mod kept;
 pub mod lab;
 pub mod netns;
 pub mod paths;

@@ -141,3 +141,8 @@ fn mode(loopback: bool) -> Mode {
 fn hints(on: bool) -> FreePageHints {
     if on { FreePageHints::On } else { FreePageHints::Off }
 }
+
+/// Who closed standard output does not want to know.
+fn print_line(line: &str) {
+    writeln!(std::io::stdout().lock(), "{line}").ok();
+}

@@ -1,6 +1,5 @@
 //! `pageport-lab faults-replication`: the faults of standing replication on the command line.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -8,6 +7,8 @@ use pageport_lab::faults::Passed;
 use pageport_lab::replication_faults::{self, CaseResult, News, ReplicationFaultsConfig, Sum};
 use pageport_lab::{netns, paths};
 use tokio::signal::unix::{SignalKind, signal};
+
+use crate::print_line;
 
 /// Strike standing replication with every fault at seeded moments, on real processes.
 ///
@@ -114,11 +115,6 @@ fn list_cases(config: &ReplicationFaultsConfig, json: bool) -> anyhow::Result<()
         });
     }
     Ok(())
-}
-
-/// Who closed standard output does not want to know.
-fn print_line(line: &str) {
-    writeln!(std::io::stdout().lock(), "{line}").ok();
 }
 
 fn tell(news: &News<'_>, json: bool) {

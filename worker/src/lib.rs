@@ -13,7 +13,6 @@ pub mod agent;
 pub mod clock;
 pub mod config;
 pub mod drill;
-pub mod error;
 pub mod failpoint;
 pub mod generation;
 pub mod hypervisor;
@@ -31,6 +30,8 @@ pub mod replication;
 pub mod store_identity;
 pub mod transport;
 pub mod vms;
+
+use pageport_common::error;
 
 #[cfg(test)]
 mod test_support;

@@ -6,6 +6,8 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
+use pageport_common::error::with_causes;
+
 use crate::client::ClientError;
 use crate::config::ConfigError;
 use crate::console::ConsoleError;
@@ -208,20 +210,9 @@ fn because(reason: &str) -> String {
     if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
-/// An error and its sources in one line.
+/// An error and its causes, with all white space as single spaces: it is one line of a terminal, whoever wrote the messages.
 pub fn one_line(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some libraries repeat their source in their own message.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    with_causes(error).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

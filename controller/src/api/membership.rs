@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use pageport_common::backup;
 use pageport_proto::v1;
 use pageport_proto::v1::add_member_response::Phase;
 use pageport_proto::v1::membership_service_server::MembershipService;
@@ -113,21 +114,15 @@ impl Addition {
     }
 }
 
-/// Bytes of a backup in one message.
-const CHUNK_BYTES: usize = 1 << 20;
-
 async fn send_file(file: Vec<u8>, parts: mpsc::Sender<Result<v1::BackupResponse, Status>>) {
     let file = Bytes::from(file);
-    let mut offset = 0;
-    while offset < file.len() {
-        let chunk = file.slice(offset..file.len().min(offset + CHUNK_BYTES));
-        let next = offset + chunk.len();
-        let part = v1::BackupResponse { chunk, total_bytes: file.len() as u64, offset: offset as u64 };
+    let total_bytes = file.len() as u64;
+    for part in backup::parts(file.len()) {
+        let part = v1::BackupResponse { offset: part.start as u64, total_bytes, chunk: file.slice(part) };
         // Who no longer listens asks again.
         if parts.send(Ok(part)).await.is_err() {
             return;
         }
-        offset = next;
     }
 }
 

@@ -8,13 +8,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use pageport_common::backup::Assembly;
 use pageport_proto::v1;
 use pageport_proto::v1::restore_service_server::RestoreService;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::backup::{Backup, restore};
+use crate::backup::{Backup, Restored, restore};
 use crate::config::Config;
 use crate::peer;
 
@@ -65,11 +66,17 @@ impl RestoreService for Restores {
         let restored = made.map_err(|error| Status::failed_precondition(format!("{:#}", anyhow::Error::new(error))))?;
         tracing::warn!(operator, generation = restored.generation.0, vms = restored.vms, "restored from a backup");
         awaiting.done.cancel();
-        Ok(Response::new(v1::RestoreResponse {
+        Ok(Response::new(restored.into()))
+    }
+}
+
+impl From<Restored> for v1::RestoreResponse {
+    fn from(restored: Restored) -> Self {
+        Self {
             generation: restored.generation.0.into(),
             vms_unknown: restored.vms as u32,
             awaited_workers: restored.workers,
-        }))
+        }
     }
 }
 
@@ -80,18 +87,11 @@ fn has_data() -> Status {
 }
 
 async fn collect(mut parts: Streaming<v1::RestoreRequest>) -> Result<Vec<u8>, Status> {
-    let mut file = vec![];
-    let mut total_bytes = None;
-    while let Some(part) = parts.message().await? {
-        let total = *total_bytes.get_or_insert(part.total_bytes);
-        let fits = part.total_bytes == total && part.offset == file.len() as u64 && total <= MAX_FILE_BYTES;
-        if !fits || part.offset + part.chunk.len() as u64 > total {
+    let mut assembly = Assembly::default();
+    while let Some(v1::RestoreRequest { chunk, total_bytes, offset }) = parts.message().await? {
+        if total_bytes > MAX_FILE_BYTES || assembly.take(offset, &chunk, total_bytes).is_err() {
             return Err(Status::invalid_argument("the parts of the backup do not fit together: send it again"));
         }
-        file.extend_from_slice(&part.chunk);
     }
-    if total_bytes != Some(file.len() as u64) {
-        return Err(Status::invalid_argument("the backup ended early: send it again"));
-    }
-    Ok(file)
+    assembly.into_file().ok_or_else(|| Status::invalid_argument("the backup ended early: send it again"))
 }

@@ -17,10 +17,15 @@
 //!
 //! Guarantees: [`LogStorage::persist`] and [`LogStorage::install`] return when all they were given is on stable storage,
 //! as one batch; a snapshot file newer than the log (a crash in between) wins at the start.
+//! `opening` takes up what is there at the start, and refuses what is damaged (`error`).
+
+mod error;
+mod opening;
+#[cfg(test)]
+mod tests;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::Arc;
 
 use pageport_proto::StoreId;
@@ -28,9 +33,10 @@ use prost_011::Message as _;
 use raft::eraftpb::{Entry, HardState};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
-use super::disk::{Change, Disk, DiskError, FileDisk};
+pub use self::error::LogError;
+use super::disk::{Change, Disk, FileDisk};
 use super::membership::Membership;
-use super::snapshot::{self, Snapshot, SnapshotError};
+use super::snapshot::{self, Snapshot};
 use crate::model::State;
 
 const STORE: &str = "store";
@@ -38,69 +44,6 @@ const HARD: &str = "hard";
 const MEMBERS: &str = "members";
 const TRUNCATED: &str = "truncated";
 const LOG: &str = "log/";
-
-/// Why the log could not be kept or read.
-#[derive(Debug, thiserror::Error)]
-pub enum LogError {
-    /// The disk said no.
-    #[error("keep the replicated log")]
-    Disk(#[from] DiskError),
-    /// The snapshot cannot be made or read.
-    #[error("keep the replicated state")]
-    Snapshot(#[from] SnapshotError),
-    /// The members cannot be written as JSON.
-    #[error("encode the members")]
-    Members(#[source] serde_json::Error),
-    /// The snapshot is older than the beginning of the log, or gone.
-    #[error(
-        "the log begins after entry {log}, and the snapshot reaches only to entry {snapshot} (0: it is missing): what lies between is lost here"
-    )]
-    Gap {
-        /// The last entry that was dropped from the log.
-        log: u64,
-        /// The entry that the snapshot reaches to.
-        snapshot: u64,
-    },
-    /// Entries that were committed are missing.
-    #[error("the log ends at entry {last}, and entry {commit} was committed: the end of the log is lost here")]
-    Short {
-        /// The last entry that is there.
-        last: u64,
-        /// One that was.
-        commit: u64,
-    },
-    /// A value is not what was written.
-    #[error("the replicated log is damaged at {key}")]
-    Damaged {
-        /// Where.
-        key: String,
-    },
-}
-
-impl LogError {
-    /// Is what is on the disk not what was written? Anything else may pass, or be put right outside it.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::Disk(error) => error.is_damage(),
-            Self::Snapshot(error) => error.is_damage(),
-            Self::Gap { .. } | Self::Short { .. } | Self::Damaged { .. } => true,
-            Self::Members(_) => false,
-        }
-    }
-
-    /// Is there no room?
-    pub fn is_full(&self) -> bool {
-        let causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
-        causes.filter_map(io_error).any(|error| error.kind() == std::io::ErrorKind::StorageFull)
-    }
-}
-
-fn io_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a std::io::Error> {
-    match error.downcast_ref::<pageport_common::store::EngineError>() {
-        Some(pageport_common::store::EngineError::Io(error)) => Some(error),
-        _ => error.downcast_ref(),
-    }
-}
 
 /// An entry's place in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -128,83 +71,7 @@ fn log_key(index: u64) -> Vec<u8> {
     [LOG.as_bytes(), &index.to_be_bytes()].concat()
 }
 
-fn damaged(key: impl Into<String>) -> LogError {
-    LogError::Damaged { key: key.into() }
-}
-
-impl LogStorage {
-    /// Opens or creates the log in `folder`; gives the state of the last snapshot with it. `first` is who the controllers are
-    /// as long as neither log nor snapshot says so.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    pub fn open(folder: &Path, first: Membership) -> Result<(Self, State), LogError> {
-        Self::open_on(FileDisk::open(folder)?, first, StoreId::generate())
-    }
-}
-
 impl<D: Disk> LogStorage<D> {
-    /// Takes up what is on a disk; the rest as [`LogStorage::open`]. A new one is called `fresh`.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    pub fn open_on(mut disk: D, first: Membership, fresh: StoreId) -> Result<(Self, State), LogError> {
-        let snapshot = match disk.snapshot()? {
-            Some(bytes) => snapshot::decode(&bytes)?,
-            None => Snapshot::default(),
-        };
-        let hard = match disk.get(HARD)? {
-            Some(bytes) => HardState::decode(bytes.as_slice()).map_err(|_| damaged(HARD))?,
-            None => HardState::default(),
-        };
-        let truncated = match disk.get(TRUNCATED)? {
-            Some(bytes) => {
-                let halves = bytes.split_first_chunk::<8>().zip(bytes.last_chunk::<8>());
-                let ((index, _), term) = halves.filter(|_| bytes.len() == 16).ok_or_else(|| damaged(TRUNCATED))?;
-                Place { index: u64::from_be_bytes(*index), term: u64::from_be_bytes(*term) }
-            }
-            None => Place::default(),
-        };
-        let mut entries = VecDeque::new();
-        for (_, bytes) in disk.scan(LOG)? {
-            let entry = Entry::decode(bytes.as_slice()).map_err(|_| damaged(LOG))?;
-            if entry.index != truncated.index + 1 + entries.len() as u64 {
-                return Err(damaged(format!("{LOG}{}", entry.index)));
-            }
-            entries.push_back(entry);
-        }
-        let kept = match disk.get(MEMBERS)? {
-            Some(bytes) => Some(serde_json::from_slice(&bytes).map_err(|_| damaged(MEMBERS))?),
-            None => None,
-        };
-        let known = snapshot.membership.into_iter().chain(kept);
-        let membership = Arc::new(known.max_by_key(|known: &Membership| known.index).unwrap_or(first));
-        let place = Place { index: snapshot.index, term: snapshot.term };
-        if place.index < truncated.index {
-            return Err(LogError::Gap { log: truncated.index, snapshot: place.index });
-        }
-        let last = truncated.index + entries.len() as u64;
-        let commit = hard.commit.max(membership.index);
-        if commit > last.max(place.index) {
-            return Err(LogError::Short { last, commit });
-        }
-        let store = match disk.get(STORE)? {
-            Some(bytes) => String::from_utf8_lossy(&bytes).parse().map_err(|_| damaged(STORE))?,
-            None => {
-                disk.commit(vec![Change::put(STORE, fresh.to_string().into_bytes())])?;
-                fresh
-            }
-        };
-        let snapshot_wanted = Cell::new(false);
-        let mut storage = Self { disk, store, hard, membership, truncated, entries, snapshot: place, snapshot_wanted };
-        if storage.last().index < place.index {
-            storage.hard.term = storage.hard.term.max(place.term);
-            storage.reset_log(place, None)?;
-        }
-        storage.hard.commit = storage.hard.commit.max(place.index);
-        Ok((storage, snapshot.state))
-    }
-
     /// Which store this is.
     pub fn store(&self) -> StoreId {
         self.store
@@ -411,157 +278,5 @@ impl<D: Disk> Storage for LogStorage<D> {
         metadata.term = decoded.term;
         metadata.set_conf_state(self.membership.conf_state());
         Ok(out)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::super::membership::Member;
-    use super::*;
-
-    fn one() -> Membership {
-        Membership::first([Member::new(1, "a".parse().unwrap(), "192.0.2.1:7400".into())])
-    }
-
-    fn entry(index: u64, term: u64) -> Entry {
-        Entry { index, term, data: vec![index as u8], ..Entry::default() }
-    }
-
-    fn indexes(storage: &LogStorage) -> Vec<(u64, u64)> {
-        let (first, last) = (storage.first_index().unwrap(), storage.last_index().unwrap());
-        let entries = storage.entries(first, last + 1, None, GetEntriesContext::empty(false)).unwrap();
-        entries.iter().map(|entry| (entry.index, entry.term)).collect()
-    }
-
-    #[test]
-    fn a_store_is_the_same_for_its_life() {
-        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let id = |folder: &tempfile::TempDir| LogStorage::open(folder.path(), one()).unwrap().0.store();
-        assert_eq!(id(&folder), id(&folder));
-        assert_ne!(id(&folder), id(&other));
-    }
-
-    #[test]
-    fn a_conflicting_tail_is_overwritten_and_stays_so_after_reopening() {
-        let folder = tempfile::tempdir().unwrap();
-        let expected = vec![(1, 1), (2, 2)];
-        {
-            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-            storage.persist(&[entry(1, 1), entry(2, 1), entry(3, 1)]).unwrap();
-            storage.note_hard(&HardState { term: 2, vote: 1, commit: 1 });
-            storage.persist(&[entry(2, 2)]).unwrap();
-            assert_eq!(indexes(&storage), expected);
-        }
-        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-        assert_eq!(indexes(&storage), expected);
-        assert_eq!(storage.initial_state().unwrap().hard_state.term, 2);
-    }
-
-    #[test]
-    fn after_a_snapshot_the_log_is_short_and_the_state_is_found_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let state = State { seed_seq: 42, ..State::default() };
-        {
-            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-            storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
-            storage.make_snapshot(8, &state, 2).unwrap();
-            assert_eq!(indexes(&storage), [(7, 1), (8, 1), (9, 1), (10, 1)]);
-        }
-        let (storage, found) = LogStorage::open(folder.path(), one()).unwrap();
-        assert_eq!((found, storage.snapshot_place().index, storage.term(6).unwrap()), (state, 8, 1));
-        assert!(storage.entries(6, 8, None, GetEntriesContext::empty(false)).is_err());
-        assert_eq!(storage.snapshot(0, 2).unwrap().get_metadata().index, 8);
-    }
-
-    /// A node's files: 10 entries, committed to 9, a snapshot at 8.
-    fn used() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-        storage.persist(&(1..=10).map(|index| entry(index, 1)).collect::<Vec<_>>()).unwrap();
-        storage.note_hard(&HardState { term: 1, vote: 1, commit: 9 });
-        storage.make_snapshot(8, &State::default(), 2).unwrap();
-        folder
-    }
-
-    fn refusal(folder: &tempfile::TempDir) -> String {
-        let error = LogStorage::open(folder.path(), one()).map(drop).unwrap_err();
-        assert!(error.is_damage(), "{error:?}");
-        let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-    }
-
-    #[test]
-    fn a_file_that_is_missing_is_a_refusal_and_not_a_fresh_start() {
-        let folder = used();
-        std::fs::remove_file(folder.path().join("snapshot")).unwrap();
-        assert!(refusal(&folder).contains("the log begins after entry 6, and the snapshot reaches only to entry 0"));
-        let folder = used();
-        std::fs::remove_dir_all(folder.path().join("log")).unwrap();
-        assert!(refusal(&folder).contains("terms and votes are lost"));
-        assert!(!folder.path().join("log").exists(), "and nothing was made in its place");
-    }
-
-    #[test]
-    fn a_snapshot_that_is_cut_or_changed_is_refused_with_the_way_out() {
-        let folder = used();
-        let path = folder.path().join("snapshot");
-        let good = std::fs::read(&path).unwrap();
-        for length in [0, 7, 11, good.len() / 2, good.len() - 1] {
-            std::fs::write(&path, &good[..length]).unwrap();
-            assert!(refusal(&folder).contains("the snapshot is damaged"), "{length} bytes");
-        }
-        let mut bad = good.clone();
-        bad[good.len() / 2] ^= 0x40;
-        std::fs::write(&path, &bad).unwrap();
-        assert!(refusal(&folder).contains("the snapshot is damaged"));
-        std::fs::write(&path, &good).unwrap();
-        assert!(LogStorage::open(folder.path(), one()).is_ok());
-    }
-
-    #[test]
-    fn a_log_without_its_end_or_a_part_of_its_middle_is_refused() {
-        let without = |gone: &[u64]| {
-            let folder = used();
-            {
-                let mut disk = FileDisk::open(folder.path()).unwrap();
-                disk.commit(gone.iter().map(|index| Change::Remove(log_key(*index))).collect()).unwrap();
-            }
-            refusal(&folder)
-        };
-        assert!(without(&[9, 10]).contains("the log ends at entry 8, and entry 9 was committed"));
-        assert!(without(&[8]).contains("the replicated log is damaged at log/9"));
-    }
-
-    #[test]
-    fn a_snapshot_file_that_is_ahead_of_the_log_wins() {
-        let folder = tempfile::tempdir().unwrap();
-        {
-            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-            storage.persist(&[entry(1, 1), entry(2, 1)]).unwrap();
-        }
-        let ahead =
-            Snapshot { index: 9, term: 3, membership: Some(Membership { index: 8, ..one() }), state: State::default() };
-        snapshot::replace(folder.path(), &snapshot::encode(&ahead).unwrap()).unwrap();
-        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-        assert_eq!((storage.first_index().unwrap(), storage.last_index().unwrap()), (10, 9));
-        assert_eq!(storage.initial_state().unwrap().hard_state.commit, 9);
-        assert_eq!(storage.membership().index, 8, "its members count");
-    }
-
-    #[test]
-    fn a_change_of_the_members_is_durable_at_once_and_outlives_older_snapshots() {
-        let folder = tempfile::tempdir().unwrap();
-        {
-            let (mut storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-            storage.persist(&[entry(1, 1), entry(2, 1), entry(3, 1)]).unwrap();
-            storage.make_snapshot(1, &State::default(), 0).unwrap();
-            storage.keep_membership(Membership { index: 3, ..Membership::default() }).unwrap();
-        }
-        let (storage, _) = LogStorage::open(folder.path(), one()).unwrap();
-        assert_eq!((storage.membership().index, storage.membership().voters.len()), (3, 0));
-        assert_eq!(storage.initial_state().unwrap().hard_state.commit, 3, "what it rests on counts as committed");
-        assert!(storage.snapshot(0, 2).is_err(), "a snapshot from before the change is sent to nobody");
-        assert!(storage.take_snapshot_wanted());
     }
 }

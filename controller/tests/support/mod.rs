@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
+pub mod lab;
 pub mod worker;
 
 use std::net::SocketAddr;
@@ -295,12 +296,6 @@ pub fn dial(identity: &Identity, address: &str) -> Channel {
         .unwrap()
         .connect_timeout(Duration::from_secs(2))
         .connect_lazy()
-}
-
-/// An error and what caused it.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Waits with a limit.

@@ -6,10 +6,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pageport_common::error::with_causes;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
-use super::error::{FaultsError, chain};
+use super::error::FaultsError;
 use super::plan::Isolation;
 use super::sniffer::Sniffer;
 use crate::lab::guest::client::GuestClient;
@@ -101,27 +102,9 @@ impl Arena {
     fn set_rate(&self, rate_bps: u64) -> Result<(), FaultsError> {
         let shape = Shape { rate_bps, queue_bytes: None, ..LabConfig::default().link };
         for (from, to) in [("a", "b"), ("b", "a")] {
-            self.steer(from, to, |from, to| Request::SetLink { from, to, shape })?;
+            steer(&self.lab, from, to, |from, to| Request::SetLink { from, to, shape })?;
         }
         Ok(())
-    }
-
-    /// Asks something of the WAN for one direction.
-    ///
-    /// # Errors
-    /// When it refuses.
-    pub fn steer(
-        &self,
-        from: &str,
-        to: &str,
-        request: impl FnOnce(String, String) -> Request,
-    ) -> Result<(), FaultsError> {
-        let mut wan = self.lab.network().wan()?;
-        wan.call(&request(from.to_owned(), to.to_owned())).map(drop).map_err(|source| FaultsError::Link {
-            from: from.to_owned(),
-            to: to.to_owned(),
-            source,
-        })
     }
 
     /// The site of the controller that leads.
@@ -163,7 +146,25 @@ pub async fn wait_for<T>(
     }
 }
 
+/// Asks something of a lab's WAN for one direction.
+///
+/// # Errors
+/// When it refuses.
+pub fn steer(
+    lab: &Lab,
+    from: &str,
+    to: &str,
+    request: impl FnOnce(String, String) -> Request,
+) -> Result<(), FaultsError> {
+    let mut wan = lab.network().wan()?;
+    wan.call(&request(from.to_owned(), to.to_owned())).map(drop).map_err(|source| FaultsError::Link {
+        from: from.to_owned(),
+        to: to.to_owned(),
+        source,
+    })
+}
+
 /// An error as what was seen last.
 pub fn seen(error: &FaultsError) -> String {
-    chain(error)
+    with_causes(error)
 }

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::sleep;
 
-use super::arena::{Arena, VM, wait_for};
+use super::arena::{Arena, VM, steer, wait_for};
 use super::error::FaultsError;
 use super::plan::{Fault, Pair, Side, Target, Way};
 use crate::demo::loads::{self, Before};
@@ -234,7 +234,7 @@ async fn apply(arena: &mut Arena, struck: &Struck) -> Result<Healing, FaultsErro
         },
         Fault::Cut(way) => {
             for (from, to) in directions(way, struck) {
-                arena.steer(from, to, |from, to| Request::Cut { from, to })?;
+                steer(&arena.lab, from, to, |from, to| Request::Cut { from, to })?;
             }
             Ok(Healing::Mend)
         }
@@ -248,7 +248,7 @@ fn heal(arena: &mut Arena, struck: &Struck, healing: Healing) -> Result<(), Faul
         Healing::Continue(pid) => signal(pid, Signal::SIGCONT)?,
         Healing::Mend => {
             for (from, to) in directions(Way::Both, struck) {
-                arena.steer(from, to, |from, to| Request::Heal { from, to })?;
+                steer(&arena.lab, from, to, |from, to| Request::Heal { from, to })?;
             }
         }
         Healing::Nothing => {}

@@ -99,10 +99,3 @@ pub enum FaultsError {
     #[error("run the matrix: it needs network namespaces (root and /dev/net/tun)")]
     NoNamespaces,
 }
-
-/// An error and its causes in one line.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    std::iter::once(error.to_string()).chain(causes.map(ToString::to_string)).collect::<Vec<_>>().join(": ")
-}

@@ -15,11 +15,12 @@
 
 use std::time::Duration;
 
+use pageport_common::error::with_causes;
 use serde_json::Value;
 
 use super::arena::{Arena, VM, seen, wait_for};
 use super::case::{Leases, Struck};
-use super::error::{FaultsError, chain};
+use super::error::FaultsError;
 use super::leftovers;
 use super::plan::Isolation;
 use super::witness::contradictions;
@@ -61,14 +62,14 @@ pub struct Verdict {
 pub async fn judge(arena: &mut Arena, struck: &Struck) -> Verdict {
     let mut verdict = Verdict::default();
     if let Err(error) = arena.lab.wait_until_ready().await {
-        verdict.complaints.push(chain(&error));
+        verdict.complaints.push(with_causes(&error));
     }
     if let Err(error) = end_of_move(arena, struck, &mut verdict).await {
-        verdict.complaints.push(chain(&error));
+        verdict.complaints.push(with_causes(&error));
     }
     if let Err(error) = guest(arena, struck, &mut verdict).await {
         verdict.lost_vm = true;
-        verdict.complaints.push(chain(&error));
+        verdict.complaints.push(with_causes(&error));
     }
     leftovers(arena, &mut verdict).await;
     match arena.sniffer.take() {
@@ -84,7 +85,8 @@ pub async fn judge(arena: &mut Arena, struck: &Struck) -> Verdict {
 
 async fn end_of_move(arena: &Arena, struck: &Struck, verdict: &mut Verdict) -> Result<(), FaultsError> {
     let ended = wait_for("the move to end", END_LIMIT, async || {
-        let migration = arena.lab.ctl_json(["migration", "get", &struck.migration]).await.map_err(|e| chain(&e))?;
+        let migration =
+            arena.lab.ctl_json(["migration", "get", &struck.migration]).await.map_err(|e| with_causes(&e))?;
         let state = migration["state"].as_str().unwrap_or_default();
         if ["completed", "failed", "cancelled"].contains(&state) { Ok(migration) } else { Err(brief(&migration)) }
     })
@@ -242,7 +244,7 @@ async fn leftovers(arena: &Arena, verdict: &mut Verdict) {
     match arena.lab.ctl_json(["vm", "list"]).await {
         Ok(answer) if answer["vms"].as_array().is_some_and(|vms| vms.len() == 1) => {}
         Ok(answer) => verdict.complaints.push(format!("there is not exactly one vm: {answer}")),
-        Err(error) => verdict.complaints.push(chain(&error)),
+        Err(error) => verdict.complaints.push(with_causes(&error)),
     }
 }
 

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use pageport_common::error::with_causes;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -30,21 +31,22 @@ pub mod error;
 mod judge;
 mod leftovers;
 mod plan;
-pub(crate) mod results;
+mod results;
 pub mod sniffer;
 mod table;
 pub mod witness;
 
 pub use arena::HEARTBEAT;
-pub use error::{FaultsError, chain};
+pub use error::FaultsError;
 pub use plan::{Isolation, Pair, matrix, short_set};
 pub use results::{CaseResult, Matrix};
 pub use table::{LEGEND, render};
 
+use crate::kept::unix_ms;
 use crate::lab::guest::{GuestImages, SMALL};
 use arena::Arena;
 use judge::Verdict;
-use results::{Results, unix_ms};
+use results::Results;
 
 /// How long a stopped process stays stopped: longer than a silent connection lives, and than a lease with all that the controllers
 /// add to it.
@@ -174,7 +176,7 @@ pub async fn run(config: &FaultsConfig, tell: impl FnMut(News<'_>) + 'static) ->
     let (newest, matrix) = (results.newest(), results.sum_up(&plan::matrix())?);
     let ours = config.pairs.iter().filter_map(|pair| newest.get(&pair.to_string()));
     let failed = ours.filter(|result| !result.passed).cloned().collect();
-    Ok(Outcome { matrix, newest, failed, files: [results.lines(), results.matrix()] })
+    Ok(Outcome { matrix, newest, failed, files: [results.lines.path().to_owned(), results.matrix()] })
 }
 
 /// Who is told what goes on.
@@ -216,8 +218,8 @@ async fn lane(run: Rc<Run>) -> Result<(), FaultsError> {
             }
         };
         run.tell(News::Begins { number, of: run.of, pair });
-        let result = run_case(&mut ready, pair, &run.config, run.results.commit()).await;
-        run.results.append(&result)?;
+        let result = run_case(&mut ready, pair, &run.config, run.results.lines.commit()).await;
+        run.results.lines.append(&result)?;
         run.tell(News::Ended(&result));
         if result.passed {
             arena = Some(ready);
@@ -234,7 +236,7 @@ async fn run_case(arena: &mut Arena, pair: Pair, config: &FaultsConfig, commit: 
             (verdict, format!("{} to {}", struck.source, struck.destination), struck.leader)
         }
         Err(error) => {
-            let complaints = vec![format!("could not be struck: {}", chain(&error))];
+            let complaints = vec![format!("could not be struck: {}", with_causes(&error))];
             (Verdict { complaints, ..Verdict::default() }, String::new(), String::new())
         }
     };

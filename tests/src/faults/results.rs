@@ -1,20 +1,15 @@
 //! What is kept of the cases: one line each in `results.jsonl`, and the sum in `matrix.json`.
 //!
-//! Results are appended, never changed; of a pair the newest line of a commit counts. So a matrix can be run in pieces, also
-//! by several processes at once.
+//! Of a pair the newest line of a commit counts: see [`crate::kept`].
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::error::FaultsError;
 use super::plan::Pair;
-use crate::paths;
+use crate::kept::{Line, Lines, write_sum};
 
 /// One line of `results.jsonl`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,6 +62,18 @@ struct Simulated {
     violations: u64,
 }
 
+impl Line for CaseResult {
+    fn commit(&self) -> &str {
+        &self.commit
+    }
+}
+
+impl Line for Simulated {
+    fn commit(&self) -> &str {
+        &self.commit
+    }
+}
+
 /// `matrix.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Matrix {
@@ -96,7 +103,8 @@ pub struct Matrix {
 #[derive(Debug)]
 pub struct Results {
     folder: PathBuf,
-    commit: String,
+    /// One for each case that was run.
+    pub lines: Lines<CaseResult>,
 }
 
 impl Results {
@@ -105,24 +113,7 @@ impl Results {
     /// # Errors
     /// When the folder cannot be made.
     pub fn open(folder: &Path) -> Result<Self, FaultsError> {
-        fs::create_dir_all(folder).map_err(|source| FaultsError::File {
-            operation: "make",
-            path: folder.to_owned(),
-            source,
-        })?;
-        Ok(Self { folder: folder.to_owned(), commit: commit() })
-    }
-
-    /// The commit.
-    #[must_use]
-    pub fn commit(&self) -> &str {
-        &self.commit
-    }
-
-    /// Where the lines are.
-    #[must_use]
-    pub fn lines(&self) -> PathBuf {
-        self.folder.join("results.jsonl")
+        Ok(Self { folder: folder.to_owned(), lines: Lines::open(folder, "results.jsonl")? })
     }
 
     /// Where the sum is.
@@ -131,28 +122,16 @@ impl Results {
         self.folder.join("matrix.json")
     }
 
-    /// The newest result of each pair, for this commit; lines that are none are passed over.
+    /// The newest result of each pair.
     #[must_use]
     pub fn newest(&self) -> BTreeMap<String, CaseResult> {
-        let text = fs::read_to_string(self.lines()).unwrap_or_default();
-        let results = text.lines().filter_map(|line| serde_json::from_str::<CaseResult>(line).ok());
-        results.filter(|result| result.commit == self.commit).map(|result| (result.pair.clone(), result)).collect()
-    }
-
-    /// Appends a line.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn append(&self, result: &CaseResult) -> Result<(), FaultsError> {
-        append_line(&self.lines(), result)
+        self.lines.all().into_iter().map(|result| (result.pair.clone(), result)).collect()
     }
 
     /// Schedules that the simulator has run at this commit, and what did not hold in them; of the same seeds the newest line counts.
     fn simulated(&self) -> Option<(u64, u64)> {
-        let text = fs::read_to_string(self.folder.join("simulation.jsonl")).ok()?;
-        let lines = text.lines().filter_map(|line| serde_json::from_str::<Simulated>(line).ok());
-        let of_commit = lines.filter(|line| line.commit == self.commit);
-        let by_seed: BTreeMap<u64, Simulated> = of_commit.map(|line| (line.first_seed, line)).collect();
+        let lines = Lines::<Simulated>::of(self.folder.join("simulation.jsonl"), self.lines.commit().to_owned());
+        let by_seed: BTreeMap<u64, Simulated> = lines.all().into_iter().map(|line| (line.first_seed, line)).collect();
         let sum = |what: fn(&Simulated) -> u64| by_seed.values().map(what).sum();
         (!by_seed.is_empty()).then(|| (sum(|line| line.schedules), sum(|line| line.violations)))
     }
@@ -176,49 +155,19 @@ impl Results {
             simulated_schedules: simulated.map(|(schedules, _)| schedules),
             simulated_violations: simulated.map(|(_, violations)| violations),
             pairs: all.len(),
-            commit: self.commit.clone(),
+            commit: self.lines.commit().to_owned(),
         };
-        let path = self.matrix();
-        let text = serde_json::to_string_pretty(&matrix).map_err(std::io::Error::from);
-        text.and_then(|text| fs::write(&path, text + "\n")).map_err(|source| FaultsError::File {
-            operation: "write",
-            path,
-            source,
-        })?;
+        write_sum(self.matrix(), &matrix)?;
         Ok(matrix)
     }
-}
-
-/// Milliseconds since 1970.
-#[must_use]
-pub fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Appends one line of JSON to a file.
-pub(crate) fn append_line(path: &Path, result: &impl Serialize) -> Result<(), FaultsError> {
-    let error = |source| FaultsError::File { operation: "append to", path: path.to_owned(), source };
-    let mut line = serde_json::to_vec(result).map_err(|source| error(source.into()))?;
-    line.push(b'\n');
-    let mut file = File::options().create(true).append(true).open(path).map_err(error)?;
-    file.write_all(&line).map_err(error)
-}
-
-/// What is checked out; `unknown` outside of a repository.
-pub(crate) fn commit() -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(paths::root()).args(arguments).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let Some(head) = git(&["rev-parse", "HEAD"]) else { return "unknown".to_owned() };
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_none_or(|changes| !changes.is_empty());
-    head + if changed { "+" } else { "" }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs::{self, File};
+    use std::io::Write;
+
     use super::*;
     use crate::faults::plan;
 
@@ -249,7 +198,8 @@ mod tests {
     #[test]
     fn the_newest_line_of_this_commit_counts_and_a_torn_one_does_not() {
         let folder = tempfile::tempdir().unwrap();
-        let results = Results { folder: folder.path().to_owned(), commit: "now".into() };
+        let lines = Lines::of(folder.path().join("results.jsonl"), "now".into());
+        let results = Results { folder: folder.path().to_owned(), lines };
         for (pair, commit, passed) in [
             ("memory/kill-leader", "now", false),
             ("memory/kill-leader", "now", true),
@@ -257,9 +207,9 @@ mod tests {
             ("load/kill-leader", "before", true),
             ("no/such-pair", "now", false),
         ] {
-            results.append(&result(pair, commit, passed)).unwrap();
+            results.lines.append(&result(pair, commit, passed)).unwrap();
         }
-        File::options().append(true).open(results.lines()).unwrap().write_all(b"{\"pair\":\"mem").unwrap();
+        File::options().append(true).open(results.lines.path()).unwrap().write_all(b"{\"pair\":\"mem").unwrap();
         let matrix = results.sum_up(&plan::matrix()).unwrap();
         assert_eq!((matrix.cases, matrix.passed, matrix.double_running, matrix.orphans), (2, 1, 1, 1));
         let written: serde_json::Value = serde_json::from_slice(&fs::read(results.matrix()).unwrap()).unwrap();

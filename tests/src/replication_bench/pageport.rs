@@ -4,7 +4,7 @@
 //! controllers know of the point.
 
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
@@ -13,6 +13,7 @@ use super::BenchError;
 use super::digest::same;
 use super::meter::REPLICA;
 use super::stages::Replication;
+use crate::kept::unix_ms;
 use crate::lab::Lab;
 
 const POLL: Duration = Duration::from_millis(50);
@@ -73,7 +74,7 @@ impl Replication for Protected<'_> {
     }
 
     async fn catch_up(&mut self) -> Result<(), BenchError> {
-        let now = now_unix_ms();
+        let now = unix_ms();
         self.order(OFTEN).await?;
         self.point_since(now).await
     }
@@ -104,11 +105,6 @@ fn taken_unix_ms(vm: &Value) -> Option<u64> {
     let here = replicas.iter().find(|replica| replica["site"] == REPLICA)?;
     let taken = &here["replication"]["newest"]["taken_unix_ms"];
     taken.as_u64().or_else(|| taken.as_str()?.parse().ok())
-}
-
-fn now_unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

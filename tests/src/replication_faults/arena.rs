@@ -19,7 +19,7 @@ use super::cue::Places;
 use super::ledger::{Ledger, now_unix_ms};
 use super::plan::{Direction, Side};
 use crate::faults::FaultsError;
-use crate::faults::arena::{VM, seen, wait_for};
+use crate::faults::arena::{VM, seen, steer, wait_for};
 use crate::lab::guest::client::GuestClient;
 use crate::lab::guest::{GUEST_ADDRESS, GuestImages, SMALL};
 use crate::lab::{Lab, LabConfig, VmFile};
@@ -288,27 +288,9 @@ impl Arena {
         let shape = Shape { rate_bps, queue_bytes: None, ..LabConfig::default().link };
         let (source, destination) = (self.site(Side::Source), self.site(Side::Destination));
         for (from, to) in [(source, destination), (destination, source)] {
-            self.steer(from, to, |from, to| WanRequest::SetLink { from, to, shape })?;
+            steer(&self.lab, from, to, |from, to| WanRequest::SetLink { from, to, shape })?;
         }
         Ok(())
-    }
-
-    /// Asks something of the WAN for one direction.
-    ///
-    /// # Errors
-    /// When it refuses.
-    pub fn steer(
-        &self,
-        from: &str,
-        to: &str,
-        request: impl FnOnce(String, String) -> WanRequest,
-    ) -> Result<(), FaultsError> {
-        let mut wan = self.lab.network().wan()?;
-        wan.call(&request(from.to_owned(), to.to_owned())).map(drop).map_err(|source| FaultsError::Link {
-            from: from.to_owned(),
-            to: to.to_owned(),
-            source,
-        })
     }
 }
 

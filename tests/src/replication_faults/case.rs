@@ -10,6 +10,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use pageport_common::error::with_causes;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
@@ -20,7 +21,7 @@ use super::image::{self, Findings};
 use super::ledger::{Ledger, now_unix_ms};
 use super::plan::{Case, Fault, Side};
 use super::results::CaseResult;
-use crate::faults::{FaultsError, chain};
+use crate::faults::FaultsError;
 
 /// A point of the load's beginning, and one of its end.
 const POINT_LIMIT: Duration = Duration::from_secs(90);
@@ -37,7 +38,7 @@ const DIFFERENCES_BYTES: u64 = 32 << 20;
 pub async fn run(arena: &mut Arena, case: Case) -> CaseResult {
     let mut result = CaseResult::default();
     if let Err(error) = attempt(arena, case, &mut result).await {
-        result.complaints.push(chain(&error));
+        result.complaints.push(with_causes(&error));
     }
     result
 }

@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use pageport_common::error::with_causes;
 use pageport_common::store::Store;
 use pageport_proto::VmId;
 use pageport_worker::replica::points::{Group, Limits, PointInfo};
@@ -107,5 +108,5 @@ fn holds_journal(points: &Path) -> bool {
 }
 
 fn chained(error: impl std::error::Error) -> io::Error {
-    io::Error::other(crate::faults::chain(&error))
+    io::Error::other(with_causes(&error))
 }

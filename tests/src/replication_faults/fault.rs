@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use super::arena::Arena;
 use super::plan::{Fault, Side, Way};
 use crate::faults::FaultsError;
-use crate::faults::arena::VM;
+use crate::faults::arena::{VM, steer};
 use crate::wan::control::Request;
 
 /// What takes up the room of a full disk.
@@ -61,7 +61,7 @@ pub fn apply(arena: &mut Arena, fault: Fault) -> Result<Healing, FaultsError> {
         }
         Fault::Cut(way) => {
             for (from, to) in directions(arena, way) {
-                arena.steer(from, to, |from, to| Request::Cut { from, to })?;
+                steer(&arena.lab, from, to, |from, to| Request::Cut { from, to })?;
             }
             Healing::Mend
         }
@@ -88,7 +88,7 @@ pub async fn heal(arena: &mut Arena, healing: Healing) -> Result<(), FaultsError
         Healing::Boot => arena.boot_again().await?,
         Healing::Mend => {
             for (from, to) in directions(arena, Way::Both) {
-                arena.steer(from, to, |from, to| Request::Heal { from, to })?;
+                steer(&arena.lab, from, to, |from, to| Request::Heal { from, to })?;
             }
         }
         Healing::Remove(path) => {

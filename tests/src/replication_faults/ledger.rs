@@ -8,7 +8,7 @@ use std::time::Duration;
 use pageport_guest::protocol::{Reply, Request};
 use tokio::task::JoinHandle;
 
-use crate::faults::results::unix_ms;
+use crate::kept::unix_ms;
 use crate::lab::guest::client::GuestClient;
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);

@@ -33,8 +33,8 @@ mod results;
 pub use plan::{Case, cases, short_set};
 pub use results::{CaseResult, Sum};
 
-use crate::faults::results::unix_ms;
 use crate::faults::{FaultsError, Passed};
+use crate::kept::unix_ms;
 use crate::lab::guest::{GuestImages, SMALL};
 use arena::Arena;
 use results::Results;
@@ -127,8 +127,8 @@ pub async fn run(config: &ReplicationFaultsConfig, mut tell: impl FnMut(News<'_>
             }
         };
         tell(News::Begins { number, of: due.len(), case: *case });
-        let result = run_case(&mut ready, *case, results.commit()).await;
-        results.append(&result)?;
+        let result = run_case(&mut ready, *case, results.lines.commit()).await;
+        results.lines.append(&result)?;
         results.sum_up()?;
         tell(News::Ended(&result));
         arena = result.passed.then_some(ready);
@@ -136,7 +136,7 @@ pub async fn run(config: &ReplicationFaultsConfig, mut tell: impl FnMut(News<'_>
     let (newest, sum) = (results.newest(), results.sum_up()?);
     let ours = config.cases.iter().filter_map(|case| newest.get(&case.to_string()));
     let failed = ours.filter(|result| !result.passed).cloned().collect();
-    Ok(Outcome { sum, failed, files: [results.lines(), results.sum()] })
+    Ok(Outcome { sum, failed, files: [results.lines.path().to_owned(), results.sum()] })
 }
 
 async fn run_case(arena: &mut Arena, case: Case, commit: &str) -> CaseResult {

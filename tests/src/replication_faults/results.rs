@@ -1,15 +1,14 @@
 //! What is kept of the cases: one line each in `replication.jsonl`, and the sum in `replication.json`.
 //!
-//! Lines are appended, never changed; of a case the newest line of a commit counts, so that a run goes on where it was interrupted.
+//! Of a case the newest line of a commit counts: see [`crate::kept`].
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::faults::FaultsError;
-use crate::faults::results::{append_line, commit};
+use crate::kept::{Line, Lines, write_sum};
 
 /// One line of `replication.jsonl`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -58,6 +57,12 @@ pub struct CaseResult {
     pub logs: String,
 }
 
+impl Line for CaseResult {
+    fn commit(&self) -> &str {
+        &self.commit
+    }
+}
+
 /// `replication.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Sum {
@@ -87,7 +92,8 @@ pub struct Sum {
 #[derive(Debug)]
 pub struct Results {
     folder: PathBuf,
-    commit: String,
+    /// One for each case that was run.
+    pub lines: Lines<CaseResult>,
 }
 
 impl Results {
@@ -96,21 +102,7 @@ impl Results {
     /// # Errors
     /// When the folder cannot be made.
     pub fn open(folder: &Path) -> Result<Self, FaultsError> {
-        let error = |source| FaultsError::File { operation: "make", path: folder.to_owned(), source };
-        fs::create_dir_all(folder).map_err(error)?;
-        Ok(Self { folder: folder.to_owned(), commit: commit() })
-    }
-
-    /// The commit.
-    #[must_use]
-    pub fn commit(&self) -> &str {
-        &self.commit
-    }
-
-    /// Where the lines are.
-    #[must_use]
-    pub fn lines(&self) -> PathBuf {
-        self.folder.join("replication.jsonl")
+        Ok(Self { folder: folder.to_owned(), lines: Lines::open(folder, "replication.jsonl")? })
     }
 
     /// Where the sum is.
@@ -119,20 +111,10 @@ impl Results {
         self.folder.join("replication.json")
     }
 
-    /// The newest result of each case, for this commit; lines that are none are passed over.
+    /// The newest result of each case.
     #[must_use]
     pub fn newest(&self) -> BTreeMap<String, CaseResult> {
-        let text = fs::read_to_string(self.lines()).unwrap_or_default();
-        let results = text.lines().filter_map(|line| serde_json::from_str::<CaseResult>(line).ok());
-        results.filter(|result| result.commit == self.commit).map(|result| (result.case.clone(), result)).collect()
-    }
-
-    /// Appends a line.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn append(&self, result: &CaseResult) -> Result<(), FaultsError> {
-        append_line(&self.lines(), result)
+        self.lines.all().into_iter().map(|result| (result.case.clone(), result)).collect()
     }
 
     /// Sums up what is known of this commit and writes it.
@@ -156,12 +138,9 @@ impl Results {
             seeds: newest.values().map(|case| case.seed).collect(),
             slowest_write_ms: newest.values().map(|case| case.slowest_write_ms).max().unwrap_or_default(),
             phases_at_fault,
-            commit: self.commit.clone(),
+            commit: self.lines.commit().to_owned(),
         };
-        let path = self.sum();
-        let text = serde_json::to_string_pretty(&sum).map_err(std::io::Error::from);
-        let written = text.and_then(|text| fs::write(&path, text + "\n"));
-        written.map_err(|source| FaultsError::File { operation: "write", path, source })?;
+        write_sum(self.sum(), &sum)?;
         Ok(sum)
     }
 }
@@ -169,12 +148,15 @@ impl Results {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
     fn the_newest_line_of_this_commit_counts() {
         let folder = tempfile::tempdir().unwrap();
-        let results = Results { folder: folder.path().to_owned(), commit: "now".into() };
+        let lines = Lines::of(folder.path().join("replication.jsonl"), "now".into());
+        let results = Results { folder: folder.path().to_owned(), lines };
         let line = |case: &str, commit: &str, stuck: bool| CaseResult {
             case: case.to_owned(),
             seed: 3,
@@ -191,7 +173,7 @@ mod tests {
             ("kill-qemu/3", "now", true),
             ("kill-source-worker/3", "before", true),
         ] {
-            results.append(&line(case, commit, stuck)).unwrap();
+            results.lines.append(&line(case, commit, stuck)).unwrap();
         }
         let sum = results.sum_up().unwrap();
         assert_eq!((sum.cases, sum.passed, sum.stuck, sum.slowest_write_ms), (2, 1, 1, 40));

@@ -18,14 +18,14 @@ use std::time::Duration;
 
 use pageport_proto::VmId;
 use pageport_proto::v1::{
-    Check, DiskHello, Finding, HostWanted, PreflightAssignment, PreflightHello, PreflightReply, PreflightReport,
-    ReplicationDisk, Severity, StreamHello, VmSpec, stream_hello,
+    Check, Finding, HostWanted, PreflightAssignment, PreflightHello, PreflightReply, PreflightReport, Severity,
+    StreamHello, VmSpec, stream_hello,
 };
 
 use crate::clock::unix_ms_now;
 use crate::hypervisor::command_line::DEFAULT_MACHINE;
 use crate::node::Node;
-use crate::replica::copy::{CopyError, hello};
+use crate::replica::copy::{CopyError, images};
 use crate::transport::{
     MessageError, MessageReader, MessageWriter, PROTOCOL_VERSION, PeerConnection, TransportError, priority,
 };
@@ -143,7 +143,7 @@ async fn ask(
         source_address: node.config.advertised.peer.to_string(),
         wanted: Some(wanted),
         bridges,
-        disks: disks(node, way)?,
+        disks: images(node, way.vm, way.spec)?,
         memory_bytes: way.spec.memory_bytes,
     };
     Ok(exchange(connection, hello).await?.try_into()?)
@@ -156,14 +156,6 @@ async fn exchange(connection: &PeerConnection, hello: PreflightHello) -> Result<
     let hello = StreamHello { protocol_version: PROTOCOL_VERSION, traceparent: String::new(), kind };
     MessageWriter::new(send).send(&hello).await?;
     Ok(MessageReader::new(recv).receive_within(ANSWER_LIMIT).await?)
-}
-
-fn disks(node: &Node, way: Way<'_>) -> Result<Vec<ReplicationDisk>, CopyError> {
-    let disk = |disk: &pageport_proto::v1::DiskSpec| {
-        let DiskHello { disk: name, size_bytes, allocated_bytes, .. } = hello(node, way.vm, &disk.name)?;
-        Ok(ReplicationDisk { name, size_bytes, allocated_bytes, ..ReplicationDisk::default() })
-    };
-    tokio::task::block_in_place(|| way.spec.disks.iter().map(disk).collect())
 }
 
 fn machine(spec: &VmSpec) -> &str {

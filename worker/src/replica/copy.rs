@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pageport_common::telemetry;
 use pageport_proto::VmId;
-use pageport_proto::v1::{DiskHello, VmSpec};
+use pageport_proto::v1::{DiskHello, DiskSpec, ReplicationDisk, VmSpec};
 
 use super::CopiesFrom;
 use super::cap::Cap;
@@ -307,6 +307,18 @@ pub fn hello(node: &Node, vm: VmId, name: &str) -> Result<DiskHello, CopyError> 
     let (size_bytes, allocated_bytes) = bytes().map_err(|source| CopyError::Image { disk: name.to_owned(), source })?;
     let disk = name.to_owned();
     Ok(DiskHello { vm_id: vm.to_string(), disk, size_bytes, allocated_bytes, ..DiskHello::default() })
+}
+
+/// The images of a VM's disks, as a peer is told of them before any stream begins.
+///
+/// # Errors
+/// An image is not where it should be.
+pub fn images(node: &Node, vm: VmId, spec: &VmSpec) -> Result<Vec<ReplicationDisk>, CopyError> {
+    let image = |disk: &DiskSpec| {
+        let DiskHello { disk: name, size_bytes, allocated_bytes, .. } = hello(node, vm, &disk.name)?;
+        Ok(ReplicationDisk { name, size_bytes, allocated_bytes, ..ReplicationDisk::default() })
+    };
+    tokio::task::block_in_place(|| spec.disks.iter().map(image).collect())
 }
 
 /// What the disk streams of a replication session begin with.

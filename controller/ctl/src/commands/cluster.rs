@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use pageport_common::backup;
+use pageport_common::backup::{self, Assembly};
 use pageport_proto::v1;
 use pageport_proto::v1::add_member_response::Phase;
 use pageport_proto::v1::cluster_service_client::ClusterServiceClient;
@@ -72,17 +72,15 @@ async fn backup(context: &mut Context, file: &Path, replace: bool) -> Result<(),
         let client = MembershipServiceClient::new(channel);
         client.max_decoding_message_size(MAX_PART_BYTES).backup(v1::BackupRequest {}).await
     };
-    let mut bytes = vec![];
+    let mut assembly = Assembly::default();
     let take = |_: &mut Screen, part: v1::BackupResponse| {
         if part.offset == 0 {
             // The stream was opened again.
-            bytes.clear();
+            assembly = Assembly::default();
         }
-        if part.offset != bytes.len() as u64 {
-            return Err(CtlError::Incomplete { operation: "cluster backup", field: "next part" });
-        }
-        bytes.extend_from_slice(&part.chunk);
-        Ok((bytes.len() as u64 >= part.total_bytes).then(|| std::mem::take(&mut bytes)))
+        let taken = assembly.take(part.offset, &part.chunk, part.total_bytes);
+        taken.map_err(|_| CtlError::Incomplete { operation: "cluster backup", field: "next part" })?;
+        Ok(if assembly.is_whole() { std::mem::take(&mut assembly).into_file() } else { None })
     };
     let bytes = follow::follow(controllers, &mut screen, "nothing was written", open, take).await?;
     backup::open(&bytes).map_err(CtlError::BackupDamaged)?;

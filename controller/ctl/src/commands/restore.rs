@@ -1,5 +1,6 @@
 //! `cluster restore`: what the controller's own program does on its host, or a controller that waits for it elsewhere.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pageport_common::backup;
@@ -12,8 +13,6 @@ use crate::error::CtlError;
 use crate::render::{Output, cluster};
 
 const CONTROLLER: &str = "pageport-controller";
-/// Bytes of a backup in one message.
-const PART_BYTES: usize = 1 << 20;
 
 /// Sends a backup to the controller that waits for it.
 pub(super) async fn there(context: &mut Context, file: &Path) -> Result<(), CtlError> {
@@ -29,12 +28,12 @@ pub(super) async fn there(context: &mut Context, file: &Path) -> Result<(), CtlE
 }
 
 fn parts(file: &[u8]) -> Vec<v1::RestoreRequest> {
-    let part = |(number, chunk): (usize, &[u8])| v1::RestoreRequest {
-        chunk: chunk.to_vec().into(),
+    let part = |part: Range<usize>| v1::RestoreRequest {
+        offset: part.start as u64,
         total_bytes: file.len() as u64,
-        offset: (number * PART_BYTES) as u64,
+        chunk: file[part].to_vec().into(),
     };
-    file.chunks(PART_BYTES).enumerate().map(part).collect()
+    backup::parts(file.len()).map(part).collect()
 }
 
 /// Has the controller of this host make its data from a backup.

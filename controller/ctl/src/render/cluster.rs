@@ -60,14 +60,7 @@ pub fn backed_up(file: &Path, size_bytes: u64) -> String {
 
 /// `cluster restore --at`
 pub fn restored_elsewhere(response: &RestoreResponse) -> String {
-    let RestoreResponse { generation, vms_unknown, awaited_workers } = response;
-    let rest = match awaited_workers.join(", ") {
-        workers if workers.is_empty() => String::new(),
-        workers => format!("VMs are known again once these workers have reported: {workers}\n"),
-    };
-    format!(
-        "restored as generation {generation}: {vms_unknown} VMs, all unknown\nthe controller runs; add others to it with \"pageportctl cluster add\"\n{rest}"
-    )
+    response.in_words("the controller runs; add others to it with \"pageportctl cluster add\"")
 }
 
 /// What a restore has left to be done.

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use pageport_proto::v1::{MigrationProgress, MigrationRecord, PhaseTiming};
 
-use super::{Move, Switched};
+use super::Move;
+use super::switchover::Switched;
 use crate::clock;
 use crate::migration::disks::Disks;
 use crate::migration::outgoing::Outgoing;

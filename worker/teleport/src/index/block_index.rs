@@ -9,6 +9,13 @@
 //! in several places the table knows one of them; once that one is overwritten the others are found no more. Zero blocks
 //! are known by place and never found by content. Does not lock: share it behind a lock of your own.
 
+mod disks;
+mod error;
+#[cfg(test)]
+mod tests;
+
+use self::disks::{Disk, Disks, Part, Slab};
+pub use self::error::IndexError;
 use super::digests::{DigestStore, HeapDigests, PART_BLOCKS, PartKind, StoreFailed, split};
 use super::table::Table;
 use super::{BlockLookup, BlockRef};
@@ -19,78 +26,12 @@ const SLABS_MAX: usize = 1 << 22;
 /// Most blocks of all disks together.
 const BLOCKS_MAX: u64 = (SLABS_MAX * PART_BLOCKS) as u64;
 
-/// Why the index cannot do as asked.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum IndexError {
-    /// The disk was never added.
-    #[error("index: no disk {disk}")]
-    NoDisk {
-        /// Its number.
-        disk: u16,
-    },
-    /// A block beyond the disk's end.
-    #[error("index: block {block} is beyond the {blocks} blocks of disk {disk}")]
-    BeyondEnd {
-        /// The disk.
-        disk: u16,
-        /// The block.
-        block: u64,
-        /// The disk's size.
-        blocks: u64,
-    },
-    /// All disks together would be larger than can be addressed.
-    #[error("index: disk {disk} of {blocks} blocks makes all disks more than {BLOCKS_MAX} blocks")]
-    TooLarge {
-        /// The disk.
-        disk: u16,
-        /// Its size.
-        blocks: u64,
-    },
-    /// All disks together hold more than positions can address.
-    #[error("index: more than {BLOCKS_MAX} blocks are held")]
-    Full,
-    /// The store of a disk's digests has failed: the disk is to be added again.
-    #[error("index: the digests of disk {disk} cannot be kept")]
-    Store {
-        /// The disk.
-        disk: u16,
-    },
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Part {
-    Unknown,
-    Zero,
-    Slab(u32),
-}
-
-#[derive(Debug)]
-struct Disk<S> {
-    blocks: u64,
-    parts: Vec<Part>,
-    store: S,
-}
-
-/// A part of digests, as the table names it.
-#[derive(Clone, Copy, Debug)]
-struct Slab {
-    disk: u16,
-    part: u32,
-}
-
 /// The index over all disks of one VM at one destination.
 #[derive(Debug)]
 pub struct BlockIndex<S = HeapDigests> {
     disks: Disks<S>,
     free: Vec<u32>,
     table: Table,
-}
-
-#[derive(Debug)]
-struct Disks<S> {
-    /// By number of the disk.
-    all: Vec<Option<Disk<S>>>,
-    slabs: Vec<Option<Slab>>,
 }
 
 impl<S> Default for BlockIndex<S> {
@@ -355,38 +296,6 @@ impl<S: DigestStore> BlockIndex<S> {
     }
 }
 
-impl<S: DigestStore> Disks<S> {
-    fn disk(&self, disk: u16) -> Option<&Disk<S>> {
-        self.all.get(usize::from(disk))?.as_ref()
-    }
-
-    fn disk_mut(&mut self, disk: u16) -> Option<&mut Disk<S>> {
-        self.all.get_mut(usize::from(disk))?.as_mut()
-    }
-
-    fn part(&self, disk: u16, part: u32) -> Option<Part> {
-        self.disk(disk)?.parts.get(part as usize).copied()
-    }
-
-    fn set_part(&mut self, disk: u16, part: u32, to: Part) {
-        if let Some(place) = self.disk_mut(disk).and_then(|disk| disk.parts.get_mut(part as usize)) {
-            *place = to;
-        }
-    }
-
-    /// The place that a position names.
-    fn place(&self, position: u32) -> Option<BlockRef> {
-        let slab = (*self.slabs.get(position as usize / PART_BLOCKS)?)?;
-        let block = u64::from(slab.part) * PART_BLOCKS as u64 + u64::from(position) % PART_BLOCKS as u64;
-        Some(BlockRef { disk: slab.disk, block })
-    }
-
-    fn digest_at(&self, position: u32) -> BlockDigest {
-        let digest = self.place(position).and_then(|at| Some(self.disk(at.disk)?.store.digest(at.block)));
-        digest.unwrap_or(BlockDigest::UNKNOWN)
-    }
-}
-
 impl<S: DigestStore> BlockLookup for BlockIndex<S> {
     fn find(&self, digest: &BlockDigest) -> Option<BlockRef> {
         let position = self.table.find(digest, |known| self.disks.digest_at(known))?;
@@ -400,155 +309,4 @@ impl<S: DigestStore> BlockLookup for BlockIndex<S> {
 
 fn position(slab: u32, offset: usize) -> u32 {
     slab * PART_BLOCKS as u32 + offset as u32
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use std::collections::HashMap;
-
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const BLOCKS: u64 = 2500;
-
-    fn at(disk: u16, block: u64) -> BlockRef {
-        BlockRef { disk, block }
-    }
-
-    fn digest(seed: u8) -> BlockDigest {
-        BlockDigest([seed + 1; 16])
-    }
-
-    fn index() -> BlockIndex {
-        let mut index = BlockIndex::new();
-        index.add_disk(0, BLOCKS).unwrap();
-        index.add_disk(7, 100).unwrap();
-        index
-    }
-
-    #[test]
-    fn content_in_two_places_is_never_found_where_it_no_longer_is() {
-        let mut index = index();
-        index.set(at(0, 5), digest(1)).unwrap();
-        index.set(at(7, 9), digest(1)).unwrap();
-        assert_eq!(index.find(&digest(1)), Some(at(0, 5)));
-        index.set(at(0, 5), digest(2)).unwrap();
-        assert_eq!(index.find(&digest(1)), None);
-        assert!(index.holds(at(7, 9), &digest(1)));
-        index.set(at(7, 9), digest(1)).unwrap();
-        index.set(at(7, 10), digest(1)).unwrap();
-        assert_eq!(index.find(&digest(1)), Some(at(7, 10)));
-    }
-
-    #[test]
-    fn zeros_are_known_by_place_only_and_cost_nothing_by_the_part() {
-        let mut index = BlockIndex::new();
-        index.add_disk(0, 1 << 20).unwrap();
-        let empty = index.memory_bytes();
-        index.zero(at(0, 0), 1 << 20).unwrap();
-        assert_eq!(index.memory_bytes(), empty);
-        assert_eq!(index.get(at(0, 12_345)), Some(BlockDigest::ZERO));
-        assert_eq!(index.find(&BlockDigest::ZERO), None);
-        index.set(at(0, 12_345), digest(0)).unwrap();
-        assert_eq!(index.get(at(0, 12_344)), Some(BlockDigest::ZERO));
-        index.clear(at(0, 12_300), 100).unwrap();
-        assert_eq!((index.get(at(0, 12_345)), index.find(&digest(0))), (None, None));
-        assert_eq!(index.get(at(0, 12_400)), Some(BlockDigest::ZERO));
-    }
-
-    #[test]
-    fn places_that_do_not_exist_are_refused() {
-        let mut index = index();
-        let beyond = |disk, block, blocks| Err(IndexError::BeyondEnd { disk, block, blocks });
-        assert_eq!(index.set(at(3, 0), digest(1)), Err(IndexError::NoDisk { disk: 3 }));
-        assert_eq!(index.set(at(7, 100), digest(1)), beyond(7, 100, 100));
-        assert_eq!(index.zero(at(7, 99), 2), beyond(7, 100, 100));
-        assert_eq!(index.clear(at(0, u64::MAX), 2), beyond(0, u64::MAX, BLOCKS));
-        assert_eq!(index.add_disk(1, u64::MAX), Err(IndexError::TooLarge { disk: 1, blocks: u64::MAX }));
-        assert_eq!((index.get(at(7, 100)), index.get(at(9, 0)), index.get(at(0, u64::MAX))), (None, None, None));
-    }
-
-    #[test]
-    fn a_disk_added_again_is_forgotten_and_its_memory_used_again() {
-        let mut index = index();
-        (0..BLOCKS).for_each(|block| index.set(at(0, block), digest((block % 200) as u8)).unwrap());
-        let full = index.memory_bytes();
-        for _ in 0..3 {
-            index.add_disk(0, BLOCKS).unwrap();
-            assert!(index.is_empty());
-            (0..BLOCKS).for_each(|block| index.set(at(0, block), digest((block % 200) as u8)).unwrap());
-            assert_eq!(index.memory_bytes(), full);
-        }
-    }
-
-    #[test]
-    fn a_block_costs_less_than_24_bytes_when_all_differ() {
-        let mut index = BlockIndex::new();
-        const MANY: u64 = 1 << 17;
-        index.add_disk(0, MANY).unwrap();
-        for block in 0..MANY {
-            let hash = blake3::hash(&block.to_le_bytes());
-            index.set(at(0, block), BlockDigest(*hash.as_bytes().first_chunk().unwrap())).unwrap();
-        }
-        assert_eq!(index.len(), MANY as usize);
-        assert!(index.memory_bytes() < MANY as usize * 24, "{} bytes", index.memory_bytes());
-    }
-
-    #[test]
-    fn a_disk_added_later_leaves_the_others_to_be_found() {
-        let mut index = index();
-        (0..200).for_each(|seed| index.set(at(0, u64::from(seed)), digest(seed)).unwrap());
-        index.add_disk(1, 100_000).unwrap();
-        assert!((0..200).all(|seed| index.find(&digest(seed)) == Some(at(0, u64::from(seed)))));
-    }
-
-    #[derive(Clone, Debug)]
-    enum Change {
-        Set(u64, u8),
-        Clear(u64, u64),
-        Zero(u64, u64),
-    }
-
-    fn change() -> impl Strategy<Value = Change> {
-        prop_oneof![
-            6 => (0..BLOCKS, 0..40_u8).prop_map(|(block, seed)| Change::Set(block, seed)),
-            1 => (0..BLOCKS, 0..BLOCKS).prop_map(|(from, count)| Change::Clear(from, count.min(BLOCKS - from))),
-            1 => (0..BLOCKS, 0..BLOCKS).prop_map(|(from, count)| Change::Zero(from, count.min(BLOCKS - from))),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn it_agrees_with_a_plain_map_after_any_changes(changes in vec(change(), 0..200)) {
-            let mut index = index();
-            let mut model: HashMap<u64, BlockDigest> = HashMap::new();
-            for change in changes {
-                match change {
-                    Change::Set(block, seed) => {
-                        index.set(at(0, block), digest(seed)).unwrap();
-                        model.insert(block, digest(seed));
-                    }
-                    Change::Clear(from, count) => {
-                        index.clear(at(0, from), count).unwrap();
-                        model.retain(|block, _| !(from..from + count).contains(block));
-                    }
-                    Change::Zero(from, count) => {
-                        index.zero(at(0, from), count).unwrap();
-                        model.extend((from..from + count).map(|block| (block, BlockDigest::ZERO)));
-                    }
-                }
-            }
-            for block in 0..BLOCKS {
-                prop_assert_eq!(index.get(at(0, block)), model.get(&block).copied());
-            }
-            for seed in 0..40 {
-                if let Some(found) = index.find(&digest(seed)) {
-                    prop_assert_eq!(model.get(&found.block).copied(), Some(digest(seed)));
-                }
-            }
-        }
-    }
 }
