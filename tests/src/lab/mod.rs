@@ -78,8 +78,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(200);
 /// What tells the workers where failpoints are held.
 const FAILPOINTS_VARIABLE: &str = "PAGEPORT_FAILPOINTS";
-/// What workers leave free where their data folder is a file system of its own.
+/// What workers leave free where their data folder, or a pool, is a file system of its own.
 const RESERVE_BYTES: u32 = 16 << 20;
+/// The pool of storage that workers may have besides the default one.
+pub const POOL: &str = "extra";
 /// Folders of past runs that are kept for their logs.
 const KEPT_RUNS: usize = 10;
 
@@ -104,6 +106,8 @@ pub struct LabConfig {
     pub failpoints: Failpoints,
     /// Size of the file system of its own that each worker's data folder is, so that it can be filled; [`None`]: it is none. Needs namespaces.
     pub worker_volume_bytes: Option<u64>,
+    /// Size of the file system of its own that is the pool [`POOL`] of each worker; [`None`]: workers have no pool but the default one.
+    pub worker_pool_bytes: Option<u64>,
     /// Block devices of this machine that workers may make replicas on.
     pub devices: Vec<PathBuf>,
     /// Who is at the sites.
@@ -143,6 +147,7 @@ impl Default for LabConfig {
             lease_ms: 10_000,
             failpoints: Failpoints::default(),
             worker_volume_bytes: None,
+            worker_pool_bytes: None,
             devices: vec![],
             daemons: Daemons::default(),
         }
@@ -276,6 +281,7 @@ impl Lab {
             lease_ms,
             failpoints,
             worker_volume_bytes,
+            worker_pool_bytes,
             devices,
             daemons,
             ..
@@ -290,7 +296,8 @@ impl Lab {
             })?;
             environment.push((FAILPOINTS_VARIABLE, path.into_os_string()));
         }
-        let (addresses, reserve_bytes) = (lab.network.addresses().clone(), worker_volume_bytes.map(|_| RESERVE_BYTES));
+        let addresses = lab.network.addresses().clone();
+        let reserve_bytes = worker_volume_bytes.or(worker_pool_bytes).map(|_| RESERVE_BYTES);
         let shared =
             Shared { otlp_endpoint, log, accelerator, huge_pages, lease_ms, reserve_bytes, devices, addresses };
         for site in SITES {
@@ -312,17 +319,27 @@ impl Lab {
             lab.guards.insert(site.to_owned(), guard);
             let data = lab.data_folder(&name)?;
             if let Some(bytes) = worker_volume_bytes {
-                let volume = Volume::mount(&data, bytes);
-                let error = |source| LabError::Io { operation: "mount a file system over", path: data.clone(), source };
-                lab.volumes.push(volume.map_err(error)?);
+                lab.mount(&data, bytes)?;
             }
-            let text = settings::worker(site, &data, &runtime, &identity, &shared)?;
+            let mut pool = None;
+            if let Some(bytes) = worker_pool_bytes {
+                let path = lab.data_folder(&pool_folder(site))?;
+                lab.mount(&path, bytes)?;
+                pool = Some(path);
+            }
+            let text = settings::worker(site, &data, &runtime, &identity, &shared, pool.as_deref())?;
             let config = lab.write_config(&name, &text)?;
             let daemon = lab.start_daemon(&name, site, worker, &config, &environment)?;
             lab.workers.insert(site.to_owned(), daemon);
         }
         lab.wait_until_ready().await?;
         Ok(lab)
+    }
+
+    fn mount(&mut self, folder: &Path, bytes: u64) -> Result<(), LabError> {
+        let failed = |source| LabError::Io { operation: "mount a file system over", path: folder.to_owned(), source };
+        self.volumes.push(Volume::mount(folder, bytes).map_err(failed)?);
+        Ok(())
     }
 
     fn data_folder(&self, name: &str) -> Result<PathBuf, LabError> {
@@ -402,6 +419,12 @@ impl Lab {
     #[must_use]
     pub fn worker_data(&self, site: &str) -> PathBuf {
         self.folders.run.join("data").join(settings::worker_name(site))
+    }
+
+    /// The pool [`POOL`] of a site's worker.
+    #[must_use]
+    pub fn worker_pool(&self, site: &str) -> PathBuf {
+        self.folders.run.join("data").join(pool_folder(site))
     }
 
     /// Where the daemons' logs are.
@@ -522,6 +545,10 @@ fn ready_workers(answer: &Value) -> usize {
 }
 
 /// Removes what killed runs left in the file system, and the oldest logs.
+fn pool_folder(site: &str) -> String {
+    format!("{}-{POOL}", settings::worker_name(site))
+}
+
 fn remove_old_runs() {
     let listed = |folder: &Path| -> Vec<PathBuf> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
