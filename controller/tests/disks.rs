@@ -8,7 +8,7 @@ use pageport_controller::link::assignment::assignment;
 use pageport_controller::link::observation::{Observations, Observed};
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::model::command::ClientOrder;
-use pageport_controller::model::protection::Places;
+use pageport_controller::model::protection::Placement;
 use pageport_controller::model::state::{Power, Replica, Worker};
 use pageport_controller::model::{Answer, Command, Order, Rejection, Spec, State, Terms, apply, takeover};
 use pageport_ownership::controller::Fact;
@@ -82,7 +82,7 @@ impl Story {
             site: site(at),
             worker: worker(at),
             terms: TERMS,
-            places: Places::new(),
+            at: Placement::default(),
         };
         self.client(order).unwrap();
         let protect_seq = self.seq(at);
@@ -178,7 +178,7 @@ fn a_protected_vm_grows_also_during_its_first_copy() {
         site: site("b"),
         worker: worker("b"),
         terms: TERMS,
-        places: Places::new(),
+        at: Placement::default(),
     };
     story.client(order).unwrap();
     story.resize("root", GIB).unwrap();

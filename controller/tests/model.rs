@@ -4,7 +4,7 @@
 
 use pageport_controller::model::command::{ClientOrder, Halt};
 use pageport_controller::model::migration::{Phase, Record};
-use pageport_controller::model::protection::Places;
+use pageport_controller::model::protection::Placement;
 use pageport_controller::model::schedule::{Change, DrainMove, Spot};
 use pageport_controller::model::state::{Power, ReplicaPhase, Worker};
 use pageport_controller::model::{Answer, Command, Order, Spec, State, Terms, apply};
@@ -52,7 +52,7 @@ fn client_order() -> impl Strategy<Value = ClientOrder> {
             site: site(index),
             worker: worker(index),
             terms: Terms { rpo_ms: 30_000, keep_points: 1 + u32::from(move_number), quiesce: false },
-            places: Places::new(),
+            at: Placement::default(),
         },
         7 if move_number == 0 => ClientOrder::Unprotect { vm: vm(number), site: site(index) },
         8 if move_number == 0 => {

@@ -9,7 +9,9 @@ use pageport_controller::link::assignment::assignment;
 use pageport_controller::link::observation::{Observations, Observed};
 use pageport_controller::link::reconcile::{Now, reconcile};
 use pageport_controller::model::command::ClientOrder;
-use pageport_controller::model::protection::{Places, Point, TermsError, valid_cap, valid_places};
+use pageport_controller::model::protection::{
+    Placement, Places, Point, TermsError, valid_cap, valid_places, valid_pool,
+};
 use pageport_controller::model::state::{Power, Replica, ReplicaPhase, Worker};
 use pageport_controller::model::{Answer, Command, Order, Rejection, Spec, State, Terms, apply, takeover};
 use pageport_ownership::controller::Fact;
@@ -78,7 +80,7 @@ impl Story {
             site: site(at),
             worker: worker(at),
             terms: TERMS,
-            places: Places::new(),
+            at: Placement::default(),
         };
         self.client(order)
     }
@@ -253,8 +255,8 @@ fn places(path: &str) -> Places {
 fn a_replica_is_placed_before_it_is_there_and_not_moved_afterwards() {
     let mut story = Story::new();
     let at = |story: &Story, disk: &str, path: &str| {
-        let places = Places::from([(disk.to_owned(), path.to_owned())]);
-        ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS, places }
+        let at = Placement { places: Places::from([(disk.to_owned(), path.to_owned())]), pool: None };
+        ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS, at }
     };
     refused(story.client(at(&story, "ghost", "/dev/sdb")), "has no disk \"ghost\"");
     story.client(at(&story, "root", "/dev/sdb")).unwrap();
@@ -273,6 +275,69 @@ fn a_replica_is_placed_before_it_is_there_and_not_moved_afterwards() {
     story.seed("b").unwrap();
     story.client(ClientOrder::DeleteReplica { vm: story.id, site: site("b") }).unwrap();
     assert!(story.state.vms[&story.id].places.is_empty());
+}
+
+#[test]
+fn a_pool_is_chosen_before_the_replica_is_there_and_stays_with_the_site_until_it_is_deleted() {
+    let mut story = Story::new();
+    let at = |story: &Story, pool: &str| {
+        let at = Placement { places: Places::new(), pool: valid_pool(pool).unwrap() };
+        ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS, at }
+    };
+    story.client(at(&story, "hdd")).unwrap();
+    // Nothing is there yet: the operator may think better of it, but a seed would not know of it.
+    story.client(at(&story, "ssd")).unwrap();
+    story.unprotect("b").unwrap();
+    refused(story.seed("b"), "in a pool, where a seed does not make one");
+    story.client(at(&story, "")).unwrap();
+    story.reach("b");
+    assert_eq!(story.replications("a")[0].pool, "ssd");
+    refused(story.client(at(&story, "hdd")), "lies in pool \"ssd\": it is not moved");
+    refused(story.client(at(&story, "default")), "pageportctl replica delete web --site b");
+    story.client(at(&story, "ssd")).unwrap();
+    // Also while the VM lives there, and when that becomes a replica again.
+    for (to, back) in [("b", "a"), ("a", "b")] {
+        let id = story.begin_move(to).unwrap();
+        story.arrive(id);
+        let told = story.replications(to).remove(0);
+        assert_eq!((told.to_site.as_str(), told.pool.as_str()), (back, if back == "b" { "ssd" } else { "" }));
+    }
+    let copy: State = serde_json::from_slice(&serde_json::to_vec(&story.state).unwrap()).unwrap();
+    assert_eq!(copy, story.state);
+    story.unprotect("b").unwrap();
+    story.client(ClientOrder::DeleteReplica { vm: story.id, site: site("b") }).unwrap();
+    assert!(story.state.vms[&story.id].pools.is_empty());
+}
+
+#[test]
+fn a_replica_that_was_made_without_a_pool_lies_in_the_default_one() {
+    let mut story = Story::protected();
+    let at = |story: &Story, pool: &str| {
+        let at = Placement { places: Places::new(), pool: valid_pool(pool).unwrap() };
+        ClientOrder::Protect { vm: story.id, site: site("b"), worker: worker("b"), terms: TERMS, at }
+    };
+    refused(story.client(at(&story, "ssd")), "lies in pool \"default\"");
+    story.client(at(&story, "default")).unwrap();
+    assert!(valid_pool("Fast One").unwrap_err().to_string().contains("use 1 to 40 of a-z"));
+}
+
+#[test]
+fn an_order_from_before_there_were_pools_is_read() {
+    let order = ClientOrder::Protect {
+        vm: VmId::generate(),
+        site: site("b"),
+        worker: worker("b"),
+        terms: TERMS,
+        at: Placement { places: places("/dev/sdb"), pool: None },
+    };
+    let mut old = serde_json::to_value(&order).unwrap();
+    assert_eq!(old["Protect"]["places"]["root"], "/dev/sdb");
+    let fields = old["Protect"].as_object_mut().unwrap();
+    fields.remove("pool").unwrap();
+    assert_eq!(serde_json::from_value::<ClientOrder>(old.clone()).unwrap(), order);
+    old["Protect"].as_object_mut().unwrap().remove("places").unwrap();
+    let without = serde_json::from_value::<ClientOrder>(old).unwrap();
+    assert!(matches!(without, ClientOrder::Protect { at, .. } if at == Placement::default()));
 }
 
 #[test]
@@ -295,7 +360,7 @@ fn what_cannot_be_protected_is_refused_with_the_reason() {
         site: site("b"),
         worker: worker("c"),
         terms: TERMS,
-        places: Places::new(),
+        at: Placement::default(),
     };
     refused(story.client(elsewhere), "worker \"worker-c\" is unknown");
     let nobody = ClientOrder::Protect {
@@ -303,7 +368,7 @@ fn what_cannot_be_protected_is_refused_with_the_reason() {
         site: site("b"),
         worker: worker("b"),
         terms: TERMS,
-        places: Places::new(),
+        at: Placement::default(),
     };
     refused(story.client(nobody), "is unknown");
     refused(story.unprotect("b"), "is not protected at site \"b\"");

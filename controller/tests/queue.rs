@@ -7,7 +7,7 @@ use pageport_controller::link::budget;
 use pageport_controller::model::command::ClientOrder;
 use pageport_controller::model::convergence::Convergence;
 use pageport_controller::model::migration::{Cancel, Phase};
-use pageport_controller::model::protection::Places;
+use pageport_controller::model::protection::Placement;
 use pageport_controller::model::schedule::{Change, DrainMove, Limits, LinkLimits, Spot, Terms};
 use pageport_controller::model::state::{Power, Worker};
 use pageport_controller::model::{Command, Order, Outcome, Rejection, Spec, State, apply};
@@ -168,7 +168,9 @@ fn moves_and_replication_share_a_budget_and_a_rate_changes_while_a_move_runs() {
     story.client(ClientOrder::SetLinkLimits { from: site("a"), to: site("b"), limits }).unwrap();
     let terms = pageport_controller::model::Terms { rpo_ms: 30_000, keep_points: 1, quiesce: false };
     let (vm, worker_b) = (story.vms[2], worker("b"));
-    story.client(ClientOrder::Protect { vm, site: site("b"), worker: worker_b, terms, places: Places::new() }).unwrap();
+    story
+        .client(ClientOrder::Protect { vm, site: site("b"), worker: worker_b, terms, at: Placement::default() })
+        .unwrap();
     let ids = [0, 1].map(|vm| story.queue(vm, Terms::default(), None).unwrap());
     let told = |story: &Story| {
         let told = assignment(&story.state, &worker("a"));

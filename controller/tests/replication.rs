@@ -18,12 +18,17 @@ async fn running() -> Lab {
 
 impl Lab {
     async fn protect(&self, to_site: &str, rpo_ms: u64) -> Result<v1::Replica, tonic::Status> {
+        self.protect_in("", to_site, rpo_ms).await
+    }
+
+    async fn protect_in(&self, pool: &str, to_site: &str, rpo_ms: u64) -> Result<v1::Replica, tonic::Status> {
         let request = v1::ProtectVmRequest {
             request_id: request_id(),
             vm: "web".into(),
             to_site: to_site.into(),
             protection: Some(v1::Protection { rpo_ms, ..v1::Protection::default() }),
             places: vec![],
+            pool: pool.into(),
         };
         Ok(self.cluster.replication(self.node).protect_vm(request).await?.into_inner().replica.unwrap())
     }
@@ -94,6 +99,37 @@ async fn a_missed_target_is_the_vms_problem_until_it_is_met_or_ended() {
     lab.cluster.replication(lab.node).unprotect_vm(end).await.unwrap();
     let left = lab.vm_until("web", |vm| vm.replicas[0].protection.is_none()).await;
     assert_eq!((left.replicas[0].state(), &left.replicas[0].replication), (ReplicaState::Seeded, &None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_is_one_that_the_sites_worker_has_and_reaches_the_owner() {
+    let lab = Lab::start().await;
+    let old = lab.protect_in("ssd", "b", 0).await.unwrap_err();
+    assert_eq!(old.code(), Code::NotFound);
+    assert!(old.message().contains("it is of a version without pools"), "{old}");
+    let pool = |name: &str| v1::Pool { name: name.into(), free_bytes: 4096, ..v1::Pool::default() };
+    lab.board.lock().unwrap().pools = vec![pool("default"), pool("ssd")];
+    eventually("the workers' pools", async || {
+        let answer = lab.cluster.fleet(lab.node).list_workers(v1::ListWorkersRequest {}).await.ok()?.into_inner();
+        answer.workers.iter().all(|worker| worker.pools == [pool("default"), pool("ssd")]).then_some(())
+    })
+    .await;
+    let unknown = lab.protect_in("hdd", "b", 0).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
+    assert!(unknown.message().contains("worker \"worker-b\" has no pool \"hdd\"; it has: default, ssd"), "{unknown}");
+    let bad = lab.protect_in("Fast One", "b", 0).await.unwrap_err();
+    assert_eq!(bad.code(), Code::InvalidArgument);
+    assert_eq!(lab.protect_in("ssd", "b", 0).await.unwrap().pool, "ssd");
+    eventually("the pool at the owner", async || {
+        let board = lab.board.lock().unwrap();
+        (board.replications.get("worker-a")?.first()?.pool == "ssd").then_some(())
+    })
+    .await;
+    let vm = lab.vm_until("web", |vm| is_seeded_at(vm, "b")).await;
+    assert_eq!(vm.replicas[0].pool, "ssd");
+    let moved = lab.protect_in("default", "b", 0).await.unwrap_err();
+    assert_eq!(moved.code(), Code::FailedPrecondition);
+    assert!(moved.message().contains("lies in pool \"ssd\"") && moved.message().contains("replica delete"), "{moved}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,7 @@
 //! | type | form |
 //! |---|---|
 //! | [`VmId`], [`MigrationId`], [`RequestId`], [`StoreId`], [`RestorationId`] | UUID (version 7 when made here, so ids sort by age) |
-//! | [`SiteName`], [`WorkerName`] | `[a-z0-9-]`, 1 to 40 characters |
+//! | [`SiteName`], [`WorkerName`], [`PoolName`] | `[a-z0-9-]`, 1 to 40 characters |
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// Longest name of a site, worker, VM or disk, in bytes.
+/// Longest name of a site, worker, pool, VM or disk, in bytes.
 pub const MAX_NAME_BYTES: usize = 40;
 
 /// A text that is no id or name.
@@ -35,7 +35,7 @@ pub enum ParseIdError {
     },
 }
 
-/// Is this a well-formed name of a site, worker, VM or disk?
+/// Is this a well-formed name of a site, worker, pool, VM or disk?
 pub fn is_name(text: &str) -> bool {
     let fits = (1..=MAX_NAME_BYTES).contains(&text.len());
     fits && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -136,6 +136,25 @@ name_id!(
     WorkerName,
     "worker"
 );
+name_id!(
+    /// A pool of storage of a worker.
+    PoolName,
+    "pool"
+);
+
+impl PoolName {
+    /// Is it the one that every worker has?
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Default for PoolName {
+    /// The one that every worker has: its data folder.
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
 
 #[cfg(test)]
 mod tests {

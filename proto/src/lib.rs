@@ -20,4 +20,4 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 /// least would change nothing; more than the most is near the time after which a switchover is given up.
 pub const LONGEST_PAUSE_MS: std::ops::RangeInclusive<u64> = 500..=20_000;
 
-pub use ids::{MigrationId, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};
+pub use ids::{MigrationId, PoolName, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};

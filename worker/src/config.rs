@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use pageport_common::config::ConfigError;
 use pageport_common::telemetry::TelemetryConfig;
 use pageport_common::tls::TlsPaths;
-use pageport_proto::{SiteName, WorkerName};
+use pageport_proto::{PoolName, SiteName, WorkerName};
 use serde::Deserialize;
 
 use crate::hypervisor::{HugePages, keeper};
 use crate::memory::KeepConfig;
+use crate::pool::config::{PoolConfig, RawPool, pools};
 
 /// The file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,6 +30,8 @@ pub struct RawConfig {
     hypervisor: HypervisorConfig,
     #[serde(default)]
     replication: ReplicationConfig,
+    #[serde(default)]
+    pools: Vec<RawPool>,
     #[serde(default)]
     migration: RawMigration,
     #[serde(default)]
@@ -100,7 +103,7 @@ impl Default for HypervisorConfig {
     }
 }
 
-/// `[replication]`: how much disk may be used for it.
+/// `[replication]`: how much disk may be used for it; bounds over all VMs are those of the default pool, `data_dir`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReplicationConfig {
@@ -114,8 +117,10 @@ pub struct ReplicationConfig {
     pub all_points_bytes: Option<u64>,
     /// All replicas that lie in `data_dir` together, in bytes; [`None`]: as much as there is.
     pub replicas_bytes: Option<u64>,
-    /// Left free on the file system of `data_dir`, in bytes.
+    /// Left free on the file system of `data_dir`, and of pools that say nothing else, in bytes.
     pub reserve_bytes: u64,
+    /// The pool that scratch of the VMs that run here lies in; [`None`]: the default one.
+    pub scratch_pool: Option<String>,
     /// Block devices, and folders of such, that replicas may be made on where an operator asks for it; absolute.
     pub devices: Vec<PathBuf>,
 }
@@ -129,6 +134,7 @@ impl Default for ReplicationConfig {
             all_points_bytes: None,
             replicas_bytes: None,
             reserve_bytes: 1 << 30,
+            scratch_pool: None,
             devices: vec![],
         }
     }
@@ -187,6 +193,10 @@ pub struct Config {
     pub hypervisor: HypervisorConfig,
     /// Disk for replication.
     pub replication: ReplicationConfig,
+    /// Where it lies: the default pool first.
+    pub pools: Vec<PoolConfig>,
+    /// The one of them that scratch lies in.
+    pub scratch_pool: PoolName,
     /// Memory of VMs that have moved away.
     pub keep_memory: KeepConfig,
     /// Open recovery points.
@@ -222,6 +232,7 @@ impl TryFrom<RawConfig> for Config {
                 format!("{} is too long for unix sockets below it: at most {room} bytes", raw.runtime_dir.display());
             return Err(invalid("runtime_dir", problem));
         }
+        let (pools, scratch_pool) = pools(&raw.data_dir, &raw.replication, raw.pools)?;
         Ok(Self {
             name: raw.name.parse().map_err(|error| invalid("name", format!("{error}")))?,
             site: raw.site.parse().map_err(|error| invalid("site", format!("{error}")))?,
@@ -238,6 +249,8 @@ impl TryFrom<RawConfig> for Config {
             hypervisor: raw.hypervisor,
             keep_memory: KeepConfig { keep: raw.migration.keep_memory, reserve_bytes: raw.replication.reserve_bytes },
             replication: raw.replication,
+            pools,
+            scratch_pool,
             drill: raw.drill,
             telemetry: raw.telemetry,
         })
@@ -273,12 +286,67 @@ mod tests {
     #[test]
     fn replicas_lie_on_no_devices_and_have_no_quota_unless_that_is_said() {
         assert_eq!(parse(EXAMPLE).replication, ReplicationConfig::default());
-        let said = EXAMPLE.replace("# devices = [", "devices = [").replace("# replicas_bytes", "replicas_bytes");
+        let said = EXAMPLE.replace("# devices = [", "devices = [").replacen("# replicas_bytes", "replicas_bytes", 1);
         let ReplicationConfig { devices, replicas_bytes, .. } = parse(&said).replication;
         assert_eq!((devices, replicas_bytes), (vec![PathBuf::from("/dev/vg0/")], Some(1 << 40)));
         let relative = said.replace("/dev/vg0/", "vg0");
         let refused = read(&relative).unwrap_err().to_string();
         assert!(refused.contains("replication.devices") && refused.contains("absolute"), "{refused}");
+    }
+
+    const POOLS: &str = r#"
+        [[pools]]
+        name = "ssd"
+        path = "/srv/ssd/pageport"
+        replicas_bytes = 4096
+        [[pools]]
+        name = "hdd"
+        path = "/srv/hdd"
+        reserve_bytes = 0
+    "#;
+
+    #[test]
+    fn pools_have_bounds_of_their_own_and_the_data_folder_is_the_first_of_them() {
+        let alone = parse(EXAMPLE);
+        let [of_data] = &alone.pools[..] else { panic!("{:?}", alone.pools) };
+        assert_eq!((of_data.name.clone(), &of_data.path), (PoolName::default(), &alone.data_dir));
+        assert!(alone.scratch_pool.is_default());
+        let scratch = EXAMPLE.replace("[replication]", "[replication]\nscratch_pool = \"ssd\"\nreplicas_bytes = 1");
+        let Config { pools, scratch_pool, .. } = parse(&format!("{scratch}{POOLS}"));
+        let told: Vec<_> = pools.iter().map(|pool| (pool.name.as_str(), pool.limits.replicas_bytes)).collect();
+        assert_eq!(told, [("default", Some(1)), ("ssd", Some(4096)), ("hdd", None)]);
+        let reserves: Vec<_> = pools.iter().map(|pool| pool.limits.reserve_bytes).collect();
+        assert_eq!((reserves, scratch_pool.as_str()), (vec![1 << 30, 1 << 30, 0], "ssd"));
+    }
+
+    #[test]
+    fn the_commented_pool_of_the_example_parses() {
+        let said = EXAMPLE.replace("# [[pools]]", "[[pools]]").replace("# name = \"ssd\"", "name = \"ssd\"");
+        let said = said.replace("# path = ", "path = ").replace("# scratch_pool", "scratch_pool");
+        let Config { pools, scratch_pool, .. } = parse(&said);
+        assert_eq!((pools[1].name.as_str(), scratch_pool.as_str()), ("ssd", "ssd"));
+    }
+
+    #[test]
+    fn pools_that_cannot_be_meant_are_refused_with_the_fix() {
+        let cases = [
+            ("\"hdd\"", "\"ssd\"", "two pools are called \"ssd\""),
+            ("\"hdd\"", "\"default\"", "give this one another name"),
+            ("\"hdd\"", "\"Fast One\"", "use 1 to 40 of a-z"),
+            ("/srv/hdd", "srv/hdd", "not an absolute path"),
+            ("/srv/hdd", "/srv/ssd/../ssd", "without \"..\""),
+            ("/srv/hdd", "/srv/ssd", "of pool \"ssd\" lie in one another"),
+            ("/srv/hdd", "/srv/ssd/pageport/hdd", "give each a folder of its own"),
+            ("/srv/hdd", "/var/lib/pageport/worker/hdd", "of data_dir lie in one another"),
+            ("/srv/hdd", "/var/lib", "of data_dir lie in one another"),
+        ];
+        for (from, to, words) in cases {
+            let refused = read(&format!("{EXAMPLE}{}", POOLS.replace(from, to))).unwrap_err().to_string();
+            assert!(refused.contains("`pools.") && refused.contains(words), "{refused}");
+        }
+        let unknown = EXAMPLE.replace("[replication]", "[replication]\nscratch_pool = \"tape\"");
+        let refused = read(&format!("{unknown}{POOLS}")).unwrap_err().to_string();
+        assert!(refused.contains("replication.scratch_pool") && refused.contains("default, ssd, hdd"), "{refused}");
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod migration;
 pub mod nbd;
 pub mod node;
+pub mod pool;
 pub mod preflight;
 pub mod questions;
 pub mod quota;

@@ -1,10 +1,8 @@
 //! What the parts of one worker share: its identity, its stores, its ways to peers and controllers.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use pageport_common::store::Store;
-use pageport_proto::VmId;
 use pageport_proto::v1::PreflightReport;
 use tokio::sync::Notify;
 
@@ -17,8 +15,8 @@ use crate::hypervisor::QemuVersion;
 use crate::hypervisor::offer::Offers;
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
+use crate::pool::Pools;
 use crate::questions::Questions;
-use crate::quota::Quota;
 use crate::quote::Quotes;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
@@ -48,12 +46,12 @@ pub struct Node {
     pub qemu_version: QemuVersion,
     /// What that offers.
     pub offers: Offers,
+    /// Where they, their recovery points and scratch lie.
+    pub pools: Arc<Pools>,
     /// Disks and replicas.
     pub replicas: Arc<ReplicaStore>,
     /// Their recovery points.
     pub groups: Arc<Groups>,
-    /// Scratch of all frozen points, by a number that each has drawn.
-    pub scratch: Arc<Quota<u64>>,
     /// Images that become raw.
     pub flattenings: Arc<Flattenings>,
     /// Those that are open for reading.
@@ -84,11 +82,4 @@ pub struct Node {
     pub changed: Arc<Notify>,
     /// Notified when a VM needs a lease now.
     pub lease_wanted: Notify,
-}
-
-impl Node {
-    /// Where old bytes of a disk are kept while a point of it is copied.
-    pub fn scratch(&self, vm: VmId, disk: &str) -> PathBuf {
-        self.config.data_dir.join("scratch").join(format!("{vm}-{disk}"))
-    }
 }

@@ -104,6 +104,12 @@ pub enum Command {
         /// begin and end with zeros. Disks that are not named have their replicas in files of the worker. A replica that is there is not moved: delete it first.
         #[arg(long, value_name = "DISK=DEVICE")]
         place: Vec<Place>,
+        /// Make the replica in this pool of storage of the site's host, and keep its recovery points there.
+        ///
+        /// `worker pools` shows the pools of each host, which its worker.toml names. Chosen once: a replica that is there is not moved, delete it first. Disks with
+        /// a --place lie there, and the recovery points in the pool. Left out: where the replica lies already, or in the pool "default".
+        #[arg(long, value_name = "NAME")]
+        pool: Option<String>,
         /// Follow the first copy until there is a recovery point.
         #[arg(long)]
         watch: bool,
@@ -169,6 +175,7 @@ Example:
   pageportctl link set a b --cap 100mbit          what replication may send from a to b, if it should not take all
   pageportctl protect web --to b --rpo 30s --watch
   pageportctl protect mail --to b --place root=/dev/vg0/mail-root --place spool=/dev/vg0/mail-spool
+  pageportctl protect logs --to b --pool hdd      in another pool of b's host; `worker pools` shows them
   pageportctl protect db --to b --quiesce         file systems at rest in each point; the guest needs qemu-guest-agent
   pageportctl replication status web --watch      lag against the target, and the worst it has been
   pageportctl recovery-point list web --site b
@@ -197,6 +204,7 @@ impl Command {
             Self::Scheduler(SchedulerCommand::Get) => "scheduler get",
             Self::Scheduler(SchedulerCommand::Set { .. }) => "scheduler set",
             Self::Worker(WorkerCommand::List) => "worker list",
+            Self::Worker(WorkerCommand::Pools) => "worker pools",
             Self::Worker(WorkerCommand::Fence { .. }) => "worker fence",
             Self::Worker(WorkerCommand::DeclareDead { .. }) => "worker declare-dead",
             Self::Cluster(ClusterCommand::Restore { .. }) => "cluster restore",
@@ -353,6 +361,8 @@ mod tests {
         let Command::Protect { place, .. } = placed else { panic!() };
         let places: Vec<_> = place.iter().map(|place| (place.disk.as_str(), place.path.as_str())).collect();
         assert_eq!(places, [("root", "/dev/vg0/a=b"), ("logs", "/dev/sdb")]);
+        let Command::Protect { pool, .. } = parse(&["--pool", "ssd"]).unwrap().command else { panic!() };
+        assert_eq!(pool.as_deref(), Some("ssd"));
         for wrong in ["/dev/sdb", "=/dev/sdb", "root=", "root=sdb"] {
             assert!(parse(&["--place", wrong]).unwrap_err().to_string().contains("like root=/dev/vg0/web"));
         }

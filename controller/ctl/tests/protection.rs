@@ -61,6 +61,9 @@ async fn orders_carry_their_terms_and_are_confirmed_in_words() {
     assert!(done.stdout.contains("10 are kept, disk root on /dev/vg0/web\n"), "{}", done.stdout);
     let place = v1::DiskPlace { disk: "root".into(), path: "/dev/vg0/web".into() };
     assert_eq!(fake.script().protected[2].places, [place]);
+    let done = run(&authority, &at, &["protect", "web", "--to", "b", "--pool", "ssd"]).await.succeeded();
+    assert!(done.stdout.starts_with("web is protected at b (pool ssd): "), "{}", done.stdout);
+    assert_eq!(fake.script().protected[3].pool, "ssd");
     let done = run(&authority, &at, &["unprotect", "web", "--site", "b"]).await.succeeded();
     assert_eq!(done.stdout, "web is no longer protected at b; its replica there stays as it is\n");
     let refused = run(&authority, &at, &["unprotect", "web", "--site", "c"]).await;

@@ -1,7 +1,7 @@
 //! [`ApiError`]: every failure of a client's request, its gRPC code and what the client may do, in one place.
 
 use pageport_proto::ids::ParseIdError;
-use pageport_proto::{SiteName, VmId, WorkerName};
+use pageport_proto::{PoolName, SiteName, VmId, WorkerName};
 use tonic::{Code, Status};
 
 use crate::consensus::ConsensusError;
@@ -68,6 +68,19 @@ pub enum ApiError {
     WorkerLost {
         /// The worker.
         worker: WorkerName,
+    },
+    /// It has others.
+    #[error(
+        "worker \"{worker}\" has no pool \"{pool}\"; it has: {known}. Choose one of these, or name it under [[pools]] in its worker.toml and restart it \
+         (none at all: it is of a version without pools)"
+    )]
+    PoolUnknown {
+        /// The worker.
+        worker: WorkerName,
+        /// What was asked for.
+        pool: PoolName,
+        /// What it has.
+        known: String,
     },
     /// The name that was typed is not the VM's.
     #[error("\"{typed}\" is not the name of the vm (\"{name}\"): nothing was changed")]
@@ -236,6 +249,7 @@ impl ApiError {
                 | Rejection::ReplicaNotSeeded { .. }
                 | Rejection::ReplicaLeaving { .. }
                 | Rejection::ReplicaPlaced { .. }
+                | Rejection::ReplicaPooled { .. }
                 | Rejection::ToBePlaced { .. }
                 | Rejection::KeptUpToDate { .. }
                 | Rejection::BeingSeeded { .. }
@@ -259,7 +273,7 @@ impl ApiError {
             | Self::SeveralFound { .. }
             | Self::NotConfirmed { .. }
             | Self::WorkerNotConfirmed { .. } => Code::InvalidArgument,
-            Self::SiteUnknown { .. } => Code::NotFound,
+            Self::SiteUnknown { .. } | Self::PoolUnknown { .. } => Code::NotFound,
             Self::NoWorker { .. }
             | Self::WorkerLost { .. }
             | Self::HolderAnswers { .. }

@@ -2,13 +2,13 @@
 
 use pageport_proto::v1;
 use pageport_proto::v1::replication_service_server::ReplicationService;
-use pageport_proto::{RequestId, SiteName, VmId};
+use pageport_proto::{PoolName, RequestId, SiteName, VmId, WorkerName};
 use tonic::{Request, Response, Status};
 
 use super::error::ApiError;
 use super::{Api, Moment, Rehearsal, request_id};
 use crate::model::command::ClientOrder;
-use crate::model::protection::{Places, valid_cap, valid_places};
+use crate::model::protection::{Placement, valid_cap, valid_places, valid_pool};
 use crate::model::state::Replica;
 use crate::model::{Rejection, State, Terms};
 
@@ -46,9 +46,9 @@ impl Api {
     async fn protect(&self, request: v1::ProtectVmRequest) -> Result<Option<v1::Replica>, ApiError> {
         let id = request_id(&request.request_id)?;
         let terms = Terms::try_from(request.protection.unwrap_or_default())?;
-        let places = valid_places(request.places)?;
+        let at = Placement { places: valid_places(request.places)?, pool: valid_pool(&request.pool)? };
         let (vm, site) = (request.vm.as_str(), request.to_site.as_str());
-        self.decide(|moment| self.protect_at(moment, id, vm, site, (terms, places.clone()))).await
+        self.decide(|moment| self.protect_at(moment, id, vm, site, (terms, at.clone()))).await
     }
 
     async fn protect_at(
@@ -57,7 +57,7 @@ impl Api {
         id: RequestId,
         vm: &str,
         site: &str,
-        (terms, places): (Terms, Places),
+        (terms, at): (Terms, Placement),
     ) -> Result<Option<v1::Replica>, ApiError> {
         let (vm_id, vm) = moment.vm(vm)?;
         let site = moment.site(site)?;
@@ -67,7 +67,10 @@ impl Api {
             None if moment.state.site_of_vm(vm) == Some(&site) => vm.ownership.owner().0.clone(),
             None => moment.worker_at(&site, vm.spec.on_isolation)?,
         };
-        let order = ClientOrder::Protect { vm: vm_id, site: site.clone(), worker, terms, places };
+        if let Some(pool) = &at.pool {
+            must_have_pool(&moment, &worker, pool)?;
+        }
+        let order = ClientOrder::Protect { vm: vm_id, site: site.clone(), worker, terms, at };
         let (_, after) = self.order(id, order).await?;
         Ok(replica_of(&after, vm_id, &site))
     }
@@ -91,6 +94,16 @@ impl Api {
         let (_, after) = self.order(id, order).await?;
         Ok(link(&after.state, &from, &to))
     }
+}
+
+/// Refuses a pool that a worker does not have, by its last words. One that is away says so itself when it is told.
+fn must_have_pool(moment: &Moment, worker: &WorkerName, pool: &PoolName) -> Result<(), ApiError> {
+    let Some(observed) = moment.observations.connected(worker, moment.now) else { return Ok(()) };
+    let known: Vec<_> = observed.report.pools.iter().map(|known| known.name.as_str()).collect();
+    if known.contains(&pool.as_str()) {
+        return Ok(());
+    }
+    Err(ApiError::PoolUnknown { worker: worker.clone(), pool: pool.clone(), known: known.join(", ") })
 }
 
 fn replica_of(moment: &Moment, id: VmId, site: &SiteName) -> Option<v1::Replica> {

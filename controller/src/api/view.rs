@@ -52,10 +52,11 @@ impl<'a> View<'a> {
 
     /// All workers.
     pub fn workers(&self) -> Vec<v1::Worker> {
+        let connected = |name| self.observations.connected(name, self.now);
         let workers = self.state.workers.iter().map(|(name, worker)| v1::Worker {
             name: name.to_string(),
             site: worker.site.to_string(),
-            connected: self.observations.connected(name, self.now).is_some(),
+            connected: connected(name).is_some(),
             grpc_address: worker.grpc_address.clone(),
             peer_address: worker.peer_address.clone(),
             version: worker.version.clone(),
@@ -65,6 +66,7 @@ impl<'a> View<'a> {
             memory_total_bytes: worker.memory_total_bytes,
             guarded: self.observations.guarded(name, self.now),
             drained: self.state.schedule.is_drained(name, &worker.site),
+            pools: connected(name).map(|observed| observed.report.pools.clone()).unwrap_or_default(),
         });
         workers.collect()
     }
@@ -189,6 +191,7 @@ impl<'a> View<'a> {
         let (site_name, worker) = (site.to_string(), replica.worker.to_string());
         let lacks = replica.lacks.iter().cloned().collect();
         let places = told_places(vm.places.get(site));
+        let pool = vm.pools.get(site).map(ToString::to_string).unwrap_or_default();
         let mut out = v1::Replica {
             site: site_name,
             worker,
@@ -196,6 +199,7 @@ impl<'a> View<'a> {
             problem,
             lacks,
             places,
+            pool,
             ..v1::Replica::default()
         };
         if let Some(seed) = seed {

@@ -169,6 +169,7 @@ fn replications_for(
             cap_bps: cap_bps(site),
             scrub_seq: protection.scrub_seq,
             places: told_places(vm.places.get(site)),
+            pool: vm.pools.get(site).map(ToString::to_string).unwrap_or_default(),
         })
     });
     replications.collect()

@@ -31,6 +31,8 @@ pub const MAX_EXPORTS: usize = 4096;
 pub const MAX_FINDINGS: usize = 64;
 /// Disks of one of them.
 pub const MAX_EXPORTED_DISKS: usize = 64;
+/// Pools of one worker.
+pub const MAX_POOLS: usize = 64;
 const QUEUE: usize = 256;
 /// Observations are published this far apart: each time may cost a copy of all of them.
 const MIN_GAP: Duration = Duration::from_millis(2);
@@ -161,6 +163,7 @@ pub fn is_bounded(report: &v1::WorkerReport) -> bool {
         && report.quotes.len().max(report.preflights.len()) <= questions::MAX_OPEN
         && report.preflights.iter().all(|preflight| preflight.findings.len() <= MAX_FINDINGS)
         && report.migrations.iter().flat_map(|it| &it.record).all(|record| record.warnings.len() <= MAX_FINDINGS)
+        && report.pools.len() <= MAX_POOLS
         && report.point_exports.len() <= MAX_EXPORTS
         && report.point_exports.iter().all(|export| export.disks.len() <= MAX_EXPORTED_DISKS)
 }

@@ -96,9 +96,7 @@ fn client(state: &mut State, request: RequestId, order: ClientOrder, now: i64) -
         ClientOrder::AdoptVm { vm, spec, worker } => recovery::adopt(state, vm, *spec, worker),
         ClientOrder::DeleteVm { vm } => delete(state, vm),
         ClientOrder::SeedReplica { vm, site, worker } => seed(state, vm, site, worker),
-        ClientOrder::Protect { vm, site, worker, terms, places } => {
-            protection::protect(state, vm, site, worker, terms, places)
-        }
+        ClientOrder::Protect { vm, site, worker, terms, at } => protection::protect(state, vm, site, worker, terms, at),
         ClientOrder::Unprotect { vm, site } => protection::unprotect(state, vm, site),
         ClientOrder::Scrub { vm, site } => protection::scrub(state, vm, site),
         ClientOrder::SetLinkCap { from, to, cap_bps } => protection::set_link_cap(state, from, to, cap_bps),
@@ -249,7 +247,7 @@ fn seed(state: &mut State, id: VmId, site: SiteName, worker: WorkerName) -> Outc
     }
     // Where it has no point yet, only a protection makes it at its place.
     let is_there = vm.replicas.get(&site).is_some_and(Replica::is_there);
-    if vm.places.contains_key(&site) && !is_there {
+    if (vm.places.contains_key(&site) || vm.pools.contains_key(&site)) && !is_there {
         return Err(Rejection::ToBePlaced { name, site });
     }
     let fresh = Replica::new(worker, seed_seq, ReplicaPhase::Seeding, None);
@@ -270,6 +268,7 @@ fn delete_replica(state: &mut State, id: VmId, site: SiteName) -> Outcome {
     match vm.replicas.remove(&site) {
         Some(replica) => {
             vm.places.remove(&site);
+            vm.pools.remove(&site);
             vm.removals.insert(site, replica.worker);
             Ok(Answer::Done)
         }

@@ -7,7 +7,7 @@ use pageport_proto::{MigrationId, RequestId, SiteName, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::migration::Record;
-use super::protection::{Places, Terms};
+use super::protection::{Placement, Terms};
 use super::rejection::Rejection;
 use super::schedule::{self, Change, DrainMove, Limits, LinkLimits, Spot};
 use super::spec::Spec;
@@ -242,9 +242,9 @@ pub enum ClientOrder {
         worker: WorkerName,
         /// On which terms.
         terms: Terms,
-        /// Where replicas of disks are to lie.
-        #[serde(default)]
-        places: Places,
+        /// Where it is to lie.
+        #[serde(flatten)]
+        at: Placement,
     },
     /// Leave a replica as it is.
     Unprotect {

@@ -15,7 +15,8 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use pageport_proto::{SiteName, VmId, WorkerName, v1};
+use pageport_proto::ids::ParseIdError;
+use pageport_proto::{PoolName, SiteName, VmId, WorkerName, v1};
 use serde::{Deserialize, Serialize};
 
 use super::apply::{not_migrating, vm_mut};
@@ -37,6 +38,17 @@ pub const MIN_CAP_BPS: u64 = 100_000;
 
 /// Where the replicas of disks lie at a site, by name of the disk: paths of block devices there.
 pub type Places = BTreeMap<String, String>;
+
+/// Where a replica is to lie that is not there yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// Block devices of disks.
+    #[serde(default)]
+    pub places: Places,
+    /// The pool of the other disks and of the recovery points; [`None`]: where they lie, or the default one.
+    #[serde(default)]
+    pub pool: Option<PoolName>,
+}
 
 /// What an operator asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +114,9 @@ pub enum TermsError {
         /// The disk.
         disk: String,
     },
+    /// Not the name of a pool.
+    #[error(transparent)]
+    Pool(#[from] ParseIdError),
     /// The cap.
     #[error("a link cannot be capped at {cap_bps} bit/s: give at least 100 kbit/s, or 0 for no cap")]
     Cap {
@@ -162,6 +177,14 @@ pub fn told_places(places: Option<&Places>) -> Vec<v1::DiskPlace> {
     places.into_iter().flatten().map(told).collect()
 }
 
+/// A pool as an operator may order it; empty: none.
+///
+/// # Errors
+/// [`TermsError::Pool`].
+pub fn valid_pool(asked: &str) -> Result<Option<PoolName>, TermsError> {
+    if asked.is_empty() { Ok(None) } else { Ok(Some(asked.parse()?)) }
+}
+
 /// A cap as an operator may order it; 0: none.
 ///
 /// # Errors
@@ -192,7 +215,7 @@ pub(super) fn protect(
     site: SiteName,
     worker: WorkerName,
     terms: Terms,
-    places: Places,
+    at: Placement,
 ) -> Outcome {
     if state.site_of(&worker) != Some(&site) {
         return Err(Rejection::WorkerUnknown { worker });
@@ -208,16 +231,24 @@ pub(super) fn protect(
     if vm.removals.contains_key(&site) {
         return Err(Rejection::ReplicaLeaving { name, site });
     }
+    let Placement { places, pool } = at;
+    let held = vm.replicas.get(&site).is_some_and(Replica::is_there);
     for (disk, path) in &places {
         disks::must_have(vm, disk)?;
         let known = vm.places.get(&site).and_then(|places| places.get(disk));
-        let held = vm.replicas.get(&site).is_some_and(Replica::is_there);
         if held && known != Some(path) {
             return Err(Rejection::ReplicaPlaced { name, site, disk: disk.clone() });
         }
     }
+    let known = vm.pools.get(&site).cloned().unwrap_or_default();
+    if held && pool.as_ref().is_some_and(|pool| *pool != known) {
+        return Err(Rejection::ReplicaPooled { name, site, pool: known });
+    }
     if !places.is_empty() {
         vm.places.entry(site.clone()).or_default().extend(places);
+    }
+    if let Some(pool) = pool {
+        vm.pools.insert(site.clone(), pool);
     }
     let fresh = Replica::new(worker, 0, ReplicaPhase::Seeding, None);
     // Files of an earlier copy lie at the worker that made it: replication goes on there.

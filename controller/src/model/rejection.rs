@@ -1,6 +1,6 @@
 //! [`Rejection`]: why a command changed nothing, in words for whoever gave it, with the way out.
 
-use pageport_proto::{MigrationId, RequestId, SiteName, WorkerName};
+use pageport_proto::{MigrationId, PoolName, RequestId, SiteName, WorkerName};
 
 use super::schedule::Spot;
 use super::spec::SpecError;
@@ -182,9 +182,22 @@ pub enum Rejection {
         /// The disk.
         disk: String,
     },
-    /// A seed makes files.
+    /// Neither to another pool.
     #[error(
-        "the replica of vm \"{name}\" at site \"{site}\" is to lie on block devices, where a seed does not make one: run \"pageportctl protect {name} --to \
+        "the replica of vm \"{name}\" at site \"{site}\" is there, and lies in pool \"{pool}\": it is not moved; to have it made anew run \
+         \"pageportctl unprotect {name} --site {site}\" and \"pageportctl replica delete {name} --site {site}\", then protect the vm again"
+    )]
+    ReplicaPooled {
+        /// The VM.
+        name: String,
+        /// The site.
+        site: SiteName,
+        /// Where it lies.
+        pool: PoolName,
+    },
+    /// A seed makes files in the default pool.
+    #[error(
+        "the replica of vm \"{name}\" at site \"{site}\" is to lie on block devices or in a pool, where a seed does not make one: run \"pageportctl protect {name} --to \
          {site}\", or \"pageportctl replica delete {name} --site {site}\" first"
     )]
     ToBePlaced {

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pageport_ownership::{Generation, Ownership};
-use pageport_proto::{MigrationId, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};
+use pageport_proto::{MigrationId, PoolName, RequestId, RestorationId, SiteName, StoreId, VmId, WorkerName};
 use serde::{Deserialize, Serialize};
 
 use super::command::Answer;
@@ -156,6 +156,9 @@ pub struct Vm {
     /// Where copies of its disks were ordered to lie, by site; also while the VM itself lives on them.
     #[serde(default)]
     pub places: BTreeMap<SiteName, Places>,
+    /// The pools that copies of its disks were ordered to lie in, by site; likewise.
+    #[serde(default)]
+    pub pools: BTreeMap<SiteName, PoolName>,
     /// The newest error that an operator should see.
     pub problem: String,
     /// Changes of owner that no worker's record proves, newest last.
@@ -177,6 +180,7 @@ impl Vm {
             replicas: BTreeMap::new(),
             removals: BTreeMap::new(),
             places: BTreeMap::new(),
+            pools: BTreeMap::new(),
             problem: String::new(),
             takeovers: vec![],
             life: Life::Defined,

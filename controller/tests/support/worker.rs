@@ -59,6 +59,8 @@ pub struct Board {
     pub findings: Vec<v1::Finding>,
     /// The preflights that they were last asked for.
     pub preflights: Vec<v1::PreflightAssignment>,
+    /// What each worker says of its pools.
+    pub pools: Vec<v1::Pool>,
     /// What owners were last told to replicate.
     pub replications: BTreeMap<String, Vec<v1::ReplicationAssignment>>,
 }
@@ -482,6 +484,7 @@ impl Worker {
             generation: self.generation,
             restoration_id: self.restoration_id.clone(),
             guarded: self.board.lock().unwrap().guarded,
+            pools: self.board.lock().unwrap().pools.clone(),
             ..v1::WorkerReport::default()
         }
     }

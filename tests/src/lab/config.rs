@@ -26,6 +26,8 @@ pub struct LabConfig {
     pub failpoints: Failpoints,
     /// Size of the file system of its own that each worker's data folder is, so that it can be filled; [`None`]: it is none. Needs namespaces.
     pub worker_volume_bytes: Option<u64>,
+    /// Size of the file system of its own that is the pool [`super::POOL`] of each worker; [`None`]: workers have no pool but the default one.
+    pub worker_pool_bytes: Option<u64>,
     /// Block devices of this machine that workers may make replicas on.
     pub devices: Vec<PathBuf>,
     /// Who is at the sites.
@@ -65,6 +67,7 @@ impl Default for LabConfig {
             lease_ms: 10_000,
             failpoints: Failpoints::default(),
             worker_volume_bytes: None,
+            worker_pool_bytes: None,
             devices: vec![],
             daemons: Daemons::default(),
         }

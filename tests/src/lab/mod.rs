@@ -81,6 +81,8 @@ use volume::Volume;
 const READY_DEADLINE: Duration = Duration::from_secs(90);
 /// How long a guest may take to boot.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// The pool of storage that workers may have besides the default one.
+pub const POOL: &str = "extra";
 
 /// A running lab.
 #[derive(Debug)]
@@ -125,6 +127,12 @@ impl Lab {
     #[must_use]
     pub fn worker_data(&self, site: &str) -> PathBuf {
         self.folders.run.join("data").join(settings::worker_name(site))
+    }
+
+    /// The pool [`POOL`] of a site's worker.
+    #[must_use]
+    pub fn worker_pool(&self, site: &str) -> PathBuf {
+        self.folders.run.join("data").join(pool_folder(site))
     }
 
     /// Where the daemons' logs are.
@@ -191,4 +199,8 @@ impl Lab {
             }
         }
     }
+}
+
+fn pool_folder(site: &str) -> String {
+    format!("{}-{POOL}", settings::worker_name(site))
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use super::POOL;
 use super::addresses::Addresses;
 use super::network::SITES;
 use super::tls::Identity;
@@ -103,6 +104,7 @@ pub fn worker(
     runtime: &Path,
     identity: &Identity,
     shared: &Shared,
+    pool: Option<&Path>,
 ) -> Result<String, SettingsError> {
     let mut config = example("worker")?;
     set(&mut config, "name", worker_name(site));
@@ -124,6 +126,12 @@ pub fn worker(
     if !shared.devices.is_empty() {
         let devices: Vec<_> = shared.devices.iter().map(|device| path(device)).collect();
         set(section(&mut config, "replication"), "devices", devices);
+    }
+    if let Some(folder) = pool {
+        let mut pool = Table::new();
+        set(&mut pool, "name", POOL);
+        set(&mut pool, "path", path(folder));
+        set(&mut config, "pools", vec![Value::Table(pool)]);
     }
     set_common(&mut config, identity, shared);
     Ok(config.to_string())
@@ -244,7 +252,7 @@ mod tests {
     #[test]
     fn a_worker_knows_every_controller() {
         let mut shared = Shared { accelerator: "tcg".into(), otlp_endpoint: Some("http://x:1".into()), ..shared() };
-        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared).unwrap();
+        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared, None).unwrap();
         let config: Table = text.parse().unwrap();
         assert_eq!(config["name"].as_str(), Some("worker-c"));
         assert_eq!(config["controllers"].as_array().unwrap().len(), 3);
@@ -255,8 +263,10 @@ mod tests {
         assert!(config.get("advertise").is_none());
 
         shared.addresses.of_mut("c").advertised_peer = Some(SocketAddr::from(([127, 0, 0, 1], 9)));
-        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared).unwrap();
+        let pool = Some(Path::new("/p"));
+        let text = worker("c", Path::new("/d"), Path::new("/r"), &identity(), &shared, pool).unwrap();
         let config: Table = text.parse().unwrap();
+        assert_eq!(config["pools"][0]["path"].as_str(), Some("/p"));
         assert_eq!(config["advertise"]["peer"].as_str(), Some("127.0.0.1:9"));
     }
 }

@@ -16,18 +16,25 @@ use super::network::{self, Network, SITES};
 use super::settings::{self, Shared};
 use super::tls::Authority;
 use super::volume::Volume;
-use super::{Daemons, Failpoints, Lab, LabConfig, LabError, READY_DEADLINE};
+use super::{Daemons, Failpoints, Lab, LabConfig, LabError, READY_DEADLINE, pool_folder};
 use crate::paths;
 
 /// The pause between looks at what is not ready yet.
 const POLL: Duration = Duration::from_millis(200);
 /// What tells the workers where failpoints are held.
 const FAILPOINTS_VARIABLE: &str = "PAGEPORT_FAILPOINTS";
-/// What workers leave free where their data folder is a file system of its own.
+/// What workers leave free where their data folder, or a pool, is a file system of its own.
 const RESERVE_BYTES: u32 = 16 << 20;
 
 /// What a daemon's environment has besides the usual.
 type Environment = [(&'static str, OsString)];
+
+/// Sizes of file systems of a worker's own; [`None`]: its data folder is none, or it has no pool but the default one.
+#[derive(Clone, Copy, Debug)]
+struct WorkerVolumes {
+    data_bytes: Option<u64>,
+    pool_bytes: Option<u64>,
+}
 
 impl Lab {
     /// Starts everything and returns when all workers are connected to a leader.
@@ -53,13 +60,14 @@ impl Lab {
             operator,
         };
         let environment = lab.environment(config.failpoints)?;
+        let volumes = WorkerVolumes { data_bytes: config.worker_volume_bytes, pool_bytes: config.worker_pool_bytes };
         let shared = Shared {
             otlp_endpoint: config.otlp_endpoint,
             log: config.log,
             accelerator: config.accelerator,
             huge_pages: config.huge_pages,
             lease_ms: config.lease_ms,
-            reserve_bytes: config.worker_volume_bytes.map(|_| RESERVE_BYTES),
+            reserve_bytes: config.worker_volume_bytes.or(config.worker_pool_bytes).map(|_| RESERVE_BYTES),
             devices: config.devices,
             addresses: lab.network.addresses().clone(),
         };
@@ -69,7 +77,7 @@ impl Lab {
         if config.daemons == Daemons::All {
             for site in SITES {
                 lab.start_guard(site)?;
-                lab.start_worker(site, &shared, config.worker_volume_bytes, &environment)?;
+                lab.start_worker(site, &shared, volumes, &environment)?;
             }
         }
         lab.wait_until_ready().await?;
@@ -110,21 +118,31 @@ impl Lab {
         &mut self,
         site: &str,
         shared: &Shared,
-        volume_bytes: Option<u64>,
+        volumes: WorkerVolumes,
         environment: &Environment,
     ) -> Result<(), LabError> {
         let name = settings::worker_name(site);
         let identity = self.authority.issue(&name, &format!("{name}.worker.pageport"))?;
         let data = self.data_folder(&name)?;
-        if let Some(bytes) = volume_bytes {
-            let volume = Volume::mount(&data, bytes);
-            let error = |source| LabError::Io { operation: "mount a file system over", path: data.clone(), source };
-            self.volumes.push(volume.map_err(error)?);
+        if let Some(bytes) = volumes.data_bytes {
+            self.mount(&data, bytes)?;
         }
-        let text = settings::worker(site, &data, &self.folders.runtime.join(site), &identity, shared)?;
+        let mut pool = None;
+        if let Some(bytes) = volumes.pool_bytes {
+            let path = self.data_folder(&pool_folder(site))?;
+            self.mount(&path, bytes)?;
+            pool = Some(path);
+        }
+        let text = settings::worker(site, &data, &self.folders.runtime.join(site), &identity, shared, pool.as_deref())?;
         let config = self.write_config(&name, &text)?;
         let daemon = self.start_daemon(&name, site, &paths::program("pageport-worker"), &config, environment)?;
         self.workers.insert(site.to_owned(), daemon);
+        Ok(())
+    }
+
+    fn mount(&mut self, folder: &Path, bytes: u64) -> Result<(), LabError> {
+        let failed = |source| LabError::Io { operation: "mount a file system over", path: folder.to_owned(), source };
+        self.volumes.push(Volume::mount(folder, bytes).map_err(failed)?);
         Ok(())
     }
 

@@ -85,7 +85,7 @@ pub fn status(error: &DrillError) -> Status {
         | DrillError::Listens { .. }
         | DrillError::Ended { .. }
         | DrillError::Points(_)
-        | DrillError::Replica(GroupsError::Points(_))
+        | DrillError::Replica(GroupsError::Points(_) | GroupsError::Pool(_))
         | DrillError::Export(_) => Code::FailedPrecondition,
         DrillError::Folder(_) | DrillError::Store(_) | DrillError::Record(_) | DrillError::Thread(_) => Code::Internal,
     };

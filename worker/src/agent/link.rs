@@ -114,6 +114,7 @@ fn build(node: &Node, assignment_seq: u64, assigned: Option<&WorkerAssignment>) 
         point_exports: node.exports.reports(),
         quotes: node.quotes.reports(),
         preflights: node.preflights.answers(),
+        pools: node.pools.reports(),
         assignment_seq,
         store_id: node.store.id.to_string(),
         generation: joined.number,

@@ -20,7 +20,6 @@ pub mod lease;
 pub mod link;
 pub mod peers;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::controllers::Controllers;
 use crate::clock;
-use crate::config::{AcceleratorChoice, Config, ReplicationConfig};
+use crate::config::{AcceleratorChoice, Config};
 use crate::drill::export::Grounds;
 use crate::drill::exports::Exports;
 use crate::generation::Joined;
@@ -41,14 +40,14 @@ use crate::hypervisor::{self, Accelerator, accel};
 use crate::memory::KeptMemory;
 use crate::migration::registry::Registry;
 use crate::node::Node;
+use crate::pool::Pools;
 use crate::questions::Questions;
-use crate::quota::Quota;
 use crate::quote::Quotes;
 use crate::replica::cap::Caps;
 use crate::replica::flatten::Flattenings;
 use crate::replica::groups::Groups;
 use crate::replica::points::Limits;
-use crate::replica::store::{ReplicaStore, RoomLimits};
+use crate::replica::store::ReplicaStore;
 use crate::replica::view::Views;
 use crate::replication::registry::Replications;
 use crate::replication::serve::Sessions;
@@ -56,6 +55,8 @@ use crate::store_identity::{StoreAge, StoreIdentity};
 use crate::transport::PeerEndpoint;
 use crate::vms::{Vms, managed};
 
+/// Between two looks at what the pools hold.
+const POOLS_INTERVAL: Duration = Duration::from_secs(2);
 /// Tasks have this long to end when the worker stops; guests go on without it.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -69,6 +70,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let node = Arc::new(node);
     node.vms.restore(node.store.age).await.context("take over the vms of an earlier worker")?;
     node.store.settle(&store)?;
+    node.pools.begin()?;
+    // Before the first report, which tells of them.
+    tokio::task::block_in_place(|| node.replicas.look_at_pools());
     let owned = |vm| node.vms.get(vm).is_some_and(|vm| vm.status().record.owned().is_some());
     node.views.retain(owned).await;
     node.memory.retain(|vm| node.vms.get(vm).is_some() && !owned(vm));
@@ -81,6 +85,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn(stop.clone().run_until_cancelled_owned(console::run(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(drills::restore(node.clone())));
     tasks.spawn(stop.clone().run_until_cancelled_owned(look_at_qemu(node.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(look_at_pools(node.clone())));
     tracing::info!(worker = %node.config.name, site = %node.config.site, accelerator = %node.hypervisor.accelerator, "worker runs");
     stop.cancelled().await;
     tasks.close();
@@ -98,9 +103,20 @@ async fn look_at_qemu(node: Arc<Node>) {
     }
 }
 
+/// So that no report waits for a disk.
+async fn look_at_pools(node: Arc<Node>) {
+    loop {
+        tokio::time::sleep(POOLS_INTERVAL).await;
+        let replicas = node.replicas.clone();
+        if tokio::task::spawn_blocking(move || replicas.look_at_pools()).await.is_err() {
+            tracing::error!("the look at the pools broke off");
+        }
+    }
+}
+
 async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let identity = Identity::load(&config.tls)?;
-    for folder in [&config.data_dir, &config.runtime_dir, &config.data_dir.join("scratch")] {
+    for folder in [&config.data_dir, &config.runtime_dir] {
         std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     }
     let store = Arc::new(Store::open(&config.data_dir.join("store"))?);
@@ -120,13 +136,13 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
     let (huge_pages, runtime_dir) = (config.hypervisor.huge_pages, config.runtime_dir.clone());
     let hypervisor = hypervisor::Host { qemu, keeper, accelerator, huge_pages, runtime_dir };
     let changed = Arc::new(Notify::new());
-    let ReplicationConfig { replicas_bytes, reserve_bytes, ref devices, .. } = config.replication;
-    let room = RoomLimits { replicas_bytes, reserve_bytes };
-    let replicas = Arc::new(ReplicaStore::new(store.clone(), &config.data_dir).allow(devices.clone()).limited(room));
+    let pools = Arc::new(Pools::new(store.clone(), identity_of_store.id, &config.pools, &config.scratch_pool)?);
+    let devices = config.replication.devices.clone();
+    let replicas = Arc::new(ReplicaStore::over(store.clone(), pools.clone()).allow(devices));
+    let reserve_bytes = config.replication.reserve_bytes;
     let limits =
         Limits { points_bytes: config.replication.points_bytes, held_bytes: config.drill.held_bytes, reserve_bytes };
-    let groups =
-        Arc::new(Groups::new(store.clone(), &config.data_dir, limits).within(config.replication.all_points_bytes));
+    let groups = Arc::new(Groups::over(store.clone(), pools.clone(), limits));
     let tool = config.hypervisor.qemu_img.clone();
     let flattenings = Arc::new(Flattenings::new(tool, reserve_bytes, changed.clone()));
     let vms = Vms::new(managed::Shared {
@@ -153,8 +169,8 @@ async fn start(config: Config) -> anyhow::Result<(Node, Arc<Store>)> {
         registry: Registry::new(changed.clone()),
         quotes: Quotes::new(changed.clone()),
         preflights: Questions::new(changed.clone()),
+        pools,
         groups,
-        scratch: Arc::new(Quota::new(config.replication.all_scratch_bytes, HashMap::new())),
         flattenings,
         exports: Exports::new(grounds, changed.clone()),
         views: Views::new(&config.data_dir),

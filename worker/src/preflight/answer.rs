@@ -108,6 +108,7 @@ fn room(node: &Node, vm: VmId, disks: &[ReplicationDisk]) -> Result<(), ReplicaE
 
 fn replica(node: &Node, vm: VmId, disks: &[ReplicationDisk]) -> Result<(), ReplicaError> {
     node.replicas.must_be_flat(vm)?;
+    node.replicas.must_be_there(vm)?;
     for ReplicationDisk { name, .. } in disks {
         let missing = || ReplicaError::Missing { vm, disk: name.clone() };
         node.replicas.locate(vm, name)?.ok_or_else(missing)?;

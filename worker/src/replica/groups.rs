@@ -12,18 +12,17 @@
 //! there is never more than one open group.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageport_common::store::Store;
 use pageport_proto::VmId;
 use pageport_proto::v1::RecoveryPoint;
 
-use super::points::{
-    Change, FOLDER, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo,
-};
+use super::points::{Change, Group, GroupState, HeldPoint, Layer, LeaseEnd, Limits, Lineage, PointError, PointInfo};
 use super::store::{ReplicaDisk, ReplicaError, ReplicaStore};
-use crate::quota::{Quota, Share};
+use crate::pool::{PoolError, Pools};
+use crate::quota::Share;
 
 /// How a hypervisor takes the disks over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +42,9 @@ pub enum GroupsError {
     /// The points.
     #[error(transparent)]
     Points(#[from] PointError),
+    /// Where they lie.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
 }
 
 /// The points of one VM's replica, open.
@@ -108,10 +110,8 @@ impl Points {
 #[derive(Debug)]
 pub struct Groups {
     store: Arc<Store>,
-    folder: PathBuf,
+    pools: Arc<Pools>,
     limits: Limits,
-    /// What the points of all VMs occupy, those too that are not open.
-    quota: Arc<Quota<VmId>>,
     open: Mutex<HashMap<VmId, Arc<Points>>>,
     turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
     /// Held while a VM's points are opened or forgotten: either may save the record.
@@ -119,23 +119,15 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Those whose files lie below `data_dir`.
+    /// Those whose files lie below `data_dir`, where there may be as many as these limits let each VM have.
     pub fn new(store: Arc<Store>, data_dir: &Path, limits: Limits) -> Self {
-        let folder = data_dir.join("replicas");
-        let quota = Arc::new(Quota::new(None, HashMap::new()));
-        Self { store, folder, limits, quota, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
+        let pools = Pools::only(store.clone(), data_dir, limits.reserve_bytes);
+        Self::over(store, Arc::new(pools), limits)
     }
 
-    /// The points of all VMs together may occupy so many bytes; [`None`]: as much as there is.
-    #[must_use]
-    pub fn within(self, all_bytes: Option<u64>) -> Self {
-        let folders = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
-        let used = folders.filter_map(|folder| {
-            let vm = folder.file_name().to_str()?.parse().ok()?;
-            let files = std::fs::read_dir(folder.path().join(FOLDER)).ok()?.flatten();
-            Some((vm, files.filter_map(|file| Some(file.metadata().ok()?.len())).sum()))
-        });
-        Self { quota: Arc::new(Quota::new(all_bytes, used.collect())), ..self }
+    /// Those whose files lie in these pools. Each VM has these limits, but each pool says what is to be left free.
+    pub fn over(store: Arc<Store>, pools: Arc<Pools>, limits: Limits) -> Self {
+        Self { store, pools, limits, open: Mutex::default(), turns: Mutex::default(), gates: Mutex::default() }
     }
 
     /// One session of a VM at a time.
@@ -146,8 +138,8 @@ impl Groups {
     /// Opens a VM's points over these disks; what a crash has left is finished or undone.
     ///
     /// # Errors
-    /// The files or the record cannot be read or written.
-    pub fn open(&self, vm: VmId, mut disks: Vec<(String, Arc<ReplicaDisk>)>) -> Result<Arc<Points>, PointError> {
+    /// The files or the record cannot be read or written, or the pool is not there.
+    pub fn open(&self, vm: VmId, mut disks: Vec<(String, Arc<ReplicaDisk>)>) -> Result<Arc<Points>, GroupsError> {
         disks.sort_by(|(one, _), (other, _)| one.cmp(other));
         let gate = self.gate(vm);
         let _gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,10 +152,11 @@ impl Groups {
             points.group.close(&LeaseEnd::Reopened);
         }
         // Not under the lock: a journal may be put in place meanwhile, and reports ask for points.
-        let folder = self.folder.join(vm.to_string());
+        let pool = self.pools.ready(vm)?;
         let by_name = disks.iter().cloned().collect();
-        let share = Share::new(self.quota.clone(), vm);
-        let group = Group::open_within(self.store.clone(), &folder, vm, by_name, self.limits, share)?;
+        let limits = Limits { reserve_bytes: pool.limits().reserve_bytes, ..self.limits };
+        let share = Share::new(pool.points_quota().clone(), vm);
+        let group = Group::open_within(self.store.clone(), &pool.replica(vm), vm, by_name, limits, share)?;
         let points = Arc::new(Points { group, disks, layer: Mutex::default() });
         self.lock().insert(vm, points.clone());
         Ok(points)
@@ -235,7 +228,7 @@ impl Groups {
     pub fn open_existing(&self, replicas: &ReplicaStore, vm: VmId) -> Result<Arc<Points>, GroupsError> {
         let names = replicas.names(vm)?;
         let disks = names.iter().map(|name| Ok((name.clone(), replicas.open_existing(vm, name)?)));
-        Ok(self.open(vm, disks.collect::<Result<_, ReplicaError>>()?)?)
+        self.open(vm, disks.collect::<Result<_, ReplicaError>>()?)
     }
 
     /// Finishes what is committed and undoes what is not.
@@ -248,16 +241,20 @@ impl Groups {
     /// Forgets a VM's points; its disks stay as they are. A session that has them open goes on with nothing; who reads one is told why.
     ///
     /// # Errors
-    /// The record or the files cannot be removed.
+    /// The record or the files cannot be removed, or the pool is not there.
     pub fn forget(&self, vm: VmId, why: &LeaseEnd) -> Result<(), GroupsError> {
+        let pool = self.pools.leaving(vm)?;
         let gate = self.gate(vm);
         let _gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.lock().remove(&vm);
         if let Some(points) = known {
             points.group.close(why);
         }
-        Group::forget_closed(&self.store, &self.folder.join(vm.to_string()), vm)?;
-        self.quota.forget(&vm);
+        let folder = pool.as_ref().map(|pool| pool.replica(vm));
+        Group::forget_closed(&self.store, folder.as_deref(), vm)?;
+        if let Some(pool) = pool {
+            pool.points_quota().forget(&vm);
+        }
         Ok(())
     }
 

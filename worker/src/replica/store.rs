@@ -3,8 +3,8 @@
 //! | where | what |
 //! |---|---|
 //! | key `disk/<vm>/<disk>` of the worker's store | path, format and [`Origin`] of the image on this host |
-//! | `<data_dir>/replicas/<vm>/<disk>.raw` | a replica that this worker made |
-//! | `<data_dir>/disks/<vm>/<disk>.raw` | a disk that was added, and that this worker made where no path was given |
+//! | `replicas/<vm>/<disk>.raw` below the VM's [pool](crate::pool) | a replica that this worker made |
+//! | `disks/<vm>/<disk>.raw` below it | a disk that was added, and that this worker made where no path was given |
 //!
 //! An image that an operator provided ([`Origin::Given`]) is never deleted. When its VM moves away it becomes the
 //! replica for the way back. Replicas are raw: a qcow2 image is flattened first ([`flattening`]). An operator may have a replica made on a block
@@ -25,15 +25,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageport_common::store::{Batch, Store};
-use pageport_proto::VmId;
+use pageport_proto::{PoolName, VmId};
 use serde::{Deserialize, Serialize};
 
 pub use self::disk::ReplicaDisk;
+use self::disk::SPARE_BYTES;
 pub use self::error::ReplicaError;
 use self::room::Expected;
-pub use self::room::RoomLimits;
 use super::points;
 use crate::image::{Format, Image, ImageError, begins_like_qcow2, qcow2_bytes};
+use crate::pool::{self, Pools};
 
 /// Unit of digests and of comparison, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;
@@ -97,22 +98,23 @@ impl DiskLocation {
 #[derive(Debug)]
 pub struct ReplicaStore {
     store: Arc<Store>,
-    folder: PathBuf,
-    /// Of the disks that were added.
-    disks_folder: PathBuf,
+    pools: Arc<Pools>,
     /// Block devices, and folders of such, that replicas may be made on.
     devices: Vec<PathBuf>,
-    limits: RoomLimits,
     expected: Mutex<Expected>,
     open: Mutex<HashMap<(VmId, String), Arc<ReplicaDisk>>>,
 }
 
 impl ReplicaStore {
-    /// Keeps its records in `store` and its files below `data_dir`.
+    /// Keeps its records in `store` and its files below `data_dir`, where there may be as many as there is room for.
     pub fn new(store: Arc<Store>, data_dir: &Path) -> Self {
-        let (folder, disks_folder) = (data_dir.join("replicas"), data_dir.join("disks"));
-        let (devices, limits) = (vec![], RoomLimits::default());
-        Self { store, folder, disks_folder, devices, limits, expected: Mutex::default(), open: Mutex::default() }
+        let pools = Pools::only(store.clone(), data_dir, SPARE_BYTES);
+        Self::over(store, Arc::new(pools))
+    }
+
+    /// Keeps its records in `store` and its files in these pools.
+    pub fn over(store: Arc<Store>, pools: Arc<Pools>) -> Self {
+        Self { store, pools, devices: vec![], expected: Mutex::default(), open: Mutex::default() }
     }
 
     /// Replicas may be made on these block devices, or on those in these folders.
@@ -121,10 +123,24 @@ impl ReplicaStore {
         Self { devices, ..self }
     }
 
-    /// Replicas may occupy so much.
-    #[must_use]
-    pub fn limited(self, limits: RoomLimits) -> Self {
-        Self { limits, ..self }
+    /// Sees to it that the VM's replica lies in this pool, which is there.
+    ///
+    /// # Errors
+    /// It lies in another, or the pool must not be used, with the reason and the way out.
+    pub fn choose_pool(&self, vm: VmId, asked: &PoolName) -> Result<(), ReplicaError> {
+        if self.names(vm)?.is_empty() {
+            return Ok(self.pools.choose(vm, asked)?);
+        }
+        let held = self.pools.ready(vm)?.name().clone();
+        if held == *asked { Ok(()) } else { Err(ReplicaError::Pooled { vm, held, asked: asked.clone() }) }
+    }
+
+    /// Refuses what is to be done with a VM's replica while its pool is not there.
+    ///
+    /// # Errors
+    /// The pool is not there; the worker's store failed.
+    pub fn must_be_there(&self, vm: VmId) -> Result<(), ReplicaError> {
+        Ok(self.pools.ready(vm).map(drop)?)
     }
 
     /// Where a disk lies on this host, if it does.
@@ -217,7 +233,7 @@ impl ReplicaStore {
             }
             Some(location) => location,
             None => {
-                let path = self.folder.join(vm.to_string()).join(format!("{disk}.raw"));
+                let path = self.pools.of(vm)?.replica(vm).join(format!("{disk}.raw"));
                 DiskLocation { path, origin: Origin::Made, format: Format::Raw, size_bytes: None }
             }
         };
@@ -227,7 +243,8 @@ impl ReplicaStore {
                 ReplicaDisk::new(&location.path, file, size_bytes, Some(device))
             }
             None => {
-                let replica = ReplicaDisk::in_file(&location.path, allocated_bytes)?;
+                let pool = self.pools.ready(vm)?;
+                let replica = ReplicaDisk::in_file(&location.path, allocated_bytes, pool.name())?;
                 self.record(vm, disk, &location)?;
                 replica
             }
@@ -245,8 +262,21 @@ impl ReplicaStore {
         let missing = || ReplicaError::Missing { vm, disk: disk.to_owned() };
         let location = self.locate(vm, disk)?.ok_or_else(missing)?;
         // It is not to be made.
-        location.bytes()?;
+        self.explained(vm, location.bytes())?;
         self.open_as_it_is(vm, disk, 0)
+    }
+
+    /// The image of a disk of a VM on this host.
+    ///
+    /// # Errors
+    /// [`ImageError`], or that the pool that it lies in is not there.
+    pub fn image(&self, vm: VmId, location: &DiskLocation) -> Result<Image, ReplicaError> {
+        self.explained(vm, location.image())
+    }
+
+    /// What lies in a pool that is not there cannot be opened, and says so.
+    fn explained<T>(&self, vm: VmId, opened: Result<T, ImageError>) -> Result<T, ReplicaError> {
+        opened.or_else(|error| self.pools.ready(vm).map_err(ReplicaError::from).and(Err(error.into())))
     }
 
     /// The images of a VM on this host, with the names of their disks.
@@ -292,9 +322,10 @@ impl ReplicaStore {
     /// Forgets a VM's disks, and deletes those that this worker made.
     ///
     /// # Errors
-    /// The worker's store failed, or a file cannot be deleted.
+    /// The worker's store failed, or a file cannot be deleted, or is in a pool that is not there.
     pub fn remove(&self, vm: VmId) -> Result<(), ReplicaError> {
         self.close(vm);
+        let pool = self.pools.leaving(vm)?;
         self.expect_nothing(vm);
         self.forget_flattening(vm)?;
         let prefix = format!("disk/{vm}/");
@@ -308,17 +339,12 @@ impl ReplicaStore {
             batch.remove(name);
         }
         batch.remove(points::record_key(vm));
-        let folder = self.folder.join(vm.to_string());
-        let points = folder.join(points::FOLDER);
-        if points.exists() {
-            std::fs::remove_dir_all(&points).map_err(|source| ReplicaError::Open { path: points, source })?;
-        }
-        if folder.exists() {
-            std::fs::remove_dir(&folder).map_err(|source| ReplicaError::Open { path: folder, source })?;
-        }
-        let disks = self.disks_folder.join(vm.to_string());
-        if disks.exists() {
-            std::fs::remove_dir_all(&disks).map_err(|source| ReplicaError::Open { path: disks, source })?;
+        batch.remove(pool::record_key(vm));
+        if let Some(pool) = pool {
+            let folder = pool.replica(vm);
+            remove_folder(folder.join(points::FOLDER), |points| std::fs::remove_dir_all(points))?;
+            remove_folder(folder, |folder| std::fs::remove_dir(folder))?;
+            remove_folder(pool.disks(vm), |disks| std::fs::remove_dir_all(disks))?;
         }
         self.store.commit(batch).map_err(failed)
     }
@@ -356,6 +382,14 @@ fn key(vm: VmId, disk: &str) -> String {
 pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
     Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+/// Removes a folder, there or not.
+fn remove_folder(path: PathBuf, remove: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ReplicaError> {
+    match remove(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ReplicaError::Open { path, source }),
+        _ => Ok(()),
+    }
 }
 
 fn remove_if_there(path: &Path) -> Result<(), ReplicaError> {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use pageport_common::telemetry;
 use pageport_proto::v1::{
     BeginLayer, BeginPoint, CommitPoint, Committed, CompareBlocks, Compared, DiskHello, DiskPlace, ReplicaPoints,
-    ReplicationDisk, ReplicationHello, ReplicationReply, ReplicationRequest, StreamHello, replication_reply,
-    replication_request, stream_hello,
+    ReplicationAssignment, ReplicationDisk, ReplicationHello, ReplicationReply, ReplicationRequest, StreamHello,
+    replication_reply, replication_request, stream_hello,
 };
 
 use crate::transport::{
@@ -45,6 +45,21 @@ pub enum ControlError {
     },
 }
 
+/// Where a replica is to lie that is not there yet; by default wherever its worker makes it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Placement<'a> {
+    /// Block devices of disks.
+    pub disks: &'a [DiskPlace],
+    /// The pool of all else; empty: none was ordered.
+    pub pool: &'a str,
+}
+
+impl<'a> From<&'a ReplicationAssignment> for Placement<'a> {
+    fn from(order: &'a ReplicationAssignment) -> Self {
+        Self { disks: &order.places, pool: &order.pool }
+    }
+}
+
 /// The control stream, seen from the source.
 #[derive(Debug)]
 pub struct Control {
@@ -61,10 +76,10 @@ impl Control {
         connection: &PeerConnection,
         session: u64,
         disks: &[DiskHello],
-        places: &[DiskPlace],
+        place: Placement<'_>,
     ) -> Result<(Self, ReplicaPoints), ControlError> {
         let place_of = |disk: &str| {
-            let place = places.iter().find(|place| place.disk == disk);
+            let place = place.disks.iter().find(|place| place.disk == disk);
             place.map(|place| place.path.clone()).unwrap_or_default()
         };
         let vm_id = disks.first().map(|disk| disk.vm_id.clone()).unwrap_or_default();
@@ -74,7 +89,8 @@ impl Control {
             allocated_bytes: disk.allocated_bytes,
             place: place_of(&disk.disk),
         };
-        let hello = ReplicationHello { vm_id, session, disks: disks.iter().map(disk).collect() };
+        let (disks, pool) = (disks.iter().map(disk).collect(), place.pool.to_owned());
+        let hello = ReplicationHello { vm_id, session, disks, pool };
         let (send, recv) = connection.open_bi(priority::CONTROL).await?;
         let (mut writer, reader) = (MessageWriter::new(send), MessageReader::new(recv));
         let traceparent = telemetry::traceparent_of(&tracing::Span::current());

@@ -5,11 +5,11 @@
 //! ```
 //! Guarantees: scratch stays within its bound; a copy that does not get on is given up; [`FrozenCopy::release`] leaves nothing behind.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use pageport_proto::PoolName;
 use tokio::task::JoinSet;
 
 use super::pull::{PullError, pull};
@@ -19,9 +19,9 @@ use crate::hypervisor::guest_agent::Quiescence;
 use crate::hypervisor::{HypervisorError, Vm};
 use crate::nbd::{ClientError, NbdClient, Sink, States};
 use crate::node::Node;
+use crate::pool::{Pool, PoolError, key, place};
 use crate::quota::{Full, Share};
 use crate::replica::cap::Cap;
-use crate::replica::store::free_bytes;
 
 /// Between two looks at scratch and progress.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
@@ -46,6 +46,9 @@ pub enum FrozenCopyError {
         #[source]
         source: ClientError,
     },
+    /// The pool that scratch lies in.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// Scratch cannot be looked at.
     #[error("look at the scratch of a frozen point")]
     LookAtScratch(#[source] std::io::Error),
@@ -61,24 +64,30 @@ pub enum FrozenCopyError {
     /// All guests together wrote more than scratch may hold.
     #[error(
         "{used_bytes} of the {limit_bytes} bytes of scratch for all vms are used, and the guest overwrote more while a point was copied: \
-         raise replication.all_scratch_bytes in worker.toml, or give the link more bandwidth"
+         raise {} in worker.toml, or give the link more bandwidth",
+        key(pool, "all_scratch_bytes")
     )]
     AllScratchFull {
         /// What all have.
         used_bytes: u64,
         /// The bound.
         limit_bytes: u64,
+        /// Where it lies.
+        pool: PoolName,
     },
     /// Too little is left on the file system of scratch.
     #[error(
-        "{free_bytes} bytes are free where scratch lies, and {reserve_bytes} are to be left free: \
-         free some space, or lower replication.reserve_bytes in worker.toml"
+        "{free_bytes} bytes are free where scratch lies, and {reserve_bytes} are to be left free: free some space {}, or lower {} in worker.toml",
+        place(pool),
+        key(pool, "reserve_bytes")
     )]
     NoSpace {
         /// What the file system has.
         free_bytes: u64,
         /// What is to be left.
         reserve_bytes: u64,
+        /// Where it lies.
+        pool: PoolName,
     },
     /// What was copied did not reach the destination.
     #[error("bring what was copied to the destination")]
@@ -124,9 +133,8 @@ pub struct FrozenCopy {
 /// How much scratch there may be.
 #[derive(Debug)]
 struct Bounds {
-    folder: PathBuf,
+    pool: Arc<Pool>,
     scratch_bytes: u64,
-    reserve_bytes: u64,
     /// In the scratch of all VMs.
     share: Share<u64>,
 }
@@ -142,11 +150,18 @@ impl Bounds {
         if used_bytes > self.scratch_bytes {
             return Err(FrozenCopyError::ScratchFull { limit_bytes: self.scratch_bytes });
         }
-        let full = |Full { used_bytes, limit_bytes }| FrozenCopyError::AllScratchFull { used_bytes, limit_bytes };
+        let pool = || self.pool.name().clone();
+        let full = |Full { used_bytes, limit_bytes }| FrozenCopyError::AllScratchFull {
+            used_bytes,
+            limit_bytes,
+            pool: pool(),
+        };
         self.share.take(used_bytes).map_err(full)?;
-        let free_bytes = free_bytes(&self.folder).map_err(FrozenCopyError::LookAtScratch)?;
-        let reserve_bytes = self.reserve_bytes;
-        if free_bytes < reserve_bytes { Err(FrozenCopyError::NoSpace { free_bytes, reserve_bytes }) } else { Ok(()) }
+        let (free_bytes, reserve_bytes) = (self.pool.free_bytes()?, self.pool.limits().reserve_bytes);
+        if free_bytes >= reserve_bytes {
+            return Ok(());
+        }
+        Err(FrozenCopyError::NoSpace { free_bytes, reserve_bytes, pool: pool() })
     }
 }
 
@@ -163,15 +178,12 @@ impl FrozenCopy {
         next: &str,
         consistency: Consistency,
     ) -> Result<Self, FrozenCopyError> {
-        let limits = &node.config.replication;
-        let bounds = Bounds {
-            folder: node.config.data_dir.clone(),
-            scratch_bytes: limits.scratch_bytes,
-            reserve_bytes: limits.reserve_bytes,
-            share: Share::new(node.scratch.clone(), rand::random()),
-        };
+        let pool = node.pools.for_scratch()?;
+        let (folder, share) = (pool.scratch(), Share::new(pool.scratch_quota().clone(), rand::random()));
+        let bounds = Bounds { pool, scratch_bytes: node.config.replication.scratch_bytes, share };
         bounds.check(0)?;
-        let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: node.scratch(qemu.id(), name) };
+        let file = |name: &str| folder.join(format!("{}-{name}", qemu.id()));
+        let disk = |name: &String| FreezeDisk { name: name.clone(), scratch: file(name) };
         let disks: Vec<_> = names.iter().map(disk).collect();
         let frozen = qemu.freeze_with(&disks, since, next, consistency).await?;
         let (pulls, done_bytes, pace) = (JoinSet::new(), Arc::default(), Arc::new(Cap::none()));

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use pageport_proto::v1::{DiskHello, VmSpec};
 
-use super::control::{Control, ControlError};
+use super::control::{Control, ControlError, Placement};
 use super::frozen_copy::{Copied, FrozenCopy, FrozenCopyError};
 use super::last_increment::{LastIncrement, LastIncrementError};
 use super::mark::Mark;
@@ -89,7 +89,7 @@ impl MovingDisks {
             Ok::<_, CopyError>(DiskHello { session, migration_id, ..hello(node, qemu.id(), name)? })
         };
         let hellos = tokio::task::block_in_place(|| names.iter().map(of).collect::<Result<Vec<_>, _>>())?;
-        let (mut control, points) = Control::open(&connection, session, &hellos, &[]).await?;
+        let (mut control, points) = Control::open(&connection, session, &hellos, Placement::default()).await?;
         let mut plan = Plan::make(qemu, &names, &points, peer).await?;
         if node.replications.has_damage(qemu.id()) {
             // The bitmap says nothing of what a scrub has found.

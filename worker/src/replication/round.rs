@@ -160,7 +160,7 @@ impl Round<'_> {
         let session = rand::random::<u64>().max(1);
         let names = disks_of(self.qemu, self.spec).await?;
         let hellos = hellos(self.node, self.qemu.id(), &names, session)?;
-        let (mut control, points) = Control::open(connection, session, &hellos, &self.order.places).await?;
+        let (mut control, points) = Control::open(connection, session, &hellos, self.order.into()).await?;
         let plan = Plan::make(self.qemu, &names, &points, &self.order.peer_worker).await?;
         let begin = BeginPoint { number: plan.number, in_place: plan.in_place };
         let lineage = control.begin(begin).await?;

@@ -18,17 +18,17 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use pageport_ownership::Guest;
-use pageport_proto::VmId;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::{
     BeginPoint, Begun, CommitPoint, Committed, CompareBlocks, Compared, DiskFailure, DiskHello, RecoveryPoint,
     ReplicaPoints, ReplicationHello, ReplicationReply, ReplicationRequest, replication_reply, replication_request,
 };
+use pageport_proto::{PoolName, VmId};
 use tokio::sync::OwnedMutexGuard;
 
 use super::scrub::answer::{CompareError, compare};
 use crate::node::Node;
-use crate::replica::groups::Points;
+use crate::replica::groups::{GroupsError, Points};
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, MAX_DISK_BYTES, PointError, PointInfo};
 use crate::replica::serve::{DiskChange, DiskTarget, RawChange, ServeError, change_in_place, compress};
 use crate::replica::store::{ReplicaDisk, ReplicaError};
@@ -66,6 +66,9 @@ pub enum SessionError {
     /// Its points.
     #[error(transparent)]
     Points(#[from] PointError),
+    /// Its points cannot be opened.
+    #[error(transparent)]
+    Open(#[from] GroupsError),
     /// The replica could not be compared.
     #[error(transparent)]
     Compare(#[from] CompareError),
@@ -337,6 +340,10 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     if hello.disks.iter().any(|disk| disk.size_bytes > MAX_DISK_BYTES) {
         return Err(request("a disk is too large"));
     }
+    let pool: Option<PoolName> = match hello.pool.as_str() {
+        "" => None,
+        name => Some(name.parse().map_err(|_| request("its pool has no good name"))?),
+    };
     let known = node.vms.get_or_create(vm)?;
     let status = known.status();
     if status.record.owned().is_some() || status.volatile.guest != Guest::Absent {
@@ -347,6 +354,9 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     let (replicas, groups, asked) = (node.replicas.clone(), node.groups.clone(), hello.disks.clone());
     let opened = tokio::task::spawn_blocking(move || -> Result<_, SessionError> {
         replicas.must_be_flat(vm)?;
+        if let Some(pool) = pool {
+            replicas.choose_pool(vm, &pool)?;
+        }
         let files = asked.iter().filter(|disk| disk.place.is_empty());
         let wanted: Vec<_> = files.map(|disk| (disk.name.as_str(), disk.allocated_bytes)).collect();
         replicas.make_room(vm, &wanted)?;

@@ -36,6 +36,8 @@ pub enum SiteCommand {
 pub enum WorkerCommand {
     /// List the workers.
     List,
+    /// Show the pools of storage of the workers: what replicas, recovery points and scratch occupy in each, and may.
+    Pools,
     /// Move every running VM away from a worker, each to another site with a replica; see `site drain`.
     Drain {
         /// Name of the worker.

@@ -1,4 +1,4 @@
-//! `site list`, `worker list`, `worker declare-dead`.
+//! `site list`, `worker list`, `worker pools`, `worker declare-dead`.
 
 use pageport_proto::v1;
 use pageport_proto::v1::fleet_service_client::FleetServiceClient;
@@ -6,7 +6,7 @@ use pageport_proto::v1::fleet_service_client::FleetServiceClient;
 use super::confirm::ask_for_name;
 use super::{Context, ask, now_unix_ms, request_id};
 use crate::error::CtlError;
-use crate::render::lists;
+use crate::render::{lists, pools};
 use crate::trace::Traced;
 
 pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
@@ -17,6 +17,11 @@ pub async fn sites(context: &mut Context) -> Result<(), CtlError> {
 pub async fn workers(context: &mut Context) -> Result<(), CtlError> {
     let response = ask!(context, FleetServiceClient<Traced>, list_workers, v1::ListWorkersRequest {}).await?;
     context.output.message(&response, |response| lists::workers(response, now_unix_ms()))
+}
+
+pub async fn pools(context: &mut Context) -> Result<(), CtlError> {
+    let response = ask!(context, FleetServiceClient<Traced>, list_workers, v1::ListWorkersRequest {}).await?;
+    context.output.message(&response, pools::pools)
 }
 
 pub async fn declare_dead(

@@ -52,6 +52,7 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         }
         Command::Scheduler(command) => schedule::run(&mut context, command).await,
         Command::Worker(WorkerCommand::List) => fleet::workers(&mut context).await,
+        Command::Worker(WorkerCommand::Pools) => fleet::pools(&mut context).await,
         Command::Worker(WorkerCommand::Fence { worker, confirm: _, reason: _, check: true }) => {
             fence::check(&mut context, worker).await
         }
@@ -65,11 +66,15 @@ pub async fn run(command: Command, controllers: Controllers, output: Output) -> 
         Command::Vm(command) => vm::run(&mut context, command).await,
         Command::Disk(command) => disk::run(&mut context, command).await,
         Command::Replica(command) => replica::run(&mut context, command).await,
-        Command::Protect { vm, to, rpo, keep, quiesce, place, watch } => {
-            let terms = v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce };
-            let places = place.into_iter().map(v1::DiskPlace::from).collect();
-            let request =
-                v1::ProtectVmRequest { request_id: request_id(), vm, to_site: to, protection: Some(terms), places };
+        Command::Protect { vm, to, rpo, keep, quiesce, place, pool, watch } => {
+            let request = v1::ProtectVmRequest {
+                request_id: request_id(),
+                vm,
+                to_site: to,
+                protection: Some(v1::Protection { rpo_ms: rpo.0, keep_points: keep, quiesce }),
+                places: place.into_iter().map(v1::DiskPlace::from).collect(),
+                pool: pool.unwrap_or_default(),
+            };
             protection::protect(&mut context, request, watch).await
         }
         Command::Unprotect { vm, site } => protection::unprotect(&mut context, vm, site).await,

@@ -7,6 +7,7 @@ use pageport_proto::v1::{
     ListSitesResponse, ListVmsResponse, ListWorkersResponse, Migration, MigrationState, Replica, Takeover, Vm, VmSpec,
 };
 
+use super::pools::site;
 use super::table::Align::{Left, Right};
 use super::table::Table;
 use super::words::{or_dash, yes_no};
@@ -238,7 +239,7 @@ fn replica_table(replicas: &[Replica]) -> String {
             None => (words::replica_state(replica.state), replica.done_bytes, replica.total_bytes),
         };
         table.row([
-            replica.site.clone(),
+            site(replica),
             state.to_owned(),
             units::bytes(done_bytes),
             units::bytes(total_bytes),

@@ -11,6 +11,7 @@
 //! | [`protection`] | how protected VMs stand, links |
 //! | [`preflight`] | what would hinder a move |
 //! | [`point`] | recovery points, and those that are open for reading |
+//! | [`pools`] | pools of storage of workers |
 //! | [`record`] | what a finished migration was |
 //! | [`json`] | any message as JSON |
 //! | [`screen`] | draws progress: in place on a terminal, line by line elsewhere |
@@ -21,6 +22,7 @@ pub mod fence;
 pub mod json;
 pub mod lists;
 pub mod point;
+pub mod pools;
 pub mod preflight;
 pub mod progress;
 pub mod protection;

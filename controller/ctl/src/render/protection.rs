@@ -4,6 +4,7 @@ use pageport_proto::v1::{
     ListLinksResponse, ListVmsResponse, Protection, Replica, ReplicationPhase, ReplicationStatus, ScrubStatus, Vm,
 };
 
+use super::pools::site;
 use super::progress::time_left;
 use super::schedule::{rate, slots};
 use super::table::Align::{Left, Right};
@@ -60,7 +61,7 @@ fn status_cells(vm: String, replica: &Replica, protection: Protection, now_unix_
     };
     [
         vm,
-        replica.site.clone(),
+        site(replica),
         phase(status),
         status.newest.map_or_else(dash, |point| point.number.to_string()),
         newest(units::duration(status.lag_ms)),
@@ -154,7 +155,7 @@ pub fn protect_line(vm: &str, replica: &Replica) -> String {
         replica.places.iter().map(|place| format!(", disk {} on {}", place.disk, place.path)).collect();
     format!(
         "{vm} is protected at {}: a recovery point at least every {rpo}, {keep} are kept{quiesced}{places}",
-        replica.site
+        site(replica)
     )
 }
 

@@ -1,6 +1,9 @@
 //! What must hold of VMs' recovery points, whoever takes the disks.
 
+use pageport_proto::{PoolName, StoreId};
+
 use super::*;
+use crate::pool::config::{PoolConfig, PoolLimits};
 use crate::replica::points::{Bound, ChangeDigest};
 
 const SIZE: u64 = 1 << 20;
@@ -10,6 +13,7 @@ struct Host {
     replicas: ReplicaStore,
     groups: Groups,
     vm: VmId,
+    store_id: StoreId,
 }
 
 impl Host {
@@ -19,13 +23,29 @@ impl Host {
         let replicas = ReplicaStore::new(store.clone(), folder.path());
         let limits = Limits { points_bytes: 1 << 30, held_bytes: 1 << 30, reserve_bytes: 0 };
         let groups = Groups::new(store, folder.path(), limits);
-        Self { folder, replicas, groups, vm: VmId::generate() }
+        Self { folder, replicas, groups, vm: VmId::generate(), store_id: StoreId::generate() }
     }
 
     /// As a session opens them.
     fn open(&self) -> Arc<Points> {
         let disk = self.replicas.open_for_writing(self.vm, "root", SIZE, 0).unwrap();
         self.groups.open(self.vm, vec![("root".to_owned(), disk)]).unwrap()
+    }
+
+    /// A worker that starts, whose points are bounded so: in `data_dir`, and in a pool "ssd" if there is one.
+    fn restart(&mut self, all_points_bytes: Option<u64>, of_ssd: Option<Option<u64>>) {
+        let pool = |name: &str, path: &str, all_points_bytes| PoolConfig {
+            name: name.parse().unwrap(),
+            path: self.folder.path().join(path),
+            limits: PoolLimits { all_points_bytes, ..PoolLimits::default() },
+        };
+        let mut pools = vec![pool("default", "", all_points_bytes)];
+        pools.extend(of_ssd.map(|bytes| pool("ssd", "ssd", bytes)));
+        let (store, id) = (self.groups.store.clone(), self.store_id);
+        let pools = Arc::new(Pools::new(store.clone(), id, &pools, &PoolName::default()).unwrap());
+        pools.begin().unwrap();
+        self.groups = Groups::over(store.clone(), pools.clone(), self.groups.limits);
+        self.replicas = ReplicaStore::over(store, pools);
     }
 
     fn take_over(&self) {
@@ -112,7 +132,7 @@ fn the_points_of_all_vms_are_bounded_together_and_each_gives_up_its_own_alone() 
     const BYTES: usize = 200 << 10;
     let mut host = Host::new();
     let bound = Some(5 * BYTES as u64 / 2);
-    host.groups = Groups::new(host.groups.store.clone(), host.folder.path(), host.groups.limits).within(bound);
+    host.restart(bound, None);
     let one = host.open();
     one.group.adopt(Lineage::generate(), info(1)).unwrap();
     commit(&one, 2, BYTES).unwrap();
@@ -138,12 +158,74 @@ fn the_points_of_all_vms_are_bounded_together_and_each_gives_up_its_own_alone() 
     let vm = host.vm;
     other.group.close(&LeaseEnd::Reopened);
     one.group.close(&LeaseEnd::Reopened);
-    host.groups = Groups::new(host.groups.store.clone(), host.folder.path(), host.groups.limits).within(bound);
+    host.restart(bound, None);
     let other = host.open();
     assert!(matches!(commit(&other, 4, 2 * BYTES), Err(PointError::NoSpace { bound: Bound::AllVms, .. })));
     host.groups.forget(first, &LeaseEnd::Removed).unwrap();
     commit(&other, 4, 2 * BYTES).unwrap();
     assert_eq!(host.groups.points(vm).last().unwrap().number, 4);
+}
+
+#[test]
+fn points_lie_in_the_pool_of_their_vm_and_a_pool_that_is_full_hinders_no_other() {
+    const BYTES: usize = 200 << 10;
+    let bound = Some(BYTES as u64 * 3 / 2);
+    let ssd: PoolName = "ssd".parse().unwrap();
+    let mut host = Host::new();
+    host.restart(None, Some(bound));
+    let [first, second, third] = std::array::from_fn(|_| VmId::generate());
+    let begin = |host: &mut Host, vm, pool: &PoolName| {
+        host.vm = vm;
+        host.replicas.choose_pool(vm, pool).unwrap();
+        let points = host.open();
+        points.group.adopt(Lineage::generate(), info(1)).unwrap();
+        points
+    };
+    let one = begin(&mut host, first, &ssd);
+    commit(&one, 2, BYTES).unwrap();
+    assert!(host.folder.path().join("ssd/replicas").join(first.to_string()).join("points").exists());
+    let two = begin(&mut host, second, &ssd);
+    let refused = commit(&two, 2, BYTES).unwrap_err();
+    assert!(refused.to_string().contains("by all vms (all_points_bytes of pool \"ssd\")"), "{refused}");
+    let other = begin(&mut host, third, &PoolName::default());
+    commit(&other, 2, BYTES).unwrap();
+    commit(&other, 3, BYTES).unwrap();
+    assert_eq!((host.groups.points(first).len(), host.groups.points(third).len()), (2, 3), "nobody has lost any");
+
+    // What is not open after a restart counts where it is.
+    for points in [one, two, other] {
+        points.group.close(&LeaseEnd::Reopened);
+    }
+    host.restart(None, Some(bound));
+    host.vm = second;
+    let two = host.open();
+    assert!(commit(&two, 2, BYTES).is_err());
+    host.groups.forget(first, &LeaseEnd::Removed).unwrap();
+    assert!(!host.folder.path().join("ssd/replicas").join(first.to_string()).join("points").exists());
+    commit(&two, 2, BYTES).unwrap();
+}
+
+#[test]
+fn points_in_a_pool_that_is_not_there_are_neither_lost_nor_forgotten() {
+    let mut host = Host::new();
+    host.restart(None, Some(None));
+    host.replicas.choose_pool(host.vm, &"ssd".parse().unwrap()).unwrap();
+    host.open().group.adopt(Lineage::generate(), info(1)).unwrap();
+    let (mounted, away) = (host.folder.path().join("ssd"), host.folder.path().join("away"));
+    std::fs::rename(&mounted, &away).unwrap();
+    host.restart(None, Some(None));
+    let refused = [
+        host.groups.open_existing(&host.replicas, host.vm).map(drop),
+        host.groups.surrender(&host.replicas, host.vm, Surrender::NewestPoint),
+        host.groups.forget(host.vm, &LeaseEnd::Removed),
+    ];
+    for refused in refused {
+        assert!(refused.unwrap_err().to_string().contains("is its file system mounted?"));
+    }
+    assert!(!mounted.exists());
+    std::fs::rename(&away, &mounted).unwrap();
+    let points = host.groups.open_existing(&host.replicas, host.vm).unwrap();
+    assert_eq!(points.group.state().points, [info(1)]);
 }
 
 #[test]

@@ -3,22 +3,26 @@
 use std::io;
 
 use pageport_common::store::StoreError;
+use pageport_proto::PoolName;
+
+use crate::pool::{key, place};
 
 /// Which of the bounds was reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
     /// For one VM, or the file system's.
     OneVm,
-    /// For all of the host.
+    /// For all of the pool.
     AllVms,
 }
 
-impl std::fmt::Display for Bound {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::OneVm => "by this vm (replication.points_bytes)",
-            Self::AllVms => "by all vms (replication.all_points_bytes)",
-        })
+impl Bound {
+    /// Whose it is, and what sets it.
+    fn told(self, pool: &PoolName) -> String {
+        match self {
+            Self::OneVm => "by this vm (replication.points_bytes)".to_owned(),
+            Self::AllVms => format!("by all vms ({})", key(pool, "all_points_bytes")),
+        }
     }
 }
 
@@ -67,8 +71,8 @@ pub enum PointError {
     },
     /// No room, even without older points.
     #[error(
-        "no space for recovery points: {needed_bytes} bytes are needed, {bound} {used_bytes} of {limit_bytes} are used, and \
-         {free_bytes} are free on the file system; raise the limit or free some space"
+        "no space for recovery points: {needed_bytes} bytes are needed, {} {used_bytes} of {limit_bytes} are used, and {free_bytes} are free {}, where {} \
+         stay free; raise the limit or free some space", bound.told(pool), place(pool), key(pool, "reserve_bytes")
     )]
     NoSpace {
         /// What was to be written.
@@ -81,6 +85,8 @@ pub enum PointError {
         bound: Bound,
         /// What the file system has left.
         free_bytes: u64,
+        /// Where they lie.
+        pool: PoolName,
     },
     /// A change that no honest peer sends.
     #[error("the peer worker asked for what cannot be: {what}")]

@@ -176,14 +176,16 @@ impl Group {
         Ok(record.transpose()?.map(|record| record.state()))
     }
 
-    /// Forgets the points of a VM that are not open, without finishing what is under way: the disks stay as they are.
+    /// Forgets the points of a VM that are not open, without finishing what is under way: the disks stay as they are. [`None`]: nobody knows where
+    /// their files are.
     ///
     /// # Errors
     /// The worker's store failed, or files cannot be deleted.
-    pub fn forget_closed(store: &Store, folder: &Path, vm: VmId) -> Result<(), PointError> {
+    pub fn forget_closed(store: &Store, folder: Option<&Path>, vm: VmId) -> Result<(), PointError> {
         let mut batch = Batch::default();
         batch.remove(record_key(vm));
         store.commit(batch).map_err(|source| PointError::Store { what: "write", source })?;
+        let Some(folder) = folder else { return Ok(()) };
         match std::fs::remove_dir_all(folder.join(FOLDER)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error("delete", FOLDER)(error)),
             _ => Ok(()),

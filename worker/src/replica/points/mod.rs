@@ -67,7 +67,7 @@ pub const MAX_LEASES: usize = 8;
 /// The largest disk, in bytes: what the usual file systems hold in one file.
 pub const MAX_DISK_BYTES: u64 = 8 << 40;
 /// The folder of the journals and undo files, beside the replicas.
-pub(super) const FOLDER: &str = "points";
+pub(crate) const FOLDER: &str = "points";
 
 /// Where the record of a VM's points lies in the worker's store.
 pub(super) fn record_key(vm: VmId) -> String {

@@ -28,7 +28,8 @@ impl Inner {
                     self.no_space(core, needed_bytes)
                 }
                 Err(Full { used_bytes, limit_bytes }) => {
-                    PointError::NoSpace { needed_bytes, used_bytes, limit_bytes, bound: Bound::AllVms, free_bytes }
+                    let (bound, pool) = (Bound::AllVms, self.share.pool().clone());
+                    PointError::NoSpace { needed_bytes, used_bytes, limit_bytes, bound, free_bytes, pool }
                 }
             };
             // Its own, whoever else has more: nobody loses points to another VM.
@@ -105,6 +106,7 @@ impl Inner {
             limit_bytes: self.limits.points_bytes,
             bound: Bound::OneVm,
             free_bytes: self.medium.folder.free_bytes().unwrap_or_default(),
+            pool: self.share.pool().clone(),
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::unistd::{Whence, lseek64};
+use pageport_proto::PoolName;
 
 use super::device::{self, Device};
 use super::{ReplicaError, free_bytes, image_bytes};
@@ -47,8 +48,8 @@ impl ReplicaDisk {
         }
     }
 
-    /// In a file, which is made if it is not there. [`ReplicaError::NoSpace`]: `allocated_bytes` do not fit.
-    pub(super) fn in_file(path: &Path, allocated_bytes: u64) -> Result<Self, ReplicaError> {
+    /// In a file of a pool, which is made if it is not there. [`ReplicaError::NoSpace`]: `allocated_bytes` do not fit.
+    pub(super) fn in_file(path: &Path, allocated_bytes: u64, pool: &PoolName) -> Result<Self, ReplicaError> {
         let failed = |source| ReplicaError::Open { path: path.to_owned(), source };
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(failed)?;
@@ -56,7 +57,8 @@ impl ReplicaDisk {
             let needed_bytes = allocated_bytes.saturating_sub(held);
             let free_bytes = free_bytes(folder).map_err(failed)?;
             if needed_bytes.saturating_add(SPARE_BYTES) > free_bytes {
-                return Err(ReplicaError::NoSpace { path: path.to_owned(), needed_bytes, free_bytes });
+                let (path, pool) = (path.to_owned(), pool.clone());
+                return Err(ReplicaError::NoSpace { path, needed_bytes, free_bytes, pool });
             }
         }
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;

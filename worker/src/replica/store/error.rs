@@ -4,9 +4,10 @@ use std::io;
 use std::path::PathBuf;
 
 use pageport_common::store::StoreError;
-use pageport_proto::VmId;
+use pageport_proto::{PoolName, VmId};
 
 use crate::image::ImageError;
+use crate::pool::{PoolError, key, place};
 
 /// Why a disk or replica cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +52,8 @@ pub enum ReplicaError {
     },
     /// Not enough room.
     #[error(
-        "no space for the replica {}: it needs {needed_bytes} bytes and {free_bytes} are free; \
-         free some space or move the worker's data_dir", path.display()
+        "no space for the replica {}: it needs {needed_bytes} bytes and {free_bytes} are free {}, where {} stay free; free some space there, or have the \
+         replica made in another pool (\"pageportctl protect --pool\")", path.display(), place(pool), key(pool, "reserve_bytes")
     )]
     NoSpace {
         /// The image.
@@ -61,11 +62,14 @@ pub enum ReplicaError {
         needed_bytes: u64,
         /// What the file system has.
         free_bytes: u64,
+        /// Where it lies.
+        pool: PoolName,
     },
-    /// All replicas together are as large as they may be.
+    /// All replicas of a pool together are as large as they may be.
     #[error(
         "the replica of vm {vm} needs {needed_bytes} bytes more, replicas occupy {used_bytes} here and may {quota_bytes} \
-         (replication.replicas_bytes): raise that in the worker's worker.toml, or make room with \"pageportctl replica delete\""
+         ({}): raise that in the worker's worker.toml, or make room with \"pageportctl replica delete\"",
+        key(pool, "replicas_bytes")
     )]
     Quota {
         /// The VM.
@@ -76,6 +80,25 @@ pub enum ReplicaError {
         used_bytes: u64,
         /// What may be.
         quota_bytes: u64,
+        /// Where.
+        pool: PoolName,
+    },
+    /// The pool that it lies in, or is to.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// The replica lies in another pool.
+    #[error(
+        "the replica of vm {vm} lies {} and is to lie {}; a replica is not moved: delete it (\"pageportctl replica delete\") and protect the vm again",
+        place(held),
+        place(asked)
+    )]
+    Pooled {
+        /// The VM.
+        vm: VmId,
+        /// Where it lies.
+        held: PoolName,
+        /// Where it is to.
+        asked: PoolName,
     },
     /// A replica cannot be brought to stable storage.
     #[error("bring the replica {} to stable storage", path.display())]

@@ -19,7 +19,7 @@ use crate::image::Format;
 const BEGUN_SUFFIX: &str = ".pageport-new";
 
 impl ReplicaStore {
-    /// The image of a disk that was added, made where it is not there yet: at `given`, or below the worker's data folder. The caller makes it larger if
+    /// The image of a disk that was added, made where it is not there yet: at `given`, or in the VM's pool. The caller makes it larger if
     /// it is smaller than the disk.
     ///
     /// # Errors
@@ -35,6 +35,9 @@ impl ReplicaStore {
             Some(location) => location,
             None => self.claim(vm, disk, given)?,
         };
+        if given.is_none() {
+            self.must_be_there(vm)?;
+        }
         let path = &location.path;
         let failed = |source| ReplicaError::Make { disk: disk.to_owned(), path: path.clone(), source };
         match path.metadata() {
@@ -51,7 +54,7 @@ impl ReplicaStore {
     fn claim(&self, vm: VmId, disk: &str, given: Option<&Path>) -> Result<DiskLocation, ReplicaError> {
         let (path, origin) = match given {
             Some(path) => (path.to_owned(), Origin::Given),
-            None => (self.disks_folder.join(vm.to_string()).join(format!("{disk}.raw")), Origin::Made),
+            None => (self.pools.of(vm)?.disks(vm).join(format!("{disk}.raw")), Origin::Made),
         };
         if path.symlink_metadata().is_ok() {
             return Err(ReplicaError::DiskInTheWay { disk: disk.to_owned(), path });

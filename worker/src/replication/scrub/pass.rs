@@ -25,7 +25,7 @@ use crate::replica::cap::Cap;
 use crate::replica::copy::{CopyError, hellos};
 use crate::replica::store::BLOCK_BYTES;
 use crate::replica::view::ReplicaView;
-use crate::replication::control::{Control, ControlError};
+use crate::replication::control::{Control, ControlError, Placement};
 use crate::replication::frozen_copy::{FrozenCopy, FrozenCopyError, unreadable};
 use crate::replication::mark::Mark;
 use crate::replication::plan::{Plan, disks_of};
@@ -137,7 +137,7 @@ impl Pass<'_> {
         let session = rand::random::<u64>().max(1);
         let names = disks_of(self.qemu, self.spec).await?;
         let hellos = hellos(self.node, self.qemu.id(), &names, session)?;
-        let (mut control, points) = Control::open(&connection, session, &hellos, &[]).await?;
+        let (mut control, points) = Control::open(&connection, session, &hellos, Placement::default()).await?;
         let disks = Disks(hellos.into_iter().map(|hello| (hello.disk, hello.size_bytes)).collect());
         let plan = Plan::make(self.qemu, &disks.names(), &points, &self.order.peer_worker).await?;
         let since = plan.since.filter(|_| !plan.in_place).ok_or(ScrubError::NoBitmap)?;

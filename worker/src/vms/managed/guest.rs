@@ -168,7 +168,7 @@ impl ManagedVm {
                     found.ok_or_else(|| VmError::DiskForgotten { vm: self.id, disk: disk.name.clone() })?
                 }
             };
-            Ok(Some((disk.name.clone(), location.image().map_err(ReplicaError::from)?)))
+            Ok(Some((disk.name.clone(), self.shared.replicas.image(self.id, &location)?)))
         };
         tokio::task::block_in_place(|| {
             if mode == StartMode::Incoming {

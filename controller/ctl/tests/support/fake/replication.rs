@@ -36,6 +36,7 @@ impl ReplicationService for Fake {
             state,
             protection: request.protection,
             places: request.places,
+            pool: request.pool,
             ..Default::default()
         };
         Ok(Response::new(v1::ProtectVmResponse { replica: Some(replica) }))

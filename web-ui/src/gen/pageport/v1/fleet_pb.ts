@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file pageport/v1/fleet.proto.
  */
 export const file_pageport_v1_fleet: GenFile = /*@__PURE__*/
-  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIvgBCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIEg8KB2RyYWluZWQYZCABKAgiaAoIRGlza1NwZWMSDAoEbmFtZRgBIAEoCRIMCgRwYXRoGAIgASgJEg4KBmZvcm1hdBgDIAEoCRISCgpzaXplX2J5dGVzGCggASgEEgwKBHBvcnQYKSABKA0SDgoGY3JlYXRlGCogASgIIi4KCkRpc2tTdGF0dXMSDAoEbmFtZRgBIAEoCRISCgpzaXplX2J5dGVzGAIgASgEIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLaAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3kSFQoNYW50aV9hZmZpbml0eRhkIAMoCUIOCgxfZGlyZWN0X2Jvb3Qi4AIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXISJgoFZGlza3MYKCADKAsyFy5wYWdlcG9ydC52MS5EaXNrU3RhdHVzIpgCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJEg0KBWFnZW50GAggASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCJVCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0SJAoFZm91bmQYoAEgAygLMhQucGFnZXBvcnQudjEuRm91bmRWbSJCCgdGb3VuZFZtEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHd29ya2VycxgDIAMoCRIMCgRydW5zGAQgASgIIjAKDkFkb3B0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkiLgoPQWRvcHRWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iZAoYRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEhQKDGNvbmZpcm1fbmFtZRgDIAEoCRIOCgZyZWFzb24YBCABKAkiSQoZRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRITCgt2bXNfdW5rbm93bhgBIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYAiADKAki2gEKEkZlbmNlV29ya2VyUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBndvcmtlchgCIAEoCRI2CgZhY3Rpb24YAyABKA4yJi5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QuQWN0aW9uEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiQgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEg4KCkFDVElPTl9PRkYQARIQCgxBQ1RJT05fQ0hFQ0sQAiKdAgoTRmVuY2VXb3JrZXJSZXNwb25zZRI1CgVwaGFzZRgBIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UuUGhhc2USDgoGd29ya2VyGAIgASgJEg0KBWFnZW50GAMgASgJEhQKDGFnZW50X291dHB1dBgEIAEoCRIPCgdwcm9ibGVtGAUgASgJEiIKA3ZtcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkZlbmNlZFZtImUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASDwoLUEhBU0VfQUdFTlQQARISCg5QSEFTRV9UQUtFT1ZFUhACEg4KClBIQVNFX0RPTkUQAxIQCgxQSEFTRV9GQUlMRUQQBCJwCghGZW5jZWRWbRINCgV2bV9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSEQoJdG9fd29ya2VyGAQgASgJEg8KB3Byb2JsZW0YBSABKAkSEgoKdGFrZW5fb3ZlchgGIAEoCCIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIlUKEVJlc2l6ZURpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEIjEKElJlc2l6ZURpc2tSZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtImAKDkFkZERpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEEgwKBHBhdGgYBSABKAkiLgoPQWRkRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iEwoRV2F0Y2hGbGVldFJlcXVlc3QioAEKEldhdGNoRmxlZXRSZXNwb25zZRIgCgVzaXRlcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLlNpdGUSJAoHd29ya2VycxgCIAMoCzITLnBhZ2Vwb3J0LnYxLldvcmtlchIcCgN2bXMYAyADKAsyDy5wYWdlcG9ydC52MS5WbRIkCgVmb3VuZBigASADKAsyFC5wYWdlcG9ydC52MS5Gb3VuZFZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgy/QgKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEmIKEURlY2xhcmVXb3JrZXJEZWFkEiUucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0GiYucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRJECgdBZG9wdFZtEhsucGFnZXBvcnQudjEuQWRvcHRWbVJlcXVlc3QaHC5wYWdlcG9ydC52MS5BZG9wdFZtUmVzcG9uc2USRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABEk0KClJlc2l6ZURpc2sSHi5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXNwb25zZRJECgdBZGREaXNrEhsucGFnZXBvcnQudjEuQWRkRGlza1JlcXVlc3QaHC5wYWdlcG9ydC52MS5BZGREaXNrUmVzcG9uc2ViBnByb3RvMw", [file_pageport_v1_replication]);
+  fileDesc("ChdwYWdlcG9ydC92MS9mbGVldC5wcm90bxILcGFnZXBvcnQudjEiTQoEU2l0ZRIMCgRuYW1lGAEgASgJEg8KB3dvcmtlcnMYAiADKAkSEwoLdm1zX3J1bm5pbmcYAyABKA0SEQoJcmVhY2hhYmxlGAQgASgIIpsCCgZXb3JrZXISDAoEbmFtZRgBIAEoCRIMCgRzaXRlGAIgASgJEhEKCWNvbm5lY3RlZBgDIAEoCBIUCgxncnBjX2FkZHJlc3MYBCABKAkSFAoMcGVlcl9hZGRyZXNzGAUgASgJEg8KB3ZlcnNpb24YBiABKAkSFAoMcWVtdV92ZXJzaW9uGAcgASgJEhMKC2FjY2VsZXJhdG9yGAggASgJEhkKEWxhc3Rfc2Vlbl91bml4X21zGAkgASgDEhoKEm1lbW9yeV90b3RhbF9ieXRlcxgKIAEoBBIPCgdndWFyZGVkGAsgASgIEg8KB2RyYWluZWQYZCABKAgSIQoFcG9vbHMYoAEgAygLMhEucGFnZXBvcnQudjEuUG9vbCLqAQoEUG9vbBIMCgRuYW1lGAEgASgJEgwKBHBhdGgYAiABKAkSJgoIcmVwbGljYXMYAyABKAsyFC5wYWdlcG9ydC52MS5Qb29sVXNlEiQKBnBvaW50cxgEIAEoCzIULnBhZ2Vwb3J0LnYxLlBvb2xVc2USJQoHc2NyYXRjaBgFIAEoCzIULnBhZ2Vwb3J0LnYxLlBvb2xVc2USFQoNdGFrZXNfc2NyYXRjaBgGIAEoCBISCgpmcmVlX2J5dGVzGAcgASgEEhUKDXJlc2VydmVfYnl0ZXMYCCABKAQSDwoHcHJvYmxlbRgJIAEoCSJHCgdQb29sVXNlEhIKCnVzZWRfYnl0ZXMYASABKAQSGAoLcXVvdGFfYnl0ZXMYAiABKARIAIgBAUIOCgxfcXVvdGFfYnl0ZXMiaAoIRGlza1NwZWMSDAoEbmFtZRgBIAEoCRIMCgRwYXRoGAIgASgJEg4KBmZvcm1hdBgDIAEoCRISCgpzaXplX2J5dGVzGCggASgEEgwKBHBvcnQYKSABKA0SDgoGY3JlYXRlGCogASgIIi4KCkRpc2tTdGF0dXMSDAoEbmFtZRgBIAEoCRISCgpzaXplX2J5dGVzGAIgASgEIiYKB05pY1NwZWMSCwoDbWFjGAEgASgJEg4KBmJyaWRnZRgCIAEoCSI9CgpEaXJlY3RCb290Eg4KBmtlcm5lbBgBIAEoCRIOCgZpbml0cmQYAiABKAkSDwoHY21kbGluZRgDIAEoCSLaAgoGVm1TcGVjEgwKBG5hbWUYASABKAkSFAoMbWVtb3J5X2J5dGVzGAIgASgEEg0KBXZjcHVzGAMgASgNEg8KB21hY2hpbmUYBCABKAkSCwoDY3B1GAUgASgJEiQKBWRpc2tzGAYgAygLMhUucGFnZXBvcnQudjEuRGlza1NwZWMSIgoEbmljcxgHIAMoCzIULnBhZ2Vwb3J0LnYxLk5pY1NwZWMSMQoLZGlyZWN0X2Jvb3QYCCABKAsyFy5wYWdlcG9ydC52MS5EaXJlY3RCb290SACIAQESMgoMb25faXNvbGF0aW9uGAkgASgOMhwucGFnZXBvcnQudjEuSXNvbGF0aW9uUG9saWN5EicKBXN0YXJ0GAogASgOMhgucGFnZXBvcnQudjEuU3RhcnRQb2xpY3kSFQoNYW50aV9hZmZpbml0eRhkIAMoCUIOCgxfZGlyZWN0X2Jvb3Qi4AIKAlZtEgoKAmlkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSEgoKb3duZXJfc2l0ZRgDIAEoCRIUCgxvd25lcl93b3JrZXIYBCABKAkSEwoLb3duZXJfZXBvY2gYBSABKAQSIwoFc3RhdGUYBiABKA4yFC5wYWdlcG9ydC52MS5WbVN0YXRlEhcKD2Rlc2lyZWRfcnVubmluZxgHIAEoCBIPCgdwcm9ibGVtGAggASgJEiYKCHJlcGxpY2FzGAkgAygLMhQucGFnZXBvcnQudjEuUmVwbGljYRIUCgxtaWdyYXRpb25faWQYCiABKAkSDQoFZG91YnQYCyABKAkSKAoJdGFrZW92ZXJzGAwgAygLMhUucGFnZXBvcnQudjEuVGFrZW92ZXISJgoFZGlza3MYKCADKAsyFy5wYWdlcG9ydC52MS5EaXNrU3RhdHVzIpgCCghUYWtlb3ZlchISCgphdF91bml4X21zGAEgASgDEiwKBmdyb3VuZBgCIAEoDjIcLnBhZ2Vwb3J0LnYxLlRha2VvdmVyLkdyb3VuZBITCgtmcm9tX3dvcmtlchgDIAEoCRIRCgl0b193b3JrZXIYBCABKAkSDQoFZXBvY2gYBSABKAQSDgoGcmVhc29uGAYgASgJEhAKCG9wZXJhdG9yGAcgASgJEg0KBWFnZW50GAggASgJImIKBkdyb3VuZBIWChJHUk9VTkRfVU5TUEVDSUZJRUQQABIYChRHUk9VTkRfTEVBU0VfRVhQSVJFRBABEhEKDUdST1VORF9GRU5DRUQQAhITCg9HUk9VTkRfT1ZFUlJJREUQAyISChBMaXN0U2l0ZXNSZXF1ZXN0IjUKEUxpc3RTaXRlc1Jlc3BvbnNlEiAKBXNpdGVzGAEgAygLMhEucGFnZXBvcnQudjEuU2l0ZSIUChJMaXN0V29ya2Vyc1JlcXVlc3QiOwoTTGlzdFdvcmtlcnNSZXNwb25zZRIkCgd3b3JrZXJzGAEgAygLMhMucGFnZXBvcnQudjEuV29ya2VyIlYKD0RlZmluZVZtUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEiEKBHNwZWMYAiABKAsyEy5wYWdlcG9ydC52MS5WbVNwZWMSDAoEc2l0ZRgDIAEoCSIvChBEZWZpbmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iGgoMR2V0Vm1SZXF1ZXN0EgoKAnZtGAEgASgJIiwKDUdldFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSIQCg5MaXN0Vm1zUmVxdWVzdCJVCg9MaXN0Vm1zUmVzcG9uc2USHAoDdm1zGAEgAygLMg8ucGFnZXBvcnQudjEuVm0SJAoFZm91bmQYoAEgAygLMhQucGFnZXBvcnQudjEuRm91bmRWbSJCCgdGb3VuZFZtEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSDwoHd29ya2VycxgDIAMoCRIMCgRydW5zGAQgASgIIjAKDkFkb3B0Vm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkiLgoPQWRvcHRWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iMAoOU3RhcnRWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSIuCg9TdGFydFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSI+Cg1TdG9wVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDQoFZm9yY2UYAyABKAgiLQoOU3RvcFZtUmVzcG9uc2USGwoCdm0YASABKAsyDy5wYWdlcG9ydC52MS5WbSJyChBSZXNvbHZlVm1SZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSGAoQZm9yY2Vfb3duZXJfc2l0ZRgDIAEoCRIUCgxjb25maXJtX25hbWUYBCABKAkSDgoGcmVhc29uGAUgASgJIjAKEVJlc29sdmVWbVJlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iZAoYRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDgoGd29ya2VyGAIgASgJEhQKDGNvbmZpcm1fbmFtZRgDIAEoCRIOCgZyZWFzb24YBCABKAkiSQoZRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRITCgt2bXNfdW5rbm93bhgBIAEoDRIXCg9hd2FpdGVkX3dvcmtlcnMYAiADKAki2gEKEkZlbmNlV29ya2VyUmVxdWVzdBISCgpyZXF1ZXN0X2lkGAEgASgJEg4KBndvcmtlchgCIAEoCRI2CgZhY3Rpb24YAyABKA4yJi5wYWdlcG9ydC52MS5GZW5jZVdvcmtlclJlcXVlc3QuQWN0aW9uEhQKDGNvbmZpcm1fbmFtZRgEIAEoCRIOCgZyZWFzb24YBSABKAkiQgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEg4KCkFDVElPTl9PRkYQARIQCgxBQ1RJT05fQ0hFQ0sQAiKdAgoTRmVuY2VXb3JrZXJSZXNwb25zZRI1CgVwaGFzZRgBIAEoDjImLnBhZ2Vwb3J0LnYxLkZlbmNlV29ya2VyUmVzcG9uc2UuUGhhc2USDgoGd29ya2VyGAIgASgJEg0KBWFnZW50GAMgASgJEhQKDGFnZW50X291dHB1dBgEIAEoCRIPCgdwcm9ibGVtGAUgASgJEiIKA3ZtcxgGIAMoCzIVLnBhZ2Vwb3J0LnYxLkZlbmNlZFZtImUKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASDwoLUEhBU0VfQUdFTlQQARISCg5QSEFTRV9UQUtFT1ZFUhACEg4KClBIQVNFX0RPTkUQAxIQCgxQSEFTRV9GQUlMRUQQBCJwCghGZW5jZWRWbRINCgV2bV9pZBgBIAEoCRIMCgRuYW1lGAIgASgJEg8KB3RvX3NpdGUYAyABKAkSEQoJdG9fd29ya2VyGAQgASgJEg8KB3Byb2JsZW0YBSABKAkSEgoKdGFrZW5fb3ZlchgGIAEoCCIxCg9EZWxldGVWbVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIKCgJ2bRgCIAEoCSISChBEZWxldGVWbVJlc3BvbnNlIlUKEVJlc2l6ZURpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEIjEKElJlc2l6ZURpc2tSZXNwb25zZRIbCgJ2bRgBIAEoCzIPLnBhZ2Vwb3J0LnYxLlZtImAKDkFkZERpc2tSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSCgoCdm0YAiABKAkSDAoEZGlzaxgDIAEoCRISCgpzaXplX2J5dGVzGAQgASgEEgwKBHBhdGgYBSABKAkiLgoPQWRkRGlza1Jlc3BvbnNlEhsKAnZtGAEgASgLMg8ucGFnZXBvcnQudjEuVm0iEwoRV2F0Y2hGbGVldFJlcXVlc3QioAEKEldhdGNoRmxlZXRSZXNwb25zZRIgCgVzaXRlcxgBIAMoCzIRLnBhZ2Vwb3J0LnYxLlNpdGUSJAoHd29ya2VycxgCIAMoCzITLnBhZ2Vwb3J0LnYxLldvcmtlchIcCgN2bXMYAyADKAsyDy5wYWdlcG9ydC52MS5WbRIkCgVmb3VuZBigASADKAsyFC5wYWdlcG9ydC52MS5Gb3VuZFZtKncKD0lzb2xhdGlvblBvbGljeRIgChxJU09MQVRJT05fUE9MSUNZX1VOU1BFQ0lGSUVEEAASIQodSVNPTEFUSU9OX1BPTElDWV9LRUVQX1JVTk5JTkcQARIfChtJU09MQVRJT05fUE9MSUNZX1NFTEZfRkVOQ0UQAiphCgtTdGFydFBvbGljeRIcChhTVEFSVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIbChdTVEFSVF9QT0xJQ1lfQVNfT1JERVJFRBABEhcKE1NUQVJUX1BPTElDWV9NQU5VQUwQAirWAQoHVm1TdGF0ZRIYChRWTV9TVEFURV9VTlNQRUNJRklFRBAAEhQKEFZNX1NUQVRFX1VOS05PV04QARIUChBWTV9TVEFURV9TVE9QUEVEEAISFQoRVk1fU1RBVEVfU1RBUlRJTkcQAxIUChBWTV9TVEFURV9SVU5OSU5HEAQSEwoPVk1fU1RBVEVfUEFVU0VEEAUSFgoSVk1fU1RBVEVfTUlHUkFUSU5HEAYSFAoQVk1fU1RBVEVfQ1JBU0hFRBAHEhUKEVZNX1NUQVRFX0lOX0RPVUJUEAgy/QgKDEZsZWV0U2VydmljZRJKCglMaXN0U2l0ZXMSHS5wYWdlcG9ydC52MS5MaXN0U2l0ZXNSZXF1ZXN0Gh4ucGFnZXBvcnQudjEuTGlzdFNpdGVzUmVzcG9uc2USUAoLTGlzdFdvcmtlcnMSHy5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1JlcXVlc3QaIC5wYWdlcG9ydC52MS5MaXN0V29ya2Vyc1Jlc3BvbnNlEkcKCERlZmluZVZtEhwucGFnZXBvcnQudjEuRGVmaW5lVm1SZXF1ZXN0Gh0ucGFnZXBvcnQudjEuRGVmaW5lVm1SZXNwb25zZRI+CgVHZXRWbRIZLnBhZ2Vwb3J0LnYxLkdldFZtUmVxdWVzdBoaLnBhZ2Vwb3J0LnYxLkdldFZtUmVzcG9uc2USRAoHTGlzdFZtcxIbLnBhZ2Vwb3J0LnYxLkxpc3RWbXNSZXF1ZXN0GhwucGFnZXBvcnQudjEuTGlzdFZtc1Jlc3BvbnNlEkQKB1N0YXJ0Vm0SGy5wYWdlcG9ydC52MS5TdGFydFZtUmVxdWVzdBocLnBhZ2Vwb3J0LnYxLlN0YXJ0Vm1SZXNwb25zZRJBCgZTdG9wVm0SGi5wYWdlcG9ydC52MS5TdG9wVm1SZXF1ZXN0GhsucGFnZXBvcnQudjEuU3RvcFZtUmVzcG9uc2USSgoJUmVzb2x2ZVZtEh0ucGFnZXBvcnQudjEuUmVzb2x2ZVZtUmVxdWVzdBoeLnBhZ2Vwb3J0LnYxLlJlc29sdmVWbVJlc3BvbnNlElIKC0ZlbmNlV29ya2VyEh8ucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXF1ZXN0GiAucGFnZXBvcnQudjEuRmVuY2VXb3JrZXJSZXNwb25zZTABEmIKEURlY2xhcmVXb3JrZXJEZWFkEiUucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXF1ZXN0GiYucGFnZXBvcnQudjEuRGVjbGFyZVdvcmtlckRlYWRSZXNwb25zZRJECgdBZG9wdFZtEhsucGFnZXBvcnQudjEuQWRvcHRWbVJlcXVlc3QaHC5wYWdlcG9ydC52MS5BZG9wdFZtUmVzcG9uc2USRwoIRGVsZXRlVm0SHC5wYWdlcG9ydC52MS5EZWxldGVWbVJlcXVlc3QaHS5wYWdlcG9ydC52MS5EZWxldGVWbVJlc3BvbnNlEk8KCldhdGNoRmxlZXQSHi5wYWdlcG9ydC52MS5XYXRjaEZsZWV0UmVxdWVzdBofLnBhZ2Vwb3J0LnYxLldhdGNoRmxlZXRSZXNwb25zZTABEk0KClJlc2l6ZURpc2sSHi5wYWdlcG9ydC52MS5SZXNpemVEaXNrUmVxdWVzdBofLnBhZ2Vwb3J0LnYxLlJlc2l6ZURpc2tSZXNwb25zZRJECgdBZGREaXNrEhsucGFnZXBvcnQudjEuQWRkRGlza1JlcXVlc3QaHC5wYWdlcG9ydC52MS5BZGREaXNrUmVzcG9uc2ViBnByb3RvMw", [file_pageport_v1_replication]);
 
 /**
  * @generated from message pageport.v1.Site
@@ -123,6 +123,13 @@ export type Worker = Message<"pageport.v1.Worker"> & {
    * @generated from field: bool drained = 100;
    */
   drained: boolean;
+
+  /**
+   * Its pools of storage, as it last said; none while it is not connected, and of a worker that is older than pools.
+   *
+   * @generated from field: repeated pageport.v1.Pool pools = 160;
+   */
+  pools: Pool[];
 };
 
 /**
@@ -131,6 +138,99 @@ export type Worker = Message<"pageport.v1.Worker"> & {
  */
 export const WorkerSchema: GenMessage<Worker> = /*@__PURE__*/
   messageDesc(file_pageport_v1_fleet, 1);
+
+/**
+ * A pool of storage of a worker: where replicas, recovery points and scratch lie.
+ *
+ * @generated from message pageport.v1.Pool
+ */
+export type Pool = Message<"pageport.v1.Pool"> & {
+  /**
+   * "default" is the worker's data folder.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * @generated from field: string path = 2;
+   */
+  path: string;
+
+  /**
+   * @generated from field: pageport.v1.PoolUse replicas = 3;
+   */
+  replicas?: PoolUse | undefined;
+
+  /**
+   * Journals and older recovery points.
+   *
+   * @generated from field: pageport.v1.PoolUse points = 4;
+   */
+  points?: PoolUse | undefined;
+
+  /**
+   * @generated from field: pageport.v1.PoolUse scratch = 5;
+   */
+  scratch?: PoolUse | undefined;
+
+  /**
+   * Scratch of the VMs that run on the worker lies here.
+   *
+   * @generated from field: bool takes_scratch = 6;
+   */
+  takesScratch: boolean;
+
+  /**
+   * What its file system has left, and what is to be left.
+   *
+   * @generated from field: uint64 free_bytes = 7;
+   */
+  freeBytes: bigint;
+
+  /**
+   * @generated from field: uint64 reserve_bytes = 8;
+   */
+  reserveBytes: bigint;
+
+  /**
+   * Why it cannot be used; empty: it can.
+   *
+   * @generated from field: string problem = 9;
+   */
+  problem: string;
+};
+
+/**
+ * Describes the message pageport.v1.Pool.
+ * Use `create(PoolSchema)` to create a new message.
+ */
+export const PoolSchema: GenMessage<Pool> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 2);
+
+/**
+ * @generated from message pageport.v1.PoolUse
+ */
+export type PoolUse = Message<"pageport.v1.PoolUse"> & {
+  /**
+   * @generated from field: uint64 used_bytes = 1;
+   */
+  usedBytes: bigint;
+
+  /**
+   * Absent: no bound.
+   *
+   * @generated from field: optional uint64 quota_bytes = 2;
+   */
+  quotaBytes?: bigint | undefined;
+};
+
+/**
+ * Describes the message pageport.v1.PoolUse.
+ * Use `create(PoolUseSchema)` to create a new message.
+ */
+export const PoolUseSchema: GenMessage<PoolUse> = /*@__PURE__*/
+  messageDesc(file_pageport_v1_fleet, 3);
 
 /**
  * @generated from message pageport.v1.DiskSpec
@@ -185,7 +285,7 @@ export type DiskSpec = Message<"pageport.v1.DiskSpec"> & {
  * Use `create(DiskSpecSchema)` to create a new message.
  */
 export const DiskSpecSchema: GenMessage<DiskSpec> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 2);
+  messageDesc(file_pageport_v1_fleet, 4);
 
 /**
  * What a VM's worker last said of one of its disks.
@@ -209,7 +309,7 @@ export type DiskStatus = Message<"pageport.v1.DiskStatus"> & {
  * Use `create(DiskStatusSchema)` to create a new message.
  */
 export const DiskStatusSchema: GenMessage<DiskStatus> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 3);
+  messageDesc(file_pageport_v1_fleet, 5);
 
 /**
  * @generated from message pageport.v1.NicSpec
@@ -233,7 +333,7 @@ export type NicSpec = Message<"pageport.v1.NicSpec"> & {
  * Use `create(NicSpecSchema)` to create a new message.
  */
 export const NicSpecSchema: GenMessage<NicSpec> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 4);
+  messageDesc(file_pageport_v1_fleet, 6);
 
 /**
  * @generated from message pageport.v1.DirectBoot
@@ -260,7 +360,7 @@ export type DirectBoot = Message<"pageport.v1.DirectBoot"> & {
  * Use `create(DirectBootSchema)` to create a new message.
  */
 export const DirectBootSchema: GenMessage<DirectBoot> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 5);
+  messageDesc(file_pageport_v1_fleet, 7);
 
 /**
  * @generated from message pageport.v1.VmSpec
@@ -341,7 +441,7 @@ export type VmSpec = Message<"pageport.v1.VmSpec"> & {
  * Use `create(VmSpecSchema)` to create a new message.
  */
 export const VmSpecSchema: GenMessage<VmSpec> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 6);
+  messageDesc(file_pageport_v1_fleet, 8);
 
 /**
  * @generated from message pageport.v1.Vm
@@ -430,7 +530,7 @@ export type Vm = Message<"pageport.v1.Vm"> & {
  * Use `create(VmSchema)` to create a new message.
  */
 export const VmSchema: GenMessage<Vm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 7);
+  messageDesc(file_pageport_v1_fleet, 9);
 
 /**
  * The controllers gave a VM to another worker without the word of the one before.
@@ -490,7 +590,7 @@ export type Takeover = Message<"pageport.v1.Takeover"> & {
  * Use `create(TakeoverSchema)` to create a new message.
  */
 export const TakeoverSchema: GenMessage<Takeover> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 8);
+  messageDesc(file_pageport_v1_fleet, 10);
 
 /**
  * @generated from enum pageport.v1.Takeover.Ground
@@ -527,7 +627,7 @@ export enum Takeover_Ground {
  * Describes the enum pageport.v1.Takeover.Ground.
  */
 export const Takeover_GroundSchema: GenEnum<Takeover_Ground> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 8, 0);
+  enumDesc(file_pageport_v1_fleet, 10, 0);
 
 /**
  * @generated from message pageport.v1.ListSitesRequest
@@ -540,7 +640,7 @@ export type ListSitesRequest = Message<"pageport.v1.ListSitesRequest"> & {
  * Use `create(ListSitesRequestSchema)` to create a new message.
  */
 export const ListSitesRequestSchema: GenMessage<ListSitesRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 9);
+  messageDesc(file_pageport_v1_fleet, 11);
 
 /**
  * @generated from message pageport.v1.ListSitesResponse
@@ -557,7 +657,7 @@ export type ListSitesResponse = Message<"pageport.v1.ListSitesResponse"> & {
  * Use `create(ListSitesResponseSchema)` to create a new message.
  */
 export const ListSitesResponseSchema: GenMessage<ListSitesResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 10);
+  messageDesc(file_pageport_v1_fleet, 12);
 
 /**
  * @generated from message pageport.v1.ListWorkersRequest
@@ -570,7 +670,7 @@ export type ListWorkersRequest = Message<"pageport.v1.ListWorkersRequest"> & {
  * Use `create(ListWorkersRequestSchema)` to create a new message.
  */
 export const ListWorkersRequestSchema: GenMessage<ListWorkersRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 11);
+  messageDesc(file_pageport_v1_fleet, 13);
 
 /**
  * @generated from message pageport.v1.ListWorkersResponse
@@ -587,7 +687,7 @@ export type ListWorkersResponse = Message<"pageport.v1.ListWorkersResponse"> & {
  * Use `create(ListWorkersResponseSchema)` to create a new message.
  */
 export const ListWorkersResponseSchema: GenMessage<ListWorkersResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 12);
+  messageDesc(file_pageport_v1_fleet, 14);
 
 /**
  * @generated from message pageport.v1.DefineVmRequest
@@ -616,7 +716,7 @@ export type DefineVmRequest = Message<"pageport.v1.DefineVmRequest"> & {
  * Use `create(DefineVmRequestSchema)` to create a new message.
  */
 export const DefineVmRequestSchema: GenMessage<DefineVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 13);
+  messageDesc(file_pageport_v1_fleet, 15);
 
 /**
  * @generated from message pageport.v1.DefineVmResponse
@@ -633,7 +733,7 @@ export type DefineVmResponse = Message<"pageport.v1.DefineVmResponse"> & {
  * Use `create(DefineVmResponseSchema)` to create a new message.
  */
 export const DefineVmResponseSchema: GenMessage<DefineVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 14);
+  messageDesc(file_pageport_v1_fleet, 16);
 
 /**
  * `vm` is a name or an id everywhere.
@@ -652,7 +752,7 @@ export type GetVmRequest = Message<"pageport.v1.GetVmRequest"> & {
  * Use `create(GetVmRequestSchema)` to create a new message.
  */
 export const GetVmRequestSchema: GenMessage<GetVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 15);
+  messageDesc(file_pageport_v1_fleet, 17);
 
 /**
  * @generated from message pageport.v1.GetVmResponse
@@ -669,7 +769,7 @@ export type GetVmResponse = Message<"pageport.v1.GetVmResponse"> & {
  * Use `create(GetVmResponseSchema)` to create a new message.
  */
 export const GetVmResponseSchema: GenMessage<GetVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 16);
+  messageDesc(file_pageport_v1_fleet, 18);
 
 /**
  * @generated from message pageport.v1.ListVmsRequest
@@ -682,7 +782,7 @@ export type ListVmsRequest = Message<"pageport.v1.ListVmsRequest"> & {
  * Use `create(ListVmsRequestSchema)` to create a new message.
  */
 export const ListVmsRequestSchema: GenMessage<ListVmsRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 17);
+  messageDesc(file_pageport_v1_fleet, 19);
 
 /**
  * @generated from message pageport.v1.ListVmsResponse
@@ -706,7 +806,7 @@ export type ListVmsResponse = Message<"pageport.v1.ListVmsResponse"> & {
  * Use `create(ListVmsResponseSchema)` to create a new message.
  */
 export const ListVmsResponseSchema: GenMessage<ListVmsResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 18);
+  messageDesc(file_pageport_v1_fleet, 20);
 
 /**
  * A VM that was defined after the backup from which the controllers were restored. A worker goes on running it, and nothing manages it.
@@ -746,7 +846,7 @@ export type FoundVm = Message<"pageport.v1.FoundVm"> & {
  * Use `create(FoundVmSchema)` to create a new message.
  */
 export const FoundVmSchema: GenMessage<FoundVm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 19);
+  messageDesc(file_pageport_v1_fleet, 21);
 
 /**
  * @generated from message pageport.v1.AdoptVmRequest
@@ -770,7 +870,7 @@ export type AdoptVmRequest = Message<"pageport.v1.AdoptVmRequest"> & {
  * Use `create(AdoptVmRequestSchema)` to create a new message.
  */
 export const AdoptVmRequestSchema: GenMessage<AdoptVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 20);
+  messageDesc(file_pageport_v1_fleet, 22);
 
 /**
  * @generated from message pageport.v1.AdoptVmResponse
@@ -787,7 +887,7 @@ export type AdoptVmResponse = Message<"pageport.v1.AdoptVmResponse"> & {
  * Use `create(AdoptVmResponseSchema)` to create a new message.
  */
 export const AdoptVmResponseSchema: GenMessage<AdoptVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 21);
+  messageDesc(file_pageport_v1_fleet, 23);
 
 /**
  * @generated from message pageport.v1.StartVmRequest
@@ -809,7 +909,7 @@ export type StartVmRequest = Message<"pageport.v1.StartVmRequest"> & {
  * Use `create(StartVmRequestSchema)` to create a new message.
  */
 export const StartVmRequestSchema: GenMessage<StartVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 22);
+  messageDesc(file_pageport_v1_fleet, 24);
 
 /**
  * @generated from message pageport.v1.StartVmResponse
@@ -826,7 +926,7 @@ export type StartVmResponse = Message<"pageport.v1.StartVmResponse"> & {
  * Use `create(StartVmResponseSchema)` to create a new message.
  */
 export const StartVmResponseSchema: GenMessage<StartVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 23);
+  messageDesc(file_pageport_v1_fleet, 25);
 
 /**
  * @generated from message pageport.v1.StopVmRequest
@@ -855,7 +955,7 @@ export type StopVmRequest = Message<"pageport.v1.StopVmRequest"> & {
  * Use `create(StopVmRequestSchema)` to create a new message.
  */
 export const StopVmRequestSchema: GenMessage<StopVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 24);
+  messageDesc(file_pageport_v1_fleet, 26);
 
 /**
  * @generated from message pageport.v1.StopVmResponse
@@ -872,7 +972,7 @@ export type StopVmResponse = Message<"pageport.v1.StopVmResponse"> & {
  * Use `create(StopVmResponseSchema)` to create a new message.
  */
 export const StopVmResponseSchema: GenMessage<StopVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 25);
+  messageDesc(file_pageport_v1_fleet, 27);
 
 /**
  * @generated from message pageport.v1.ResolveVmRequest
@@ -913,7 +1013,7 @@ export type ResolveVmRequest = Message<"pageport.v1.ResolveVmRequest"> & {
  * Use `create(ResolveVmRequestSchema)` to create a new message.
  */
 export const ResolveVmRequestSchema: GenMessage<ResolveVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 26);
+  messageDesc(file_pageport_v1_fleet, 28);
 
 /**
  * @generated from message pageport.v1.ResolveVmResponse
@@ -930,7 +1030,7 @@ export type ResolveVmResponse = Message<"pageport.v1.ResolveVmResponse"> & {
  * Use `create(ResolveVmResponseSchema)` to create a new message.
  */
 export const ResolveVmResponseSchema: GenMessage<ResolveVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 27);
+  messageDesc(file_pageport_v1_fleet, 29);
 
 /**
  * @generated from message pageport.v1.DeclareWorkerDeadRequest
@@ -966,7 +1066,7 @@ export type DeclareWorkerDeadRequest = Message<"pageport.v1.DeclareWorkerDeadReq
  * Use `create(DeclareWorkerDeadRequestSchema)` to create a new message.
  */
 export const DeclareWorkerDeadRequestSchema: GenMessage<DeclareWorkerDeadRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 28);
+  messageDesc(file_pageport_v1_fleet, 30);
 
 /**
  * @generated from message pageport.v1.DeclareWorkerDeadResponse
@@ -992,7 +1092,7 @@ export type DeclareWorkerDeadResponse = Message<"pageport.v1.DeclareWorkerDeadRe
  * Use `create(DeclareWorkerDeadResponseSchema)` to create a new message.
  */
 export const DeclareWorkerDeadResponseSchema: GenMessage<DeclareWorkerDeadResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 29);
+  messageDesc(file_pageport_v1_fleet, 31);
 
 /**
  * @generated from message pageport.v1.FenceWorkerRequest
@@ -1033,7 +1133,7 @@ export type FenceWorkerRequest = Message<"pageport.v1.FenceWorkerRequest"> & {
  * Use `create(FenceWorkerRequestSchema)` to create a new message.
  */
 export const FenceWorkerRequestSchema: GenMessage<FenceWorkerRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 30);
+  messageDesc(file_pageport_v1_fleet, 32);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerRequest.Action
@@ -1063,7 +1163,7 @@ export enum FenceWorkerRequest_Action {
  * Describes the enum pageport.v1.FenceWorkerRequest.Action.
  */
 export const FenceWorkerRequest_ActionSchema: GenEnum<FenceWorkerRequest_Action> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 30, 0);
+  enumDesc(file_pageport_v1_fleet, 32, 0);
 
 /**
  * How far a fence is: all of it, every time.
@@ -1115,7 +1215,7 @@ export type FenceWorkerResponse = Message<"pageport.v1.FenceWorkerResponse"> & {
  * Use `create(FenceWorkerResponseSchema)` to create a new message.
  */
 export const FenceWorkerResponseSchema: GenMessage<FenceWorkerResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 31);
+  messageDesc(file_pageport_v1_fleet, 33);
 
 /**
  * @generated from enum pageport.v1.FenceWorkerResponse.Phase
@@ -1157,7 +1257,7 @@ export enum FenceWorkerResponse_Phase {
  * Describes the enum pageport.v1.FenceWorkerResponse.Phase.
  */
 export const FenceWorkerResponse_PhaseSchema: GenEnum<FenceWorkerResponse_Phase> = /*@__PURE__*/
-  enumDesc(file_pageport_v1_fleet, 31, 0);
+  enumDesc(file_pageport_v1_fleet, 33, 0);
 
 /**
  * @generated from message pageport.v1.FencedVm
@@ -1205,7 +1305,7 @@ export type FencedVm = Message<"pageport.v1.FencedVm"> & {
  * Use `create(FencedVmSchema)` to create a new message.
  */
 export const FencedVmSchema: GenMessage<FencedVm> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 32);
+  messageDesc(file_pageport_v1_fleet, 34);
 
 /**
  * @generated from message pageport.v1.DeleteVmRequest
@@ -1227,7 +1327,7 @@ export type DeleteVmRequest = Message<"pageport.v1.DeleteVmRequest"> & {
  * Use `create(DeleteVmRequestSchema)` to create a new message.
  */
 export const DeleteVmRequestSchema: GenMessage<DeleteVmRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 33);
+  messageDesc(file_pageport_v1_fleet, 35);
 
 /**
  * @generated from message pageport.v1.DeleteVmResponse
@@ -1240,7 +1340,7 @@ export type DeleteVmResponse = Message<"pageport.v1.DeleteVmResponse"> & {
  * Use `create(DeleteVmResponseSchema)` to create a new message.
  */
 export const DeleteVmResponseSchema: GenMessage<DeleteVmResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 34);
+  messageDesc(file_pageport_v1_fleet, 36);
 
 /**
  * @generated from message pageport.v1.ResizeDiskRequest
@@ -1274,7 +1374,7 @@ export type ResizeDiskRequest = Message<"pageport.v1.ResizeDiskRequest"> & {
  * Use `create(ResizeDiskRequestSchema)` to create a new message.
  */
 export const ResizeDiskRequestSchema: GenMessage<ResizeDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 35);
+  messageDesc(file_pageport_v1_fleet, 37);
 
 /**
  * @generated from message pageport.v1.ResizeDiskResponse
@@ -1291,7 +1391,7 @@ export type ResizeDiskResponse = Message<"pageport.v1.ResizeDiskResponse"> & {
  * Use `create(ResizeDiskResponseSchema)` to create a new message.
  */
 export const ResizeDiskResponseSchema: GenMessage<ResizeDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 36);
+  messageDesc(file_pageport_v1_fleet, 38);
 
 /**
  * @generated from message pageport.v1.AddDiskRequest
@@ -1334,7 +1434,7 @@ export type AddDiskRequest = Message<"pageport.v1.AddDiskRequest"> & {
  * Use `create(AddDiskRequestSchema)` to create a new message.
  */
 export const AddDiskRequestSchema: GenMessage<AddDiskRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 37);
+  messageDesc(file_pageport_v1_fleet, 39);
 
 /**
  * @generated from message pageport.v1.AddDiskResponse
@@ -1351,7 +1451,7 @@ export type AddDiskResponse = Message<"pageport.v1.AddDiskResponse"> & {
  * Use `create(AddDiskResponseSchema)` to create a new message.
  */
 export const AddDiskResponseSchema: GenMessage<AddDiskResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 38);
+  messageDesc(file_pageport_v1_fleet, 40);
 
 /**
  * @generated from message pageport.v1.WatchFleetRequest
@@ -1364,7 +1464,7 @@ export type WatchFleetRequest = Message<"pageport.v1.WatchFleetRequest"> & {
  * Use `create(WatchFleetRequestSchema)` to create a new message.
  */
 export const WatchFleetRequestSchema: GenMessage<WatchFleetRequest> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 39);
+  messageDesc(file_pageport_v1_fleet, 41);
 
 /**
  * @generated from message pageport.v1.WatchFleetResponse
@@ -1398,7 +1498,7 @@ export type WatchFleetResponse = Message<"pageport.v1.WatchFleetResponse"> & {
  * Use `create(WatchFleetResponseSchema)` to create a new message.
  */
 export const WatchFleetResponseSchema: GenMessage<WatchFleetResponse> = /*@__PURE__*/
-  messageDesc(file_pageport_v1_fleet, 40);
+  messageDesc(file_pageport_v1_fleet, 42);
 
 /**
  * @generated from enum pageport.v1.IsolationPolicy
