@@ -459,6 +459,7 @@ impl Worker {
             halted_power_seq: vm.crashed_under.unwrap_or_default(),
             ..v1::VmReport::default()
         });
+        let pools = self.board.lock().unwrap().pools.clone();
         v1::WorkerReport {
             worker: self.name.clone(),
             site: self.site.clone(),
@@ -474,7 +475,7 @@ impl Worker {
             generation: self.generation,
             restoration_id: self.restoration_id.clone(),
             guarded: self.board.lock().unwrap().guarded,
-            pools: self.board.lock().unwrap().pools.clone(),
+            pools,
             ..v1::WorkerReport::default()
         }
     }
