@@ -14,6 +14,9 @@ use uuid::Uuid;
 /// Longest name of a site, worker, pool, VM or disk, in bytes.
 pub const MAX_NAME_BYTES: usize = 40;
 
+/// The most pools of storage of one worker.
+pub const MAX_POOLS: usize = 64;
+
 /// A text that is no id or name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseIdError {

@@ -294,6 +294,10 @@ mod tests {
         assert!(refused.contains("replication.devices") && refused.contains("absolute"), "{refused}");
     }
 
+    fn with_replication(keys: &str) -> String {
+        EXAMPLE.replace("\n[replication]\n", &format!("\n[replication]\n{keys}\n"))
+    }
+
     const POOLS: &str = r#"
         [[pools]]
         name = "ssd"
@@ -311,7 +315,7 @@ mod tests {
         let [of_data] = &alone.pools[..] else { panic!("{:?}", alone.pools) };
         assert_eq!((of_data.name.clone(), &of_data.path), (PoolName::default(), &alone.data_dir));
         assert!(alone.scratch_pool.is_default());
-        let scratch = EXAMPLE.replace("[replication]", "[replication]\nscratch_pool = \"ssd\"\nreplicas_bytes = 1");
+        let scratch = with_replication("scratch_pool = \"ssd\"\nreplicas_bytes = 1");
         let Config { pools, scratch_pool, .. } = parse(&format!("{scratch}{POOLS}"));
         let told: Vec<_> = pools.iter().map(|pool| (pool.name.as_str(), pool.limits.replicas_bytes)).collect();
         assert_eq!(told, [("default", Some(1)), ("ssd", Some(4096)), ("hdd", None)]);
@@ -344,7 +348,11 @@ mod tests {
             let refused = read(&format!("{EXAMPLE}{}", POOLS.replace(from, to))).unwrap_err().to_string();
             assert!(refused.contains("`pools.") && refused.contains(words), "{refused}");
         }
-        let unknown = EXAMPLE.replace("[replication]", "[replication]\nscratch_pool = \"tape\"");
+        let pool = |number| format!("\n[[pools]]\nname = \"p{number}\"\npath = \"/srv/p{number}\"\n");
+        let many = |count| read(&format!("{EXAMPLE}{}", (0..count).map(pool).collect::<String>()));
+        assert_eq!(many(63).unwrap().pools.len(), 64);
+        assert!(many(64).unwrap_err().to_string().contains("name 63 at most"));
+        let unknown = with_replication("scratch_pool = \"tape\"");
         let refused = read(&format!("{unknown}{POOLS}")).unwrap_err().to_string();
         assert!(refused.contains("replication.scratch_pool") && refused.contains("default, ssd, hdd"), "{refused}");
     }

@@ -22,6 +22,7 @@ pub mod config;
 
 use std::collections::HashMap;
 use std::io::{self, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -189,11 +190,13 @@ impl Pool {
         used.collect()
     }
 
-    /// Makes it: its marker is on stable storage then.
+    /// Makes it, for the worker's user alone, as the data folder is: its marker is on stable storage then.
     fn make(&self, marker: &str) -> Result<(), PoolError> {
         let path = &self.config.path;
         let made = || {
-            std::fs::create_dir_all(path)?;
+            for folder in ["replicas", "disks", "scratch"] {
+                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path.join(folder))?;
+            }
             let mut file = std::fs::File::create(path.join(MARKER))?;
             file.write_all(marker.as_bytes())?;
             file.sync_all()?;

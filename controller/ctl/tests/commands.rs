@@ -26,6 +26,13 @@ async fn lists_come_as_tables_and_as_json() {
     assert_eq!(one.lines()[0]["id"], "id-web");
     let none = run(&authority, &at, &["replica", "list", "web", "--json"]).await.succeeded();
     assert_eq!(none.lines(), [json!({"replicas": []})]);
+
+    let pool = v1::Pool { name: "ssd".into(), path: "/srv/ssd".into(), ..v1::Pool::default() };
+    fake.script().workers = vec![v1::Worker { name: "worker-a".into(), pools: vec![pool], ..Default::default() }];
+    let pools = run(&authority, &at, &["worker", "pools"]).await.succeeded();
+    assert!(pools.stdout.contains("worker-a  ssd"), "{}", pools.stdout);
+    let pools = run(&authority, &at, &["worker", "pools", "--json"]).await.succeeded();
+    assert_eq!(pools.lines()[0]["workers"][0]["pools"][0]["path"], "/srv/ssd");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageport_ownership::{Generation, Record};
+use pageport_proto::ids::MAX_POOLS;
 use pageport_proto::v1;
 use pageport_proto::{MigrationId, RestorationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
@@ -31,8 +32,6 @@ pub const MAX_EXPORTS: usize = 4096;
 pub const MAX_FINDINGS: usize = 64;
 /// Disks of one of them.
 pub const MAX_EXPORTED_DISKS: usize = 64;
-/// Pools of one worker.
-pub const MAX_POOLS: usize = 64;
 const QUEUE: usize = 256;
 /// Observations are published this far apart: each time may cost a copy of all of them.
 const MIN_GAP: Duration = Duration::from_millis(2);

@@ -469,6 +469,7 @@ impl Worker {
             spec: vm.spec.clone().filter(|_| !self.spoken_of.contains(id)),
             ..v1::VmReport::default()
         });
+        let pools = self.board.lock().unwrap().pools.clone();
         v1::WorkerReport {
             worker: self.name.clone(),
             site: self.site.clone(),
@@ -484,7 +485,7 @@ impl Worker {
             generation: self.generation,
             restoration_id: self.restoration_id.clone(),
             guarded: self.board.lock().unwrap().guarded,
-            pools: self.board.lock().unwrap().pools.clone(),
+            pools,
             ..v1::WorkerReport::default()
         }
     }

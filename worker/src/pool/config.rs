@@ -4,6 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use pageport_common::config::ConfigError;
 use pageport_proto::PoolName;
+use pageport_proto::ids::MAX_POOLS;
 use serde::Deserialize;
 
 use crate::config::ReplicationConfig;
@@ -59,6 +60,10 @@ pub fn pools(
         all_scratch_bytes: replication.all_scratch_bytes,
         reserve_bytes: replication.reserve_bytes,
     };
+    if raw.len() >= MAX_POOLS {
+        let problem = format!("there are {} besides data_dir: name {} at most", raw.len(), MAX_POOLS - 1);
+        return Err(invalid("pools", problem));
+    }
     let mut pools = vec![PoolConfig { name: PoolName::default(), path: data_dir.to_owned(), limits }];
     for raw in raw {
         let pool = pool(raw, replication.reserve_bytes)?;

@@ -1,5 +1,7 @@
 //! What must hold of pools: which are made, which are refused, and which merely wait.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use super::*;
 
 struct Host {
@@ -39,6 +41,8 @@ fn a_pool_is_made_at_the_start_and_is_the_same_one_after_the_next() {
     host.start().unwrap();
     let marker = std::fs::read_to_string(host.ssd().join(MARKER)).unwrap();
     assert_eq!(marker, format!("{} ssd\n", host.id));
+    let mode = host.ssd().join("replicas").metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700, "what guests have written is nobody else's");
     let pools = host.start().unwrap();
     let scratch = pools.for_scratch().unwrap().scratch();
     assert!(scratch.starts_with(host.ssd()) && scratch.is_dir());

@@ -262,7 +262,10 @@ impl ReplicaStore {
         let missing = || ReplicaError::Missing { vm, disk: disk.to_owned() };
         let location = self.locate(vm, disk)?.ok_or_else(missing)?;
         // It is not to be made.
-        self.explained(vm, location.bytes())?;
+        if let Err(error) = location.bytes() {
+            self.must_be_there(vm)?;
+            return Err(error.into());
+        }
         self.open_as_it_is(vm, disk, 0)
     }
 
@@ -271,12 +274,10 @@ impl ReplicaStore {
     /// # Errors
     /// [`ImageError`], or that the pool that it lies in is not there.
     pub fn image(&self, vm: VmId, location: &DiskLocation) -> Result<Image, ReplicaError> {
-        self.explained(vm, location.image())
-    }
-
-    /// What lies in a pool that is not there cannot be opened, and says so.
-    fn explained<T>(&self, vm: VmId, opened: Result<T, ImageError>) -> Result<T, ReplicaError> {
-        opened.or_else(|error| self.pools.ready(vm).map_err(ReplicaError::from).and(Err(error.into())))
+        if location.bytes().is_err() {
+            self.must_be_there(vm)?;
+        }
+        Ok(location.image()?)
     }
 
     /// The images of a VM on this host, with the names of their disks.

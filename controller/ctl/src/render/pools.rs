@@ -88,7 +88,7 @@ mod tests {
         let worker = Worker { name: "worker-a".into(), pools: vec![default, ssd], ..Worker::default() };
         assert_eq!(
             pools(&ListWorkersResponse { workers: vec![worker, Worker::default()] }),
-            "WORKER    POOL                REPLICAS    POINTS          SCRATCH      FREE  RESERVED  PATH                      PROBLEM\n\
+            "WORKER    POOL                 REPLICAS    POINTS          SCRATCH      FREE  RESERVED  PATH                      PROBLEM\n\
              worker-a  default  3.00 GiB of 4.00 GiB  1.00 MiB  0 B of 1.00 GiB  9.00 GiB  1.00 GiB  /var/lib/pageport/worker\n\
              worker-a  ssd                       0 B       0 B                -       0 B       0 B  /srv/ssd                  is its file system mounted?\n"
         );

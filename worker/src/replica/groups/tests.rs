@@ -169,7 +169,7 @@ fn the_points_of_all_vms_are_bounded_together_and_each_gives_up_its_own_alone() 
 #[test]
 fn points_lie_in_the_pool_of_their_vm_and_a_pool_that_is_full_hinders_no_other() {
     const BYTES: usize = 200 << 10;
-    let bound = Some(BYTES as u64 * 3 / 2);
+    let bound = Some(5 * BYTES as u64 / 2);
     let ssd: PoolName = "ssd".parse().unwrap();
     let mut host = Host::new();
     host.restart(None, Some(bound));
@@ -183,14 +183,15 @@ fn points_lie_in_the_pool_of_their_vm_and_a_pool_that_is_full_hinders_no_other()
     };
     let one = begin(&mut host, first, &ssd);
     commit(&one, 2, BYTES).unwrap();
+    commit(&one, 3, BYTES).unwrap();
     assert!(host.folder.path().join("ssd/replicas").join(first.to_string()).join("points").exists());
     let two = begin(&mut host, second, &ssd);
-    let refused = commit(&two, 2, BYTES).unwrap_err();
+    let refused = commit(&two, 2, 2 * BYTES).unwrap_err();
     assert!(refused.to_string().contains("by all vms (all_points_bytes of pool \"ssd\")"), "{refused}");
     let other = begin(&mut host, third, &PoolName::default());
     commit(&other, 2, BYTES).unwrap();
     commit(&other, 3, BYTES).unwrap();
-    assert_eq!((host.groups.points(first).len(), host.groups.points(third).len()), (2, 3), "nobody has lost any");
+    assert_eq!([first, third].map(|vm| host.groups.points(vm).len()), [3, 3], "nobody has lost any");
 
     // What is not open after a restart counts where it is.
     for points in [one, two, other] {
@@ -199,10 +200,10 @@ fn points_lie_in_the_pool_of_their_vm_and_a_pool_that_is_full_hinders_no_other()
     host.restart(None, Some(bound));
     host.vm = second;
     let two = host.open();
-    assert!(commit(&two, 2, BYTES).is_err());
+    assert!(commit(&two, 2, 2 * BYTES).is_err());
     host.groups.forget(first, &LeaseEnd::Removed).unwrap();
     assert!(!host.folder.path().join("ssd/replicas").join(first.to_string()).join("points").exists());
-    commit(&two, 2, BYTES).unwrap();
+    commit(&two, 2, 2 * BYTES).unwrap();
 }
 
 #[test]
