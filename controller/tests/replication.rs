@@ -103,7 +103,7 @@ async fn a_missed_target_is_the_vms_problem_until_it_is_met_or_ended() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_is_one_that_the_sites_worker_has_and_reaches_the_owner() {
-    let lab = Lab::start().await;
+    let lab = running().await;
     let old = lab.protect_in("ssd", "b", 0).await.unwrap_err();
     assert_eq!(old.code(), Code::NotFound);
     assert!(old.message().contains("it is of a version without pools"), "{old}");
