@@ -84,8 +84,8 @@ async fn a_guest_that_is_newer_than_the_backup_runs_on_and_is_adopted() {
     .await;
     assert_eq!((&vm["id"], &vm["owner_site"]), (&defined["id"], &"a".into()));
     assert_eq!(vm["spec"]["disks"].as_array().map(Vec::len), Some(2), "what was added is not forgotten: {vm}");
+    witness.assert_never_two().await;
     ctl(&lab, &["replica", "seed", VM, "--to", "b", "--watch"]).await.unwrap();
     ctl(&lab, &["migrate", VM, "--to", "b", "--watch"]).await.unwrap();
-    witness.assert_never_two().await;
     assert_eq!(guest.uptime().await.unwrap().1, boot_id, "the guest was booted anew");
 }
