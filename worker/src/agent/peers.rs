@@ -147,7 +147,9 @@ async fn open(node: &Node, hello: &DiskHello) -> Result<InPlace, RefusedDisk> {
         // Written in place it is at none of its recovery points any more.
         node.groups.forget(vm, &LeaseEnd::Seeded)?;
         node.replicas.make_room(vm, &[(&hello.disk, hello.allocated_bytes)])?;
-        Ok(node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes)?)
+        let opened = node.replicas.open_for_writing(vm, &hello.disk, hello.size_bytes, hello.allocated_bytes);
+        node.replicas.expect_only_what_is_made(vm)?;
+        Ok(opened?)
     })?;
     // Once more, now that the disk is open: had the VM been given to this worker meanwhile, nobody else would close it.
     let (record, guest) = known.decided().await;

@@ -21,7 +21,8 @@ use pageport_ownership::Guest;
 use pageport_proto::ids::is_name;
 use pageport_proto::v1::{
     BeginPoint, Begun, CommitPoint, Committed, CompareBlocks, Compared, DiskFailure, DiskHello, RecoveryPoint,
-    ReplicaPoints, ReplicationHello, ReplicationReply, ReplicationRequest, replication_reply, replication_request,
+    ReplicaPoints, ReplicationDisk, ReplicationHello, ReplicationReply, ReplicationRequest, replication_reply,
+    replication_request,
 };
 use pageport_proto::{PoolName, VmId};
 use tokio::sync::OwnedMutexGuard;
@@ -31,7 +32,7 @@ use crate::node::Node;
 use crate::replica::groups::{GroupsError, Points};
 use crate::replica::points::{Change as LayerChange, JournalWriter, Lineage, MAX_DISK_BYTES, PointError, PointInfo};
 use crate::replica::serve::{DiskChange, DiskTarget, RawChange, ServeError, change_in_place, compress};
-use crate::replica::store::{ReplicaDisk, ReplicaError};
+use crate::replica::store::{ReplicaDisk, ReplicaError, ReplicaStore};
 use crate::replica::view::ReplicaState;
 use crate::transport::{MessageError, MessageReader, MessageWriter};
 use crate::vms::VmError;
@@ -357,16 +358,9 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
         if let Some(pool) = pool {
             replicas.choose_pool(vm, &pool)?;
         }
-        let files = asked.iter().filter(|disk| disk.place.is_empty());
-        let wanted: Vec<_> = files.map(|disk| (disk.name.as_str(), disk.allocated_bytes)).collect();
-        replicas.make_room(vm, &wanted)?;
-        let open = |disk: &pageport_proto::v1::ReplicationDisk| {
-            if !disk.place.is_empty() {
-                replicas.place(vm, &disk.name, Path::new(&disk.place), disk.size_bytes)?;
-            }
-            Ok((disk.name.clone(), replicas.open_as_it_is(vm, &disk.name, disk.allocated_bytes)?))
-        };
-        let disks: Vec<_> = asked.iter().map(open).collect::<Result<_, ReplicaError>>()?;
+        let disks = open_disks(&replicas, vm, &asked);
+        replicas.expect_only_what_is_made(vm)?;
+        let disks = disks?;
         let points = groups.open(vm, disks.clone())?;
         // What an earlier session left of a move is of no use. Damage is for the source to hear of: it copies anew.
         match points.undo_layer() {
@@ -389,6 +383,23 @@ async fn open(node: &Node, hello: &ReplicationHello) -> Result<(Arc<Session>, Ow
     let sizes_bytes = hello.disks.iter().map(|disk| disk.size_bytes).collect();
     let session = Session { vm, disks, sizes_bytes, points, target: RwLock::new(Target::Nowhere) };
     Ok((Arc::new(session), turn))
+}
+
+fn open_disks(
+    replicas: &ReplicaStore,
+    vm: VmId,
+    asked: &[ReplicationDisk],
+) -> Result<Vec<(String, Arc<ReplicaDisk>)>, ReplicaError> {
+    let files = asked.iter().filter(|disk| disk.place.is_empty());
+    let wanted: Vec<_> = files.map(|disk| (disk.name.as_str(), disk.allocated_bytes)).collect();
+    replicas.make_room(vm, &wanted)?;
+    let open = |disk: &ReplicationDisk| {
+        if !disk.place.is_empty() {
+            replicas.place(vm, &disk.name, Path::new(&disk.place), disk.size_bytes)?;
+        }
+        Ok((disk.name.clone(), replicas.open_as_it_is(vm, &disk.name, disk.allocated_bytes)?))
+    };
+    asked.iter().map(open).collect()
 }
 
 async fn control(

@@ -41,6 +41,16 @@ impl ReplicaStore {
         self.room_for(vm, disks, &self.expected()).map(drop)
     }
 
+    /// What was let in of a VM and then not made is not on its way any more.
+    ///
+    /// # Errors
+    /// The worker's store failed.
+    pub fn expect_only_what_is_made(&self, vm: VmId) -> Result<(), ReplicaError> {
+        let made = self.names(vm)?;
+        self.expected().retain(|(of, disk), _| *of != vm || made.contains(disk));
+        Ok(())
+    }
+
     /// Looks at all pools, for reports. May wait for a slow disk.
     pub fn look_at_pools(&self) {
         // A copy: nobody waits for this look.
@@ -95,11 +105,17 @@ impl ReplicaStore {
         expected: &Expected,
         meant: impl Fn(VmId, &str) -> bool,
     ) -> Result<u64, ReplicaError> {
-        let mut bytes = 0u64;
+        let (mut bytes, mut to_be_made) = (0u64, expected.clone());
         for (vm, disk, location) in self.all_locations()? {
-            if counts(pool, &location) && meant(vm, &disk) {
-                let noted = expected.get(&(vm, disk)).copied().unwrap_or_default();
+            let here = counts(pool, &location) && meant(vm, &disk);
+            let noted = to_be_made.remove(&(vm, disk)).unwrap_or_default();
+            if here {
                 bytes = bytes.saturating_add(occupied(&location.path).max(noted));
+            }
+        }
+        for ((vm, disk), noted) in to_be_made {
+            if meant(vm, &disk) && self.pools.of(vm)?.name() == pool.name() {
+                bytes = bytes.saturating_add(noted);
             }
         }
         Ok(bytes)
@@ -230,6 +246,23 @@ mod tests {
         replicas.has_room(VmId::generate(), &[("root", 7 * MIB)]).unwrap();
         assert_eq!(refused(replicas.has_room(one, &[("root", 8 * MIB)])), (8 * MIB, 3 * MIB));
         replicas.make_room(other, &[("root", 10 * MIB)]).unwrap();
+    }
+
+    #[test]
+    fn what_was_let_in_counts_before_it_is_made_and_no_longer_when_it_is_given_up() {
+        let host = Host::new();
+        let replicas = host.replicas_in(Some(10 * MIB), 0, Some(None));
+        let [one, other, third] = std::array::from_fn(|_| VmId::generate());
+        replicas.make_room(one, &[("root", 6 * MIB)]).unwrap();
+        assert_eq!(refused(replicas.make_room(other, &[("root", 5 * MIB)])), (5 * MIB, 6 * MIB));
+        replicas.make_room(one, &[("root", 6 * MIB), ("data", MIB)]).unwrap();
+        replicas.choose_pool(third, &ssd()).unwrap();
+        replicas.make_room(third, &[("root", 9 * MIB)]).unwrap();
+        replicas.make_room(other, &[("root", 3 * MIB)]).unwrap();
+        replicas.open_for_writing(one, "root", 64 * MIB, 6 * MIB).unwrap();
+        replicas.expect_only_what_is_made(one).unwrap();
+        assert_eq!(refused(replicas.make_room(other, &[("root", 5 * MIB)])), (5 * MIB, 6 * MIB));
+        replicas.make_room(other, &[("root", 4 * MIB)]).unwrap();
     }
 
     #[test]
