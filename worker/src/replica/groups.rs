@@ -221,6 +221,14 @@ impl Groups {
         if self.has_points(vm)? { self.recover(replicas, vm) } else { Ok(()) }
     }
 
+    /// What a move had written when an earlier worker ended, is of no use any more: see [`Self::settle`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn settle_leftovers(&self, replicas: &ReplicaStore, vm: VmId) -> Result<(), GroupsError> {
+        if Group::has_layer(&self.pools.of(vm)?.replica(vm)) { self.settle(replicas, vm) } else { Ok(()) }
+    }
+
     /// Opens a VM's points over the disks that are here. The VM must not be this host's, and no hypervisor may hold them.
     ///
     /// # Errors

@@ -115,6 +115,27 @@ fn a_takeover_takes_back_what_an_unfinished_move_has_written_and_stops_it() {
     assert!(host.content() == before);
 }
 
+#[test]
+fn what_a_move_had_written_when_its_worker_was_killed_is_taken_back_by_the_next() {
+    let mut host = Host::new();
+    let points = host.open();
+    points.group.adopt(Lineage::generate(), info(1)).unwrap();
+    let before = host.content();
+    let layer = host.folder.path().join("replicas").join(host.vm.to_string()).join("points/layer.undo");
+    host.restart(None, None);
+    host.groups.settle_leftovers(&host.replicas, host.vm).unwrap();
+    assert!(!host.groups.lock().contains_key(&host.vm), "without a layer they are not even opened");
+
+    let points = host.open();
+    points.open_layer().unwrap();
+    points.change(&[Change::Write { disk: "root", offset: 100, data: &[9; 5000] }]).unwrap();
+    assert!(layer.exists());
+    drop(points);
+    host.restart(None, None);
+    host.groups.settle_leftovers(&host.replicas, host.vm).unwrap();
+    assert!(host.content() == before && !layer.exists());
+}
+
 /// A point of bytes that cannot be packed.
 fn commit(points: &Points, number: u64, length: usize) -> Result<(), PointError> {
     let lineage = points.group.state().lineage.unwrap();

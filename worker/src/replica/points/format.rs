@@ -37,6 +37,9 @@ pub(super) enum FileKind {
     Layer = 3,
 }
 
+/// The undo file of a layer; there is one at most.
+pub(super) const LAYER_FILE: &str = "layer.undo";
+
 /// Which file of which history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileId {
@@ -50,7 +53,7 @@ impl FileId {
         match self.kind {
             FileKind::Journal => format!("{}.journal", self.point),
             FileKind::Undo => format!("{}.undo", self.point),
-            FileKind::Layer => "layer.undo".to_owned(),
+            FileKind::Layer => LAYER_FILE.to_owned(),
         }
     }
 

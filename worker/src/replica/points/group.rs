@@ -11,7 +11,7 @@ use pageport_proto::VmId;
 use tokio::sync::watch;
 
 use super::error::PointError;
-use super::format::FileId;
+use super::format::{FileId, LAYER_FILE};
 use super::journal::OpenJournal;
 use super::layer::{LayerView, OpenLayer};
 use super::lease::LeaseEnd;
@@ -174,6 +174,11 @@ impl Group {
         let text = store.get(record_key(vm)).map_err(|source| PointError::Store { what: "read", source })?;
         let record = text.map(|text| serde_json::from_slice::<Record>(&text).map_err(PointError::Record));
         Ok(record.transpose()?.map(|record| record.state()))
+    }
+
+    /// Has a move left its layer over the points in this folder of a replica, which are not open?
+    pub fn has_layer(folder: &Path) -> bool {
+        folder.join(FOLDER).join(LAYER_FILE).exists()
     }
 
     /// Forgets the points of a VM that are not open, without finishing what is under way: the disks stay as they are. [`None`]: nobody knows where

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::PointError;
-use super::format::{FileId, Kind};
+use super::format::{FileId, Kind, LAYER_FILE};
 use super::group::{Core, Group, Inner, Shared, disk_error};
 use super::layer::Place;
 use super::lease::LeaseEnd;
@@ -256,7 +256,7 @@ fn copy_from(raw: &[u8], start: u64, into: &mut [u8]) -> Result<(), Fault> {
 
 fn layer_damage(fault: Fault) -> PointError {
     match fault {
-        Fault::Io(source) => PointError::File { what: "read", file: "layer.undo".to_owned(), source },
+        Fault::Io(source) => PointError::File { what: "read", file: LAYER_FILE.to_owned(), source },
         Fault::Damaged(why) => PointError::Damaged { reason: format!("layer.undo is damaged: {why}") },
     }
 }

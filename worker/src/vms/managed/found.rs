@@ -42,6 +42,7 @@ impl ManagedVm {
         };
         let effects = self.commit(&mut state, event)?;
         let outcome = self.carry_out(&mut state, effects).await;
+        self.settle_found_disks(&state);
         tracing::info!(vm_id = %self.id, ?found, ?age, record = ?state.durable.record(), "vm restored");
         self.publish(&state);
         outcome

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use pageport_keeper::BootTime;
 use pageport_ownership::{Effect, Epoch, Event, MayRun, Record};
+use pageport_proto::VmId;
 use pageport_proto::v1::{DiskSpec, VmSpec, VmState};
 
 use super::{ManagedVm, Shared, State, VmError};
 use crate::hypervisor::{self, ExitCause, HypervisorError, Launch, StartMode, Vm};
 use crate::image::{Format, Image};
-use crate::replica::groups::Surrender;
-use crate::replica::store::{DiskLocation, ReplicaError};
+use crate::replica::groups::{Groups, GroupsError, Surrender};
+use crate::replica::store::{DiskLocation, ReplicaError, ReplicaStore};
 use crate::vms::fence;
 
 impl ManagedVm {
@@ -255,11 +256,20 @@ impl ManagedVm {
 
     /// Without a hypervisor, what a move has written into a replica that is none's disk is undone.
     pub(super) fn settle_disks(&self, state: &State) {
+        self.settle_with(state, Groups::settle);
+    }
+
+    /// The same for what an earlier worker left.
+    pub(super) fn settle_found_disks(&self, state: &State) {
+        self.settle_with(state, Groups::settle_leftovers);
+    }
+
+    fn settle_with(&self, state: &State, settle: fn(&Groups, &ReplicaStore, VmId) -> Result<(), GroupsError>) {
         if state.qemu.is_some() || state.durable.record().owned().is_some() {
             return;
         }
         let Shared { groups, replicas, .. } = &*self.shared;
-        if let Err(error) = tokio::task::block_in_place(|| groups.settle(replicas, self.id)) {
+        if let Err(error) = tokio::task::block_in_place(|| settle(groups, replicas, self.id)) {
             tracing::error!(vm_id = %self.id, error = %crate::error::with_causes(&error), "the replica is not at its newest point");
         }
     }
