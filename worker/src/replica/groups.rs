@@ -6,6 +6,7 @@
 //! | a VM is to boot from its replica | finished, a layer undone: the disk is the newest point; then forgotten |
 //! | a VM that was moved here is to run | forgotten, a layer kept: the disk is what the move has brought |
 //! | the image of a move is dropped | the layer is undone |
+//! | a worker starts, and no hypervisor holds the image of a move | the same |
 //! | the VM was moved away | its disks, as they are, become the first point of a new lineage |
 //!
 //! Guarantees: a session that is still under way when its points are forgotten changes neither the disks nor the record any more. Of one VM
