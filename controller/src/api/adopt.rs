@@ -4,7 +4,6 @@ use pageport_proto::VmId;
 use pageport_proto::v1;
 
 use super::error::ApiError;
-use super::fleet::vm_of;
 use super::{Api, Moment, echo, request_id};
 use crate::link::found::{Found, found};
 use crate::model::command::ClientOrder;
@@ -12,36 +11,31 @@ use crate::model::{Rejection, Spec};
 
 impl Moment {
     /// VMs that workers own and the controllers do not know.
-    pub(super) fn found(&self) -> Vec<Found> {
+    fn found(&self) -> Vec<Found> {
         found(&self.state, &self.observations, self.now)
     }
 
-    /// A VM, also one of which it is not known who owns it.
-    fn any_vm(&self, id: VmId) -> Option<v1::Vm> {
-        let recovering = self.state.recovering.get(&id).map(|recovering| self.view().recovering(id, recovering));
-        recovering.or_else(|| vm_of(self, id))
+    /// The same, as clients see them.
+    pub(super) fn found_vms(&self) -> Vec<v1::FoundVm> {
+        self.found().into_iter().map(v1::FoundVm::from).collect()
     }
 }
 
 impl Api {
-    pub(super) async fn adopt(&self, request: v1::AdoptVmRequest) -> Result<Option<v1::Vm>, ApiError> {
+    pub(super) async fn adopt(&self, request: v1::AdoptVmRequest) -> Result<v1::Vm, ApiError> {
         let request_id = request_id(&request.request_id)?;
         let moment = self.read().await?;
-        let known = moment.state.find_recovering(&request.vm).map(|(id, _)| id);
-        if let Some(id) = known.or_else(|| moment.state.find_vm(&request.vm).map(|(id, _)| id)) {
-            return Ok(moment.any_vm(id));
+        if let Ok(known) = moment.any_vm(&request.vm) {
+            return Ok(known);
         }
-        let found = one_of(moment.found(), &request.vm)?;
-        let [worker, ..] = &found.workers[..] else { return Err(not_found(&request.vm)) };
-        let worker = worker.clone();
-        let Some(kept) = found.spec else { return Err(ApiError::NoDefinition { vm: found.id, worker }) };
-        let spec = Spec::kept(kept).map_err(|source| {
-            let worker = worker.clone();
-            ApiError::KeptDefinition { vm: found.id, worker, source }
-        })?;
-        let order = ClientOrder::AdoptVm { vm: found.id, spec: Box::new(spec), worker };
+        let Found { id, spec, workers, .. } = one_of(moment.found(), &request.vm)?;
+        let worker = workers.into_iter().next().ok_or_else(|| not_found(&request.vm))?;
+        let kept = spec.ok_or_else(|| ApiError::NoDefinition { vm: id, worker: worker.clone() })?;
+        let spec = Spec::kept(kept);
+        let spec = spec.map_err(|source| ApiError::KeptDefinition { vm: id, worker: worker.clone(), source })?;
+        let order = ClientOrder::AdoptVm { vm: id, spec: Box::new(spec), worker };
         let (_, after) = self.order(request_id, order).await?;
-        Ok(after.any_vm(found.id))
+        after.any_vm(&id.to_string())
     }
 }
 

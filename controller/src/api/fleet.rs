@@ -23,6 +23,17 @@ pub(super) fn vm_of(moment: &Moment, id: VmId) -> Option<v1::Vm> {
     moment.state.vms.get(&id).map(|vm| moment.view().vm(id, vm))
 }
 
+impl Moment {
+    /// A VM of this name or id, also one of which it is not known who owns it.
+    pub(super) fn any_vm(&self, id_or_name: &str) -> Result<v1::Vm, ApiError> {
+        if let Some((id, recovering)) = self.state.find_recovering(id_or_name) {
+            return Ok(self.view().recovering(id, recovering));
+        }
+        let (id, vm) = self.vm(id_or_name)?;
+        Ok(self.view().vm(id, vm))
+    }
+}
+
 impl Api {
     async fn set_power(&self, request: &str, vm: &str, power: Power) -> Result<Option<v1::Vm>, ApiError> {
         let request = request_id(request)?;
@@ -184,24 +195,18 @@ impl FleetService for Api {
     }
 
     async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Reply<v1::GetVmResponse> {
-        let moment = self.read().await?;
-        let name = request.into_inner().vm;
-        if let Some((id, recovering)) = moment.state.find_recovering(&name) {
-            return Ok(Response::new(v1::GetVmResponse { vm: Some(moment.view().recovering(id, recovering)) }));
-        }
-        let (id, _) = moment.vm(&name)?;
-        Ok(Response::new(v1::GetVmResponse { vm: vm_of(&moment, id) }))
+        let vm = self.read().await?.any_vm(&request.into_inner().vm)?;
+        Ok(Response::new(v1::GetVmResponse { vm: Some(vm) }))
     }
 
     async fn list_vms(&self, _: Request<v1::ListVmsRequest>) -> Reply<v1::ListVmsResponse> {
         let moment = self.read().await?;
-        let found = moment.found().into_iter().map(v1::FoundVm::from).collect();
-        Ok(Response::new(v1::ListVmsResponse { vms: moment.view().vms(), found }))
+        Ok(Response::new(v1::ListVmsResponse { vms: moment.view().vms(), found: moment.found_vms() }))
     }
 
     async fn adopt_vm(&self, request: Request<v1::AdoptVmRequest>) -> Reply<v1::AdoptVmResponse> {
         let vm = self.adopt(request.into_inner()).await?;
-        Ok(Response::new(v1::AdoptVmResponse { vm }))
+        Ok(Response::new(v1::AdoptVmResponse { vm: Some(vm) }))
     }
 
     async fn start_vm(&self, request: Request<v1::StartVmRequest>) -> Reply<v1::StartVmResponse> {
@@ -264,7 +269,7 @@ impl FleetService for Api {
                 sites: view.sites(),
                 workers: view.workers(),
                 vms: view.vms(),
-                found: moment.found().into_iter().map(v1::FoundVm::from).collect(),
+                found: moment.found_vms(),
             }
         };
         Ok(Response::new(views(self.clone(), unless_same(fleet))))

@@ -3,12 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use pageport_ownership::Policy;
-use pageport_proto::v1::VmState;
 use pageport_proto::{MigrationId, VmId, WorkerName};
 use tokio::time::Instant;
 
 use super::budget;
-use super::observation::Observations;
+use super::observation::{self, Observations};
 use crate::model::migration::Phase;
 use crate::model::queue::route;
 use crate::model::state::{Life, Power, Vm, Worker};
@@ -128,5 +127,5 @@ fn queued(state: &State, observations: &Observations, now: Instant, migration: &
 /// Was its guest last seen up? Nobody says otherwise of a worker that is away: that is another reason to wait.
 fn is_up(observations: &Observations, now: Instant, worker: &WorkerName, vm: VmId) -> bool {
     let Some(observed) = observations.connected(worker, now) else { return true };
-    observed.vm(vm).is_some_and(|report| matches!(report.state(), VmState::Running | VmState::Paused))
+    observed.vm(vm).is_some_and(observation::is_up)
 }

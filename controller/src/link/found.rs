@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use pageport_ownership::{Epoch, Generation, Record};
-use pageport_proto::v1::{self, VmState};
+use pageport_proto::v1;
 use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
-use super::observation::{Observations, record_of};
+use super::observation::{Observations, is_up, record_of};
 use crate::model::State;
 
 /// One of them.
@@ -59,12 +59,11 @@ fn claim(record: Record) -> Option<Claim> {
 
 fn of_reports(id: VmId, mut reports: Vec<(Claim, &WorkerName, &v1::VmReport)>) -> Found {
     reports.sort_by(|(one, ..), (other, ..)| other.cmp(one));
-    let runs = |report: &v1::VmReport| matches!(report.state(), VmState::Running | VmState::Paused);
     Found {
         id,
         spec: reports.iter().find_map(|(_, _, report)| report.spec.clone()),
         workers: reports.iter().map(|(_, worker, _)| (*worker).clone()).collect(),
-        runs: reports.iter().any(|(_, _, report)| runs(report)),
+        runs: reports.iter().any(|(_, _, report)| is_up(report)),
     }
 }
 
@@ -74,6 +73,7 @@ mod tests {
     use std::sync::Arc;
 
     use pageport_proto::RestorationId;
+    use pageport_proto::v1::VmState;
 
     use super::*;
     use crate::link::observation::Observed;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use pageport_ownership::{Generation, Record};
 use pageport_proto::ids::MAX_POOLS;
-use pageport_proto::v1;
+use pageport_proto::v1::{self, VmState};
 use pageport_proto::{MigrationId, RestorationId, SiteName, VmId, WorkerName};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -152,6 +152,11 @@ impl Observed {
 /// The ownership record in a VM's report, if it is one.
 pub fn record_of(report: &v1::VmReport) -> Option<Record> {
     report.record.as_ref().and_then(|record| Record::try_from(record).ok())
+}
+
+/// Does a guest run there, or stand paused?
+pub fn is_up(report: &v1::VmReport) -> bool {
+    matches!(report.state(), VmState::Running | VmState::Paused)
 }
 
 /// Is this report small enough to be kept?

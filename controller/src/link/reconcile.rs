@@ -11,7 +11,7 @@ use pageport_proto::{VmId, WorkerName};
 use tokio::time::Instant;
 
 use super::assignment::concerns;
-use super::observation::{Observations, Observed, record_of};
+use super::observation::{Observations, Observed, is_up, record_of};
 use crate::api::clip;
 use crate::api::preflight::clipped;
 use crate::model::command::Halt;
@@ -96,7 +96,7 @@ fn joined(state: &State, id: VmId, recovering: &Recovering, observations: &Obser
         let record = of_vm.and_then(record_of).unwrap_or(OwnershipRecord::UNKNOWN);
         let whose = of_vm.and_then(|report| report.whose.parse().ok());
         let report = Report { record, whose };
-        let runs = of_vm.is_some_and(|report| matches!(report.state(), VmState::Running | VmState::Paused));
+        let runs = of_vm.is_some_and(is_up);
         if recovering.recover.said(worker) != Some(&report) || recovering.runs.contains(worker) != runs {
             orders.push(Order::Joined { vm: id, worker: worker.clone(), report, runs });
         }
