@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pageport_common::backup::Assembly;
+use pageport_common::error::with_causes;
 use pageport_proto::v1;
 use pageport_proto::v1::restore_service_server::RestoreService;
 use tokio::sync::Mutex;
@@ -63,7 +64,7 @@ impl RestoreService for Restores {
         let made =
             tokio::task::spawn_blocking(move || restore(&config, Backup::parse(&file, Path::new("as it was sent"))?));
         let made = made.await.map_err(|error| Status::internal(error.to_string()))?;
-        let restored = made.map_err(|error| Status::failed_precondition(format!("{:#}", anyhow::Error::new(error))))?;
+        let restored = made.map_err(|error| Status::failed_precondition(with_causes(&error)))?;
         tracing::warn!(operator, generation = restored.generation.0, vms = restored.vms, "restored from a backup");
         awaiting.done.cancel();
         Ok(Response::new(restored.into()))
